@@ -1,0 +1,49 @@
+"""Files that are either complete or absent: written beside the destination, then moved onto it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a path to write to; it becomes `path` when the block ends, and vanishes when the block fails.
+
+    A reader, and a run that is killed, never sees half a file. The suffix is kept, because writers of pictures choose
+    their format by it. Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write data as indented JSON, complete or not at all.
+
+    numpy values become plain ones.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON cannot say; use None.
+        TypeError: something in data has no JSON form.
+    """
+    text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False, default=_plain)
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
