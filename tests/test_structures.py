@@ -1,0 +1,127 @@
+"""Detections: what they accept, and the forms that they turn into."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detector.errors import InputError
+from detector.structures import Batch, Detections
+
+NAMES = ("cat", "dog", "bird")
+
+
+@pytest.fixture
+def found() -> Detections:
+    return Detections(
+        boxes=np.array([[10, 20, 30, 60], [0, 0, 100, 80], [5.25, 6.5, 7.75, 9.5]], np.float32),
+        scores=np.array([0.9, 0.5, 0.1], np.float32),
+        labels=np.array([2, 0, 2], np.int64),
+        class_names=NAMES,
+        image_size=(80, 100),
+        path="street.jpg",
+    )
+
+
+def nothing() -> Detections:
+    return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), NAMES, (80, 100))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "labels"),
+    [((2, 4), (3,), (3,)), ((3, 5), (3,), (3,)), ((3, 4), (3,), (2,)), ((0,), (0,), (0,)), ((3, 4), (3,), (3, 1))],
+)
+def test_shapes_that_disagree_are_refused(boxes: tuple, scores: tuple, labels: tuple) -> None:
+    with pytest.raises(ValueError, match=r"expected \(D, 4\), \(D,\), \(D,\)") as error:
+        Detections(np.zeros(boxes), np.zeros(scores), np.zeros(labels, np.int64), NAMES, (80, 100))
+    assert str(boxes) in str(error.value)
+
+
+def test_names_and_length(found: Detections) -> None:
+    assert found.names == ["bird", "cat", "bird"]
+    assert len(found) == 3
+    assert nothing().names == []
+    assert len(nothing()) == 0
+
+
+def test_above_keeps_the_threshold_itself_and_everything_else(found: Detections) -> None:
+    kept = found.above(0.5)
+    assert kept.scores.tolist() == found.scores[:2].tolist()
+    assert kept.boxes.tolist() == found.boxes[:2].tolist()
+    assert kept.labels.tolist() == [2, 0]
+    assert (kept.class_names, kept.image_size, kept.path) == (NAMES, (80, 100), "street.jpg")
+    assert len(found.above(0.95)) == 0
+    assert len(found.above(0.0)) == 3
+    assert len(nothing().above(0.5)) == 0
+
+
+def test_coco_results_come_back(found: Detections) -> None:
+    rows = found.to_coco("image 7", category_ids=(3, 17, 90))
+    assert [row["category_id"] for row in rows] == [90, 3, 90]
+    assert rows[0]["bbox"] == [10, 20, 20, 40]
+    assert {row["image_id"] for row in rows} == {"image 7"}
+    x, y, width, height = np.array([row["bbox"] for row in json.loads(json.dumps(rows))]).T
+    np.testing.assert_array_equal(np.stack((x, y, x + width, y + height), axis=1).astype(np.float32), found.boxes)
+    np.testing.assert_array_equal(np.array([row["score"] for row in rows], np.float32), found.scores)
+
+
+def test_coco_results_do_not_lose_precision_far_from_the_origin() -> None:
+    box = np.array([[4095.3, 2047.7, 4095.9, 2048.1]], np.float32)
+    row = Detections(box, np.ones(1, np.float32), np.zeros(1, np.int64), NAMES, (3000, 5000)).to_coco(1)[0]
+    x, y, width, height = row["bbox"]
+    assert np.array([x, y, x + width, y + height], np.float32).tolist() == box[0].tolist()
+
+
+def test_coco_ids_count_from_one_by_default(found: Detections) -> None:
+    assert [row["category_id"] for row in found.to_coco(7)] == [3, 1, 3]
+    assert nothing().to_coco(7) == []
+
+
+def test_dictionary_is_plain_json(found: Detections) -> None:
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain == found.to_dict()
+    assert plain["names"] == ["bird", "cat", "bird"]
+    assert (plain["height"], plain["width"], plain["path"]) == (80, 100, "street.jpg")
+    assert np.array(plain["boxes"], np.float32).tolist() == found.boxes.tolist()
+    empty = json.loads(json.dumps(nothing().to_dict()))
+    assert empty["boxes"] == empty["scores"] == empty["labels"] == empty["names"] == []
+
+
+def test_fields_cannot_be_replaced(found: Detections) -> None:
+    with pytest.raises(AttributeError):
+        found.scores = np.zeros(3, np.float32)  # type: ignore[misc]
+
+
+def test_draw_gives_a_picture_of_the_same_size(found: Detections) -> None:
+    picture = found.draw(np.zeros((80, 100, 3), np.uint8))
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (100, 80)
+    assert np.asarray(picture).any()
+
+
+def test_draw_without_a_picture_says_what_to_give() -> None:
+    with pytest.raises(InputError, match="give the picture"):
+        nothing().draw()
+
+
+def test_batch_moves_every_tensor_and_keeps_the_ids() -> None:
+    batch = Batch(
+        images=torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        image_sizes=torch.full((2, 2), 32),
+        boxes=torch.zeros(2, 1, 4),
+        labels=torch.full((2, 1), -1),
+        crowd=torch.zeros(2, 1, dtype=torch.bool),
+        scales=torch.ones(2, 2, dtype=torch.float64),
+        original_sizes=torch.full((2, 2), 32),
+        image_ids=("a", "b"),
+    )
+    moved = batch.to("meta")
+    tensors = {name: value for name, value in vars(moved).items() if name != "image_ids"}
+    assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
+    assert {name: t.dtype for name, t in tensors.items()} == {name: getattr(batch, name).dtype for name in tensors}
+    assert moved.image_ids == ("a", "b")
+    assert len(moved) == 2
