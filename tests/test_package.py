@@ -1,0 +1,89 @@
+"""Promises of the package as a whole: what an import costs, what an installation brings, what is committed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+import detector
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING_ONLY = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "matplotlib", "albumentations", "pycocotools"}
+HEAVY = {"torch", "torchvision", "cv2", "numpy", "PIL"} | TRAINING_ONLY
+
+
+def modules_after(statement: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has loaded after one statement."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{m.partition('.')[0] for m in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout))
+
+
+def tracked_files() -> list[Path]:
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()]
+
+
+def requirement_names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=!~;\[ ]", requirement, maxsplit=1)[0].lower() for requirement in requirements}
+
+
+@pytest.mark.parametrize(
+    "statement", ["import detector", "import detector; dir(detector); detector.InputError; detector.__version__"]
+)
+def test_import_detector_is_light(statement: str) -> None:
+    assert modules_after(statement) & HEAVY == set()
+
+
+def test_prediction_loads_nothing_of_training() -> None:
+    loaded = modules_after("import detector; detector.load")
+    assert "torch" in loaded
+    assert loaded & TRAINING_ONLY == set()
+
+
+def test_public_names() -> None:
+    assert set(detector.__all__) <= set(dir(detector))
+    assert [name for name in detector.__all__ if not hasattr(detector, name)] == []
+    assert issubclass(detector.InputError, ValueError)
+    with pytest.raises(AttributeError, match="'nothing'"):
+        _ = detector.nothing
+
+
+def test_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = requirement_names(project["dependencies"])
+    assert core == {"numpy", "pillow", "opencv-python-headless", "torch", "torchvision"}
+    train = requirement_names(project["optional-dependencies"]["train"])
+    assert {"lightning", "hydra-core", "omegaconf", "pycocotools", "albumentations"} <= train
+    # AGPL: would bind everybody who uses this project.
+    assert "albumentationsx" not in core | train
+
+
+def test_every_configuration_file_parses() -> None:
+    paths = sorted((ROOT / "conf").rglob("*.yaml"))
+    assert paths != []
+    broken = [str(path.relative_to(ROOT)) for path in paths if not isinstance(OmegaConf.load(path), DictConfig)]
+    assert broken == []
+
+
+def test_no_path_of_one_machine_is_committed() -> None:
+    # The variable part of the pattern keeps this file out of its own findings.
+    pattern = re.compile(r"(?<![\w.])/(?:home|Users|work|root)/\w")
+    found = []
+    for path in tracked_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # a picture, not a text
+        found += [f"{path.relative_to(ROOT)}:{number}" for number, line in enumerate(lines, 1) if pattern.search(line)]
+    assert found == []
