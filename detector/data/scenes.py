@@ -18,11 +18,11 @@ import numpy as np
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent")
 SIZE = 256  # longer side of a picture, pixels
 EMPTY = 0.05  # share of pictures without an object
-MAX_OBJECTS = 8
-MAX_DISTRACTORS = 4
+MAX_OBJECTS = 12
+MAX_DISTRACTORS = 3
 # Side of the square with the box's area, in pixels, and how often: small, medium and large by COCO's areas, roughly.
 # The large band is wide because a star or a ring covers about half of its box.
-SIDES = ((0.22, 18, 32), (0.38, 34, 90), (0.40, 105, 200))
+SIDES = ((0.20, 20, 32), (0.55, 36, 92), (0.25, 105, 170))
 MIN_INSIDE = 0.7  # an object is not placed where the picture's border would leave less of it ...
 MIN_VISIBLE = 0.6  # ... and nothing is placed where it would leave less of that in sight: no object is mostly hidden
 MIN_CONTRAST = 55.0  # distance between an object and its ground, in the axes below
@@ -377,7 +377,7 @@ def render_scene(seed: np.random.SeedSequence | np.random.Generator | int, *, si
     short = size * 3 // 4
     height, width = ((size, size), (short, size), (size, short))[rng.integers(3)]
     painter = _Painter(rng, height, width)
-    objects = 0 if rng.random() < EMPTY else 1 + int(rng.binomial(MAX_OBJECTS - 1, 0.45))
+    objects = 0 if rng.random() < EMPTY else 1 + int(rng.binomial(MAX_OBJECTS - 1, 0.6))
     largest = 0.8 * min(height, width)
     items = [_object(rng, largest) for _ in range(objects)]
     items += [_distractor(rng, largest) for _ in range(rng.integers(MAX_DISTRACTORS + 1))]

@@ -1,0 +1,104 @@
+"""Annotation index + transform = samples, and the seeding of the workers that draw them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from detector.data.coco import CocoIndex
+from detector.data.transforms import Transform
+
+logger = logging.getLogger(__name__)
+
+# Per process; loader workers that are forked share it. About 2,300 pictures of COCO's size, 30,000 of 152 x 152.
+CACHE_BYTES = 2 * 1024**3
+
+
+class DetectionDataset(Dataset[dict[str, Any]]):
+    """The pictures of an index with their objects, transformed: `collate` makes batches of them.
+
+    A sample is a dict: image uint8 RGB (h, w, 3); boxes (G, 4) float32, xyxy in pixels of the image; labels (G,) int64;
+    crowd (G,) bool; scale (2,) float64, input pixels per original pixel (x, y); original_size (2,) int64, height and
+    width as decoded; image_id as in the annotation file.
+    """
+
+    def __init__(self, index: CocoIndex, transform: Transform, cache: bool = False) -> None:
+        """
+        Args:
+            index: the pictures and their objects.
+            transform: applied to each picture each time.
+            cache: decode the pictures once, here, and keep them in memory, so that workers forked later share them.
+                Up to CACHE_BYTES: what does not fit is decoded each time, as without a cache.
+
+        Raises:
+            InputError: with a cache, a picture cannot be read; otherwise that comes when the sample is asked for.
+        """
+        self.index = index
+        self.transform = transform
+        self._pictures: list[np.ndarray] = _decode(index) if cache else []
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        image = self._pictures[i] if i < len(self._pictures) else self.index.read(i)
+        result = self.transform(image, *self.index.objects(i))
+        return {
+            **result._asdict(),
+            "original_size": np.array(image.shape[:2], np.int64),
+            "image_id": self.index.image_ids[i],
+        }
+
+
+def seed_worker(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: gives this worker its own draws.
+
+    Without it all workers draw the same, and without persistent workers every epoch as well. torch.initial_seed() is
+    another number in each worker, and in each epoch where workers are started anew; the rank is added by `reseed`.
+    """
+    import cv2
+
+    # One process per core already; and OpenCV's threads do not survive a fork.
+    cv2.setNumThreads(0)
+    info = torch.utils.data.get_worker_info()
+    assert info is not None, "seed_worker runs in a DataLoader's worker"
+    dataset: Any = info.dataset
+    while not hasattr(dataset, "transform"):  # torch.utils.data.Subset and the like
+        dataset = dataset.dataset
+    dataset.transform.reseed(torch.initial_seed())
+
+
+def _decode(index: CocoIndex) -> list[np.ndarray]:
+    """The first pictures of an index, as many as CACHE_BYTES hold; not writable, because they are used again."""
+    pictures: list[np.ndarray] = []
+    used = 0
+    for i in _progress(len(index)):
+        picture = index.read(i)
+        if used + picture.nbytes > CACHE_BYTES:
+            logger.warning(
+                "cache: %d of %d pictures fill %.1f GiB; the others are decoded each time",
+                len(pictures),
+                len(index),
+                CACHE_BYTES / 1024**3,
+            )
+            break
+        picture.setflags(write=False)
+        pictures.append(picture)
+        used += picture.nbytes
+    logger.info("cache: %d of %d pictures, %.0f MiB", len(pictures), len(index), used / 1024**2)
+    return pictures
+
+
+def _progress(count: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return range(count)
+    # disable=None: silent where nobody watches.
+    return tqdm(range(count), desc="decode", unit="picture", leave=False, disable=None)

@@ -1,0 +1,252 @@
+"""What happens to a decoded picture before it becomes network input.
+
+Training: crop, flips and colours in original pixels, then one resize to a drawn size. Evaluation: that resize only.
+The resize is `preprocess.resize`, the project's only one.
+
+Draws are made from generators that each loader worker seeds for itself (`dataset.seed_worker`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from detector.errors import InputError
+from detector.preprocess import Preprocessing, resize
+
+# Of an object that the window cuts: with less of it in sight, nobody could tell what it is. Source: ours.
+_MIN_VISIBLE = 0.3
+# A crop keeps at least this share of each side (Liu et al. 2016, SSD, section 2.2, takes 0.1 to 1 of the area).
+_MIN_CROP_SIDE = 0.3
+
+
+class Transformed(NamedTuple):
+    """One picture and its objects, ready to be padded.
+
+    Attributes:
+        image: uint8 RGB (h, w, 3).
+        boxes: (G, 4) float32, xyxy in pixels of `image`, inside it.
+        labels: (G,) int64.
+        crowd: (G,) bool.
+        scale: (2,) float64, input pixels per original pixel of the resize, (x, y). After a training transform it does
+            not bring boxes back: crops, flips and windows are not in it.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    scale: np.ndarray
+
+
+class Transform(Protocol):
+    """What a data set applies to a picture uint8 (h, w, 3) and its boxes (G, 4), labels (G,) and crowd flags (G,)."""
+
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed: ...
+
+    def reseed(self, worker_seed: int) -> None: ...
+
+
+class EvalTransform:
+    """The resize, and nothing else: the same that `Detector.predict` applies."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
+        """Resize a picture; boxes move with it."""
+        return _resized(image, boxes, labels, crowd, *self.preprocessing.target_size(*image.shape[:2]))
+
+    def reseed(self, worker_seed: int) -> None:
+        """Nothing is drawn here."""
+
+
+class TrainTransform:
+    """Random crop, flips, colours and size; never larger than the picture that evaluation would see.
+
+    Every object stays whole in the crop. A size factor above 1 zooms in: a window as large as the unchanged size is
+    cut out, and objects with less than 30% of their area in it are left out, crowd regions with nothing in it.
+    Objects below one pixel are left out.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        *,
+        flip: float,
+        vertical_flip: float,
+        scale: tuple[float, float],
+        photometric: float,
+        crop: float,
+        rotate90: float,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            preprocessing: the size at factor 1.
+            flip: probability of left for right.
+            vertical_flip: probability of top for bottom.
+            scale: lowest and highest size factor, drawn log-uniformly.
+            photometric: probability that brightness, contrast, saturation and hue change. Blur or noise comes with a
+                fifth of it, grey with a twentieth.
+            crop: probability of a crop that keeps all objects.
+            rotate90: probability of a turn by a multiple of 90 degrees (0 is one of four).
+            seed: sets the draws, together with the rank and, in loader workers, with the worker's own seed.
+
+        Raises:
+            InputError: a probability outside [0, 1], a scale that is not 0 < lowest <= highest, a negative seed.
+        """
+        chances = {
+            "flip": flip,
+            "vertical_flip": vertical_flip,
+            "photometric": photometric,
+            "crop": crop,
+            "rotate90": rotate90,
+        }
+        for name, chance in chances.items():
+            if not 0 <= chance <= 1:
+                raise InputError(f"{name}={chance}: a probability lies in [0, 1]; correct the training transform.")
+        low, high = scale
+        if not 0 < low <= high < np.inf:
+            raise InputError(f"scale={tuple(scale)}: expected 0 < lowest <= highest; [1, 1] leaves the size alone.")
+        if seed < 0:
+            raise InputError(f"seed={seed}: expected 0 or more; correct the training transform.")
+        self.preprocessing = preprocessing
+        self.crop = crop
+        self.log_scale = (float(np.log(low)), float(np.log(high)))
+        self.seed = seed
+        self._compose = _compose(flip, vertical_flip, photometric, rotate90)
+        # Seeded at the first call: by then the process knows its rank.
+        self._generator: np.random.Generator | None = None
+
+    def reseed(self, worker_seed: int) -> None:
+        """Start another stream of draws: it depends on `seed`, the process's rank and this number (>= 0)."""
+        ours, theirs = np.random.SeedSequence((self.seed, process_rank(), worker_seed)).spawn(2)
+        self._generator = np.random.default_rng(ours)
+        # Not set_random_seed: it gives every transform the same stream, so that all flips would happen together.
+        self._compose.set_random_state(self._generator, random.Random(int(theirs.generate_state(1, np.uint64)[0])))
+
+    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
+        """Draw one view of a picture. The arguments are not written to.
+
+        Args:
+            image: uint8 RGB (h, w, 3).
+            boxes: (G, 4) float32, xyxy in pixels of the picture.
+            labels: (G,) int64.
+            crowd: (G,) bool.
+        """
+        if self._generator is None:
+            self.reseed(0)
+        assert self._generator is not None
+        if self._generator.random() < self.crop:
+            image, boxes = _crop(image, boxes, self._generator)
+        # One index comes back for each box that is left; labels and flags need not pass through float32.
+        rows = np.arange(len(boxes))
+        out: dict[str, Any] = self._compose(image=image, bboxes=boxes, rows=rows)
+        rows = np.asarray(out["rows"], np.int64)
+        boxes = np.asarray(out["bboxes"], np.float32).reshape(-1, 4)
+        return self._resize(out["image"], boxes, labels[rows], crowd[rows])
+
+    def _resize(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
+        """Resize to a drawn size, and cut out a window where that is larger than the size at factor 1."""
+        assert self._generator is not None
+        height, width = self.preprocessing.target_size(*image.shape[:2])
+        factor = np.exp(self._generator.uniform(*self.log_scale))
+        full = max(1, round(height * factor)), max(1, round(width * factor))
+        whole = _resized(image, boxes, labels, crowd, *full)
+        height, width = min(height, full[0]), min(width, full[1])
+        top = int(self._generator.integers(full[0] - height + 1))
+        left = int(self._generator.integers(full[1] - width + 1))
+        cut = _inside(whole.boxes - np.array([left, top, left, top], np.float32), height, width)
+        sides = cut[:, 2:] - cut[:, :2]
+        visible = sides.prod(axis=1) / (whole.boxes[:, 2:] - whole.boxes[:, :2]).prod(axis=1).clip(1e-6)
+        keep = (sides >= 1).all(axis=1) & ((visible >= _MIN_VISIBLE) | crowd)
+        window = np.ascontiguousarray(whole.image[top : top + height, left : left + width])
+        return Transformed(window, cut[keep], labels[keep], crowd[keep], whole.scale)
+
+
+def process_rank() -> int:
+    """The rank of this process among those that train together; 0 where there is one.
+
+    Torch is asked where it runs distributed; before that, or in a spawned worker, the launcher's variables are.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 0
+
+
+def _compose(flip: float, vertical_flip: float, photometric: float, rotate90: float) -> Any:
+    """The albumentations part: flips, turns and colours in original pixels."""
+    # Read at import time: without it, albumentations asks the network for its newest version.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations as A
+
+    steps: list[Any] = [
+        A.HorizontalFlip(p=flip),
+        A.VerticalFlip(p=vertical_flip),
+        A.RandomRotate90(p=rotate90),
+        A.ColorJitter(
+            brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.5, 1.5), hue=(-0.04, 0.04), p=photometric
+        ),
+        A.OneOf(
+            [
+                A.GaussianBlur(sigma_limit=(0.3, 1.5), p=1),
+                A.GaussNoise(std_range=(0.02, 0.06), p=1),
+            ],
+            p=photometric / 5,
+        ),
+        A.ToGray(p=photometric / 20),
+    ]
+    return A.Compose(
+        steps,
+        # Nothing here cuts objects off, so one check at the end will do; clip and filter absorb rounding.
+        bbox_params=A.BboxParams(
+            format="pascal_voc",
+            label_fields=["rows"],
+            clip=True,
+            filter_invalid_bboxes=True,
+            check_each_transform=False,
+        ),
+    )
+
+
+def _crop(image: np.ndarray, boxes: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Cut out a random part that holds all boxes whole.
+
+    Not albumentations' BBoxSafeRandomCrop: it rounds the far edges down and fails on boxes thinner than a pixel.
+    """
+    height, width = image.shape[:2]
+    # Without a box nothing limits where the part starts and ends.
+    low, high = boxes[:, :2].min(axis=0, initial=np.inf), boxes[:, 2:].max(axis=0, initial=-np.inf)
+    left, right = _crop_side(width, low[0], high[0], generator)
+    top, bottom = _crop_side(height, low[1], high[1], generator)
+    image = np.ascontiguousarray(image[top:bottom, left:right])
+    return image, boxes - np.array([left, top, left, top], np.float32)
+
+
+def _crop_side(size: int, low: float, high: float, generator: np.random.Generator) -> tuple[int, int]:
+    """Start and end of a random part of [0, size] that holds [low, high] and is not too short."""
+    shortest = max(1, round(size * _MIN_CROP_SIDE))
+    start = int(generator.integers(int(np.clip(np.floor(low), 0, size - shortest)) + 1))
+    end = int(generator.integers(int(np.clip(np.ceil(high), start + shortest, size)), size + 1))
+    return start, end
+
+
+def _resized(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, height: int, width: int
+) -> Transformed:
+    scale = np.array([width / image.shape[1], height / image.shape[0]])
+    boxes = _inside((boxes * np.tile(scale, 2)).astype(np.float32), height, width)
+    return Transformed(resize(image, height, width), boxes, labels, crowd, scale)
+
+
+def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    return boxes.clip(0, np.array([width, height, width, height], np.float32))

@@ -1,0 +1,283 @@
+"""The index against the JSON read naively, and a message for every way an annotation file can be wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from detector.data.coco import CocoIndex, load_coco
+from detector.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def load(root: Path, change: Change | None = None, **options: Any) -> CocoIndex:
+    """Load the tiny data set after `change` has edited its JSON."""
+    path = root / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    if change is not None:
+        change(content)
+        path.write_text(json.dumps(content))
+    return load_coco(path, root / "images", **options)
+
+
+def test_index_by_hand(tiny_coco: Path) -> None:
+    index = load(tiny_coco)
+    assert len(index) == 4
+    assert index.image_ids == [10, 7, 42, 99]
+    assert index.class_names == ("car", "cat", "kite")
+    assert index.category_ids == (3, 17, 90)
+    assert index.sizes.tolist() == [[48, 64], [60, 40], [50, 50], [40, 80]]
+    assert index.offsets.tolist() == [0, 2, 4, 4, 5]
+    assert index.areas.tolist() == [100, 60, 600, 36, 300]
+    boxes, labels, crowd = index.objects(0)
+    assert boxes.tolist() == [[4, 6, 24, 16], [30.5, 20.25, 40.5, 32.25]]
+    assert labels.tolist() == [0, 1]
+    assert crowd.tolist() == [False, False]
+    assert index.objects(1)[2].tolist() == [True, False]
+    assert [part.shape for part in index.objects(2)] == [(0, 4), (0,), (0,)]
+    assert index.counts == {"images": 4, "boxes": 5, "crowds": 1, "empty": 1, "clipped": 0, "dropped": 0}
+    assert [str(part.dtype) for part in (index.boxes, index.labels, index.crowd)] == ["float32", "int64", "bool"]
+
+
+def test_real_coco_against_the_json(shared: Path) -> None:
+    root = shared / "data" / "coco-permissive-320"
+    path = root / "annotations" / "instances_val_permissive.json"
+    index = load_coco(path, root / "images")
+    content = json.loads(path.read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    assert len(index.class_names) == 80
+    assert index.category_ids == tuple(sorted(names))
+    for i, image in enumerate(content["images"]):
+        theirs = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        boxes, labels, crowd = index.objects(i)
+        assert [index.class_names[label] for label in labels] == [names[a["category_id"]] for a in theirs]
+        assert crowd.tolist() == [bool(a["iscrowd"]) for a in theirs]
+        xywh = np.array([a["bbox"] for a in theirs]).reshape(-1, 4)
+        np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], xywh[:, 2:], atol=0.02)
+        np.testing.assert_allclose(boxes[:, :2], xywh[:, :2], atol=0.02)
+    assert index.counts["crowds"] == sum(a["iscrowd"] for a in content["annotations"]) > 0
+    assert index.read(0).shape == (*index.sizes[0], 3)
+
+
+def test_clipping_and_dropping_are_counted(tiny_coco: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        extra = [[-5, -5, 20, 20], [60, 40, 10, 20], [70, 2, 5, 5], [5, 5, 0, 4], [5, 5, 4, -2], [1, 1, 63.005, 5]]
+        content["annotations"] = [
+            {"id": k, "image_id": 10, "category_id": 3, "bbox": box} for k, box in enumerate(extra)
+        ]
+
+    index = load(tiny_coco, change)
+    assert index.boxes.tolist() == [[0, 0, 15, 15], [60, 40, 64, 48], [1, 1, 64, 6]]
+    assert index.areas[:2].tolist() == [400, 200]
+    assert index.counts == {"images": 4, "boxes": 3, "crowds": 0, "empty": 3, "clipped": 2, "dropped": 3}
+
+
+def test_without_a_declared_size_nothing_is_clipped(tiny_coco: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        del content["images"][0]["width"]
+        content["annotations"][1]["bbox"] = [-5, 0, 500, 10]
+
+    index = load(tiny_coco, change)
+    assert index.sizes[0].tolist() == [0, 0]
+    assert index.objects(0)[0][0].tolist() == [-5, 0, 495, 10]
+    assert index.counts["clipped"] == 0
+    assert index.read(0).shape == (48, 64, 3)
+
+
+def test_missing_iscrowd_is_no_crowd_and_segmentation_is_ignored(tiny_coco: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            del annotation["iscrowd"], annotation["area"]
+            annotation["segmentation"] = {"counts": "abc", "size": [1, 1]}
+
+    index = load(tiny_coco, change)
+    assert not index.crowd.any()
+    assert index.areas.tolist() == [200, 120, 1200, 72, 600]
+
+
+def test_empty_pictures_are_kept_unless_told_otherwise(tiny_coco: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        kept = load(tiny_coco)
+        left_out = load(tiny_coco, keep_empty=False)
+    assert kept.image_ids == [10, 7, 42, 99]
+    assert left_out.image_ids == [10, 7, 99]
+    assert left_out.counts["empty"] == 1
+    np.testing.assert_array_equal(left_out.objects(2)[0], kept.objects(3)[0])
+    assert "1 without a box (kept)" in caplog.messages[0]
+    assert "1 without a box (left out)" in caplog.messages[1]
+    assert "1 crowd" in kept.summary()
+
+
+def test_limit_takes_the_first(tiny_coco: Path) -> None:
+    index = load(tiny_coco, limit=2)
+    assert index.image_ids == [10, 7]
+    assert index.offsets.tolist() == [0, 2, 4]
+    assert index.labels.tolist() == [0, 1, 2, 0]
+    assert load(tiny_coco, limit=100).counts == load(tiny_coco).counts
+
+
+def test_text_ids_and_no_annotations(tiny_coco: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image["id"] = f"image-{image['id']}"
+        content["annotations"] = []
+
+    index = load(tiny_coco, change)
+    assert index.image_ids[0] == "image-10"
+    assert index.boxes.shape == (0, 4)
+    assert index.counts["empty"] == 4
+
+
+def test_declared_classes_count_even_when_unused(tiny_coco: Path) -> None:
+    index = load(tiny_coco, lambda c: c["categories"].append({"id": -4, "name": "unused"}))
+    assert index.class_names == ("unused", "car", "cat", "kite")
+    assert index.objects(0)[1].tolist() == [1, 2]
+
+
+def test_index_is_flat_and_survives_pickling(tiny_coco: Path) -> None:
+    index = load(tiny_coco)
+    copy = pickle.loads(pickle.dumps(index))
+    np.testing.assert_array_equal(copy.boxes, index.boxes)
+    assert all(array.dtype != object for array in (index.sizes, index.offsets, index.boxes, index.labels, index.areas))
+    index.objects(0)[0][:] = -1
+    assert (index.boxes >= 0).all()
+
+
+def save_turned(root: Path, stored: np.ndarray) -> None:
+    """Write the first picture so that it is to be turned by a quarter for display."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(root / "images" / "a.png", exif=exif)
+
+
+def test_boxes_of_turned_pictures_are_in_the_declared_frame(tiny_coco: Path) -> None:
+    index = load(tiny_coco)  # says 64 wide, 48 high
+    stored = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    save_turned(tiny_coco, stored)
+    np.testing.assert_array_equal(index.read(0), cv2.rotate(stored, cv2.ROTATE_90_CLOCKWISE))
+    stored = stored.transpose(1, 0, 2)
+    save_turned(tiny_coco, stored)
+    np.testing.assert_array_equal(index.read(0), stored)
+
+
+def test_a_picture_of_another_size(tiny_coco: Path) -> None:
+    index = load(tiny_coco)
+    Image.new("RGB", (30, 20)).save(tiny_coco / "images" / "a.png")
+    with pytest.raises(InputError) as caught:
+        index.read(0)
+    for part in ("image id 10", "a.png", "30 x 20", "width 64 and height 48", "train.json", "correct width"):
+        assert part in str(caught.value)
+
+
+def test_a_damaged_picture_names_file_and_id(tiny_coco: Path) -> None:
+    index = load(tiny_coco)
+    (tiny_coco / "images" / "sub" / "c.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(InputError, match=r"image id 99: .*c\.jpg.*take it out"):
+        index.read(3)
+
+
+def test_missing_pictures_at_load_and_at_read(tiny_coco: Path) -> None:
+    index = load(tiny_coco)
+    (tiny_coco / "images" / "empty.jpg").unlink()
+    with pytest.raises(InputError, match=r"image id 42: .*empty\.jpg: no such file; check"):
+        index.read(2)
+    with pytest.raises(InputError, match=r"image id 42: .*empty\.jpg: no such file; check image_dir"):
+        load(tiny_coco)
+
+
+def drop(section: str, position: int, key: str) -> Change:
+    return lambda content: content[section][position].pop(key)
+
+
+def put(section: str, position: int, key: str, value: Any) -> Change:
+    return lambda content: content[section][position].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda c: c.pop("images"), ["`images`", "COCO"]),
+        (lambda c: c.pop("annotations"), ["`annotations`", "add an empty"]),
+        (lambda c: c.pop("categories"), ["`categories`"]),
+        (lambda c: c.update(images={}), ["`images`", "no list"]),
+        (lambda c: c["annotations"].append(3), ["entry 5 of `annotations`", "correct"]),
+        (lambda c: c.update(images=[], annotations=[]), ["`images` is empty", "at least one"]),
+        (lambda c: c.update(categories=[]), ["`categories` is empty", "declare"]),
+        (drop("images", 1, "id"), ["image number 1", "`id`", "add it"]),
+        (drop("images", 1, "file_name"), ["image id 7", "`file_name`", "add it"]),
+        (put("images", 1, "id", [1]), ["`id` of image id [1]", "an integer or a text"]),
+        (put("images", 1, "file_name", ""), ["`file_name` of image id 7", "a file name"]),
+        (put("images", 1, "width", 0), ["`width` of image id 7", "positive integer", "correct"]),
+        (put("images", 1, "height", "40"), ["`height` of image id 7", "'40'", "positive integer"]),
+        (put("images", 1, "height", float("inf")), ["`height` of image id 7", "positive integer"]),
+        (put("images", 1, "id", 10), ["image id 10", "more than once", "renumber"]),
+        (drop("annotations", 2, "bbox"), ["annotation id 3", "`bbox`", "add it or remove"]),
+        (drop("annotations", 2, "image_id"), ["annotation id 3", "`image_id`"]),
+        (drop("annotations", 2, "category_id"), ["annotation id 3", "`category_id`"]),
+        (put("annotations", 2, "image_id", 1234), ["image_id 1234 of annotation 3", "`images`", "remove these"]),
+        (put("annotations", 2, "image_id", [7]), ["`image_id` of annotation id 3", "expected an id"]),
+        (put("annotations", 2, "category_id", 4), ["category_id 4 of annotation 3", "`categories`", "add the entry"]),
+        (put("annotations", 2, "bbox", [1, 2, 3]), ["`bbox` of annotation id 3", "[1, 2, 3]", "4 finite numbers"]),
+        (put("annotations", 2, "bbox", [1, 2, float("nan"), 4]), ["`bbox` of annotation id 3", "finite", "remove"]),
+        (put("annotations", 2, "bbox", [1, 2, float("inf"), 4]), ["`bbox` of annotation id 3", "finite"]),
+        (put("annotations", 2, "bbox", None), ["`bbox` of annotation id 3", "None"]),
+        (put("annotations", 2, "bbox", [1, 2, "x", 4]), ["`bbox` of annotation id 3", "'x'"]),
+        (put("annotations", 2, "area", float("nan")), ["`area` of annotation id 3", "a finite number", "correct"]),
+        (drop("categories", 1, "id"), ["category number 1", "`id`", "add it"]),
+        (drop("categories", 1, "name"), ["category id 3", "`name`", "add it"]),
+        (put("categories", 1, "id", "3"), ["`id` of category id '3'", "an integer"]),
+        (put("categories", 1, "name", 5), ["`name` of category id 3", "a text"]),
+        (put("categories", 1, "id", 17), ["category id 17", "more than once", "renumber"]),
+        (put("categories", 1, "name", "cat"), ["category name 'cat'", "more than once"]),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(tiny_coco: Path, change: Change, parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load(tiny_coco, change)
+    for part in ["train.json", *parts]:
+        assert part in str(caught.value)
+
+
+def test_wrong_files_and_folders(tiny_coco: Path) -> None:
+    path, images = tiny_coco / "annotations" / "train.json", tiny_coco / "images"
+    cases: list[tuple[Path, Path, str]] = [
+        (tiny_coco / "none.json", images, "none.json: no such annotation file; check the path"),
+        (tiny_coco, images, "no such annotation file"),
+        (path, tiny_coco / "pictures", "pictures: no such folder; give the folder"),
+    ]
+    for text, message in (("[]", "holds a JSON list"), ('{"images": [', "not valid JSON"), ("\xff", "not valid JSON")):
+        broken = tiny_coco / f"broken{len(cases)}.json"
+        broken.write_text(text, encoding="latin-1")
+        cases.append((broken, images, f"{broken}: {message}"))
+    for annotation_file, image_dir, message in cases:
+        with pytest.raises(InputError) as caught:
+            load_coco(annotation_file, image_dir)
+        assert message in str(caught.value)
+
+
+def test_nothing_left(tiny_coco: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.json: no picture has a box.*keep_empty"):
+        load(tiny_coco, lambda c: c.update(annotations=[]), keep_empty=False)
+    with pytest.raises(InputError, match=r"limit=0.*leave it out"):
+        load(tiny_coco, limit=0)
+
+
+def test_class_names_of_a_checkpoint(tiny_coco: Path) -> None:
+    assert load(tiny_coco, class_names=["car", "cat", "kite"]).class_names == ("car", "cat", "kite")
+    for other, first in ((["car", "dog", "kite"], 1), (["car", "kite", "cat"], 1), (["car", "cat"], 2)):
+        with pytest.raises(InputError) as caught:
+            load(tiny_coco, class_names=other)
+        for part in ("3 classes ('car', 'cat', 'kite')", repr(other)[1:-1], f"class {first}", "or train a detector"):
+            assert part in str(caught.value)

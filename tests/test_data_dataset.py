@@ -1,0 +1,182 @@
+"""Samples, the cache, batches; and that no two draws of any worker, epoch or rank are the same."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from detector.data import dataset as dataset_module
+from detector.data.coco import CocoIndex, load_coco
+from detector.data.collate import collate, collate_eval
+from detector.data.dataset import DetectionDataset, seed_worker
+from detector.data.transforms import EvalTransform, TrainTransform, Transformed
+from detector.errors import InputError
+from detector.preprocess import Preprocessing
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture
+def index(tiny_coco: Path) -> CocoIndex:
+    return load_coco(tiny_coco / "annotations" / "train.json", tiny_coco / "images")
+
+
+def train_transform(seed: int = 0) -> TrainTransform:
+    return TrainTransform(
+        Preprocessing(32, 48),
+        flip=0.5,
+        vertical_flip=0.5,
+        scale=(0.5, 1.5),
+        photometric=1.0,
+        crop=0.5,
+        rotate90=0.5,
+        seed=seed,
+    )
+
+
+def test_sample(index: CocoIndex) -> None:
+    data = DetectionDataset(index, EvalTransform(Preprocessing(24, 100)))
+    assert len(data) == 4
+    sample = data[0]
+    assert sample["image"].shape == (24, 32, 3)
+    assert sample["boxes"].tolist() == [[2, 3, 12, 8], [15.25, 10.125, 20.25, 16.125]]
+    assert sample["labels"].tolist() == [0, 1]
+    assert sample["original_size"].tolist() == [48, 64]
+    assert sample["scale"].tolist() == [0.5, 0.5]
+    assert sample["image_id"] == 10
+    assert data[1]["crowd"].tolist() == [True, False]
+    assert data[2]["boxes"].shape == (0, 4)
+    assert [sample["image_id"] for sample in data] == [10, 7, 42, 99]  # type: ignore[attr-defined]
+    with pytest.raises(IndexError):
+        data[-1]
+
+
+def test_cache_reads_each_file_once_and_changes_nothing(tiny_coco: Path, index: CocoIndex) -> None:
+    plain = DetectionDataset(index, train_transform())
+    cached = DetectionDataset(index, train_transform(), cache=True)
+    expected = [plain[i % 4] for i in range(40)]
+    for name in index.file_names:
+        (tiny_coco / "images" / name).unlink()
+    for i, theirs in enumerate(expected):
+        ours = cached[i % 4]
+        for key in ("image", "boxes", "labels", "crowd", "scale"):
+            np.testing.assert_array_equal(ours[key], theirs[key])
+    with pytest.raises(InputError, match=r"image id 10: .*a\.png: no such file"):
+        plain[0]
+
+
+def test_a_transform_cannot_spoil_the_cache(index: CocoIndex) -> None:
+    class Careless(EvalTransform):
+        def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
+            image[:] = 0
+            return super().__call__(image, boxes, labels, crowd)
+
+    data = DetectionDataset(index, Careless(Preprocessing(24, 100)), cache=True)
+    with pytest.raises(ValueError, match="read-only"):
+        data[0]
+
+
+def test_cache_stops_at_its_bound(
+    index: CocoIndex, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dataset_module, "CACHE_BYTES", (48 * 64 + 60 * 40) * 3)
+    with caplog.at_level(logging.INFO):
+        data = DetectionDataset(index, EvalTransform(Preprocessing(24, 100)), cache=True)
+    assert "2 of 4 pictures" in caplog.text
+    assert "decoded each time" in caplog.text
+    assert [data[i]["image_id"] for i in range(4)] == [10, 7, 42, 99]
+
+
+class Repeat:
+    """One sample many times: pictures that differ were drawn differently."""
+
+    def __init__(self, data: DetectionDataset) -> None:
+        self.dataset = data
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.dataset[0]
+
+
+def epochs(index: CocoIndex, workers: int, persistent: bool, seed: int = 0, rank: int = 0) -> list[bytes]:
+    """The pictures of three epochs of eight samples, as a training run with this global seed draws them."""
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        loader: DataLoader[Any] = DataLoader(
+            Repeat(DetectionDataset(index, train_transform(seed))),  # type: ignore[arg-type]
+            batch_size=2,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=persistent,
+            worker_init_fn=seed_worker,
+            collate_fn=list,
+            multiprocessing_context="fork" if workers else None,
+        )
+        return [sample["image"].tobytes() for _ in range(3) for batch in loader for sample in batch]
+
+
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_draws_are_distinct_and_reproducible(index: CocoIndex, workers: int, persistent: bool) -> None:
+    drawn = epochs(index, workers, persistent)
+    assert len(drawn) == 24
+    assert len(set(drawn)) == 24
+    assert epochs(index, workers, persistent) == drawn
+    others = epochs(index, workers, persistent, rank=1) + epochs(index, workers, persistent, seed=1)
+    assert len({*drawn, *others}) == 72
+
+
+def test_seed_worker_finds_the_data_set_in_a_subset(index: CocoIndex) -> None:
+    data = DetectionDataset(index, train_transform())
+    loader: DataLoader[Any] = DataLoader(
+        Subset(data, [0, 0, 0, 0]),
+        num_workers=2,
+        worker_init_fn=seed_worker,
+        collate_fn=collate,
+        multiprocessing_context="fork",
+    )
+    assert len({batch.images.numpy().tobytes() for batch in loader}) == 4
+
+
+def test_collate_pads_pictures_and_objects(index: CocoIndex) -> None:
+    data = DetectionDataset(index, EvalTransform(Preprocessing(40, 80)))
+    batch = collate([data[i] for i in range(4)])
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (4, 3, 64, 96)
+    assert batch.image_sizes.tolist() == [[40, 53], [60, 40], [40, 40], [40, 80]]
+    assert batch.boxes.shape == (4, 2, 4)
+    assert batch.labels.tolist() == [[0, 1], [2, 0], [-1, -1], [1, -1]]
+    assert batch.crowd.tolist() == [[False, False], [True, False], [False, False], [False, False]]
+    assert batch.boxes[3].tolist() == [[10, 5, 40, 25], [0, 0, 0, 0]]
+    assert batch.scales.dtype == torch.float64
+    assert batch.original_sizes.tolist() == [[48, 64], [60, 40], [50, 50], [40, 80]]
+    assert batch.image_ids == (10, 7, 42, 99)
+    picture = data[1]["image"]
+    np.testing.assert_array_equal(batch.images[1, :, :60, :40].permute(1, 2, 0), picture)
+    assert batch.images[1, :, 60:].unique().tolist() == [104, 116, 124]
+
+
+def test_a_batch_without_objects_keeps_one_place(index: CocoIndex) -> None:
+    batch = collate([DetectionDataset(index, EvalTransform(Preprocessing(40, 80)))[2]])
+    assert batch.boxes.shape == (1, 1, 4)
+    assert batch.labels.tolist() == [[-1]]
+    assert batch.crowd.tolist() == [[False]]
+
+
+def test_evaluation_batches_do_not_depend_on_batch_mates(index: CocoIndex) -> None:
+    data = DetectionDataset(index, EvalTransform(Preprocessing(32, 64)))
+    samples = [data[i] for i in (0, 1, 2, 3, 0)]
+    batches = collate_eval(samples)
+    assert [batch.image_ids for batch in batches] == [(10, 99, 10), (7,), (42,)]
+    alone = {sample["image_id"]: collate([sample]) for sample in samples}
+    for batch in batches:
+        for i, image_id in enumerate(batch.image_ids):
+            assert torch.equal(batch.images[i], alone[image_id].images[0])

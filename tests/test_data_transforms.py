@@ -1,0 +1,269 @@
+"""Pixels and boxes move together; nothing that is drawn makes a canvas larger, or loses what must not be lost."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detector.data.transforms import EvalTransform, TrainTransform, Transformed, process_rank
+from detector.errors import InputError
+from detector.preprocess import Preprocessing
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+STILL: dict[str, Any] = {
+    "flip": 0.0,
+    "vertical_flip": 0.0,
+    "scale": (1.0, 1.0),
+    "photometric": 0.0,
+    "crop": 0.0,
+    "rotate90": 0.0,
+    "seed": 0,
+}
+ALL: dict[str, Any] = {
+    "flip": 0.5,
+    "vertical_flip": 0.5,
+    "scale": (0.5, 2.0),
+    "photometric": 1.0,
+    "crop": 0.5,
+    "rotate90": 0.5,
+    "seed": 0,
+}
+NONE = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
+# One channel each, so that the pixels say where a box must be.
+BOXES = np.array([[20, 30, 60, 50], [90, 10, 110, 70], [40, 80, 100, 100]], np.float32)
+
+
+def scene(height: int = 120, width: int = 160) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A black picture with a red, a green and a blue rectangle, and their boxes."""
+    image = np.zeros((height, width, 3), np.uint8)
+    for channel, (x1, y1, x2, y2) in enumerate(BOXES.astype(int)):
+        image[y1:y2, x1:x2, channel] = 255
+    return image, BOXES.copy(), np.array([0, 1, 2]), np.array([False, False, True])
+
+
+def extent(channel: np.ndarray) -> np.ndarray:
+    rows, columns = np.nonzero(channel > 127)
+    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+
+
+def is_valid(result: Transformed) -> bool:
+    height, width = result.image.shape[:2]
+    count = len(result.boxes)
+    sides = result.boxes[:, 2:] - result.boxes[:, :2]
+    return (
+        result.image.dtype == np.uint8
+        and result.image.flags.c_contiguous
+        and result.boxes.shape == (count, 4)
+        and [str(part.dtype) for part in result[1:4]] == ["float32", "int64", "bool"]
+        and result.labels.shape == result.crowd.shape == (count,)
+        and bool((result.boxes >= 0).all() and (result.boxes <= [width, height, width, height]).all())
+        and bool((sides >= 1).all())
+    )
+
+
+def test_evaluation_resizes_and_nothing_else() -> None:
+    image, *objects = scene()
+    result = EvalTransform(Preprocessing(60, 100))(image, *objects)
+    assert result.image.shape == (60, 80, 3)
+    assert result.scale.tolist() == [0.5, 0.5]
+    np.testing.assert_allclose(result.boxes, BOXES / 2)
+    for label, box in zip(result.labels, result.boxes, strict=True):
+        np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1)
+    assert is_valid(EvalTransform(Preprocessing(60, 100))(image, *NONE))
+
+
+def test_training_without_draws_is_evaluation() -> None:
+    image, *objects = scene()
+    ours = TrainTransform(Preprocessing(90, 200), **STILL)(image, *objects)
+    theirs = EvalTransform(Preprocessing(90, 200))(image, *objects)
+    np.testing.assert_array_equal(ours.image, theirs.image)
+    np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-3)
+    for mine, other in zip(ours[2:], theirs[2:], strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("name", ["flip", "vertical_flip", "rotate90", "crop", "scale"])
+def test_boxes_follow_the_pixels(name: str) -> None:
+    options = {**STILL, name: (0.5, 0.95) if name == "scale" else 1.0}
+    transform = TrainTransform(Preprocessing(120, 160), **options)
+    image, *objects = scene()
+    pictures = set()
+    for _ in range(20):
+        result = transform(image, *objects)
+        assert is_valid(result)
+        assert sorted(result.labels) == [0, 1, 2]
+        pictures.add(result.image.tobytes())
+        for label, box in zip(result.labels, result.boxes, strict=True):
+            np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1.5)
+    if name in ("crop", "scale"):
+        assert len(pictures) > 10
+    else:
+        assert len(pictures) == (4 if name == "rotate90" else 1)
+
+
+def test_everything_at_once_stays_valid_and_within_the_canvas() -> None:
+    preprocessing = Preprocessing(96, 128)
+    transform = TrainTransform(preprocessing, **ALL)
+    image, *objects = scene()
+    crowds = 0
+    for _ in range(200):
+        result = transform(image, *objects)
+        assert is_valid(result)
+        assert min(result.image.shape[:2]) <= 96
+        assert max(result.image.shape[:2]) <= 128
+        np.testing.assert_array_equal(result.crowd, result.labels == 2)
+        crowds += int(result.crowd.sum())
+    assert crowds > 100
+    assert all(is_valid(transform(image, *NONE)) and not len(transform(image, *NONE).boxes) for _ in range(20))
+
+
+def test_zooming_in_keeps_the_size_and_what_can_be_seen() -> None:
+    transform = TrainTransform(Preprocessing(120, 160), **{**STILL, "scale": (2.0, 2.0)})
+    image, *objects = scene()
+    full = BOXES.astype(np.float64) * 2
+    areas = (full[:, 2:] - full[:, :2]).prod(axis=1)
+    kept: Counter[int] = Counter()
+    for _ in range(60):
+        result = transform(image, *objects)
+        assert result.image.shape == (120, 160, 3)
+        assert result.scale.tolist() == [2, 2]
+        shown = [(result.image[..., channel] > 127).sum() / areas[channel] for channel in range(3)]
+        assert all(
+            (label in result.labels) == (shown[label] >= 0.3) for label in (0, 1) if abs(shown[label] - 0.3) > 0.03
+        )
+        assert (2 in result.labels) == (shown[2] > 0.01)  # a crowd region stays, however little of it is in sight
+        kept.update(result.labels.tolist())
+        for label, box in zip(result.labels, result.boxes, strict=True):
+            np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1.5)
+    assert all(0 < kept[label] < 60 for label in (0, 1))
+
+
+def test_zooming_out_never_exceeds_and_spreads_over_the_range() -> None:
+    transform = TrainTransform(Preprocessing(120, 160), **{**STILL, "scale": (0.25, 4.0)})
+    image, *objects = scene()
+    factors = np.array([transform(image, *objects).scale[0] for _ in range(300)])
+    assert factors.min() < 0.3
+    assert factors.max() > 3.5
+    assert 0.4 < (factors < 1).mean() < 0.6  # uniform in the logarithm
+
+
+def test_crop_keeps_every_object_whole_even_thin_ones() -> None:
+    transform = TrainTransform(Preprocessing(100, 100), **{**STILL, "crop": 1.0, "scale": (1.0, 1.0)})
+    image = np.zeros((100, 100, 3), np.uint8)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        x, y = rng.uniform(0, 99.4, 2)
+        thin = np.array([[x, y, x + 0.6, min(y + 30, 100)]], np.float32)
+        result = transform(image, thin, np.array([5]), np.array([False]))
+        assert is_valid(result)
+        sides = (thin[0, 2:] - thin[0, :2]) * result.scale
+        if (sides > 1.001).all():
+            assert result.labels.tolist() == [5]
+            np.testing.assert_allclose(result.boxes[0, 2:] - result.boxes[0, :2], sides, atol=0.01)
+
+
+def test_boxes_below_a_pixel_and_without_area_are_left_out() -> None:
+    transform = TrainTransform(Preprocessing(60, 80), **STILL)
+    image = np.zeros((120, 160, 3), np.uint8)
+    boxes = np.array([[10, 10, 11.5, 40], [20, 20, 23, 23], [30, 30, 30, 30], [150, 100, 400, 300]], np.float32)
+    result = transform(image, boxes, np.array([7, 8, 9, 2**40]), np.zeros(4, bool))
+    assert result.labels.tolist() == [8, 2**40]  # labels do not pass through float32
+    np.testing.assert_allclose(result.boxes, np.array([[10, 10, 11.5, 11.5], [75, 50, 80, 60]]), atol=1e-3)
+
+
+def test_arguments_are_not_written_to() -> None:
+    transform = TrainTransform(Preprocessing(96, 128), **ALL)
+    arguments = scene()
+    before = [part.copy() for part in arguments]
+    for part in arguments:
+        part.setflags(write=False)
+    for _ in range(40):
+        transform(*arguments)
+    for part, old in zip(arguments, before, strict=True):
+        np.testing.assert_array_equal(part, old)
+
+
+def draws(transform: TrainTransform, count: int = 12) -> list[bytes]:
+    image, *objects = scene()
+    image = image // 2 + 40
+    return [transform(image, *objects).image.tobytes() for _ in range(count)]
+
+
+def test_seeds_decide_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fresh(**options: Any) -> TrainTransform:
+        return TrainTransform(Preprocessing(60, 80), **{**ALL, **options})
+
+    first = draws(fresh())
+    assert len(set(first)) == 12
+    assert draws(fresh()) == first
+    assert draws(pickle.loads(pickle.dumps(fresh()))) == first
+    streams = [first, draws(fresh(seed=1))]
+    for worker_seed in (1, 2**63 + 5):
+        transform = fresh()
+        transform.reseed(worker_seed)
+        streams.append(draws(transform))
+        transform.reseed(worker_seed)
+        assert draws(transform) == streams[-1]
+    monkeypatch.setenv("RANK", "1")
+    streams.append(draws(fresh()))
+    assert len({picture for stream in streams for picture in stream}) == 5 * 12
+
+
+def test_flips_are_drawn_independently() -> None:
+    # albumentations' own seeding gives every transform the same stream: both flips, or none.
+    transform = TrainTransform(Preprocessing(120, 160), **{**STILL, "flip": 0.5, "vertical_flip": 0.5})
+    image, *objects = scene()
+    seen = Counter(tuple(transform(image, *objects).boxes[0]) for _ in range(100))
+    assert len(seen) == 4
+    assert min(seen.values()) > 10
+
+
+def test_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert process_rank() == 0
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert process_rank() == 2
+    monkeypatch.setenv("RANK", "5")
+    assert process_rank() == 5
+
+
+@pytest.mark.parametrize("name", ["flip", "vertical_flip", "photometric", "crop", "rotate90"])
+def test_a_probability_is_named(name: str) -> None:
+    for value in (-0.1, 1.5, float("nan")):
+        with pytest.raises(InputError, match=rf"^{name}={value}: .*\[0, 1\]"):
+            TrainTransform(Preprocessing(60, 80), **{**STILL, name: value})
+
+
+def test_a_bad_scale_and_seed_are_named() -> None:
+    for value in ((0.0, 1.0), (1.5, 1.0), (1.0, float("inf"))):
+        with pytest.raises(InputError, match=r"scale=\(.*expected 0 < lowest <= highest"):
+            TrainTransform(Preprocessing(60, 80), **{**STILL, "scale": value})
+    with pytest.raises(InputError, match="seed=-1: expected 0 or more"):
+        TrainTransform(Preprocessing(60, 80), **{**STILL, "seed": -1})
+
+
+def test_albumentations_does_not_ask_the_network() -> None:
+    code = (
+        "import socket, sys\n"
+        "sys.modules['torch'] = None\n"  # not needed, and slow to import
+        "def refuse(*a, **k): raise SystemExit('asked the network')\n"
+        "socket.getaddrinfo = socket.create_connection = refuse\n"
+        "from detector.data.transforms import TrainTransform\n"
+        "from detector.preprocess import Preprocessing\n"
+        "TrainTransform(Preprocessing(60, 80), flip=0, vertical_flip=0, scale=(1, 1), photometric=0, crop=0,"
+        " rotate90=0, seed=0)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
