@@ -1,0 +1,1 @@
+"""From a trained network to one that runs fast, here or elsewhere."""

@@ -1,0 +1,1 @@
+"""Direct measurements: what a network costs, and how fast it is on this machine."""

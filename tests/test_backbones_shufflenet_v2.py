@@ -1,0 +1,223 @@
+"""The contract of a backbone for every file in conf/backbone/, and ShuffleNet V2 against torchvision and the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+import yaml
+from torch import Tensor, nn
+
+from detector.backbones import BACKBONES, build_backbone
+from detector.backbones.classifier import ImageClassifier
+from detector.backbones.pretrained import load_weights
+from detector.backbones.shufflenet_v2 import interleave
+from detector.errors import InputError
+from detector.lab.cost import multiply_adds, parameters
+
+CONF = Path(__file__).parents[1] / "conf" / "backbone"
+V2 = {"0.5x": "x0_5", "1x": "x1_0", "1.5x": "x1_5", "2x": "x2_0"}  # our file name -> torchvision's
+
+
+def build(file_name: str, **changes: Any) -> nn.Module:
+    spec = yaml.safe_load((CONF / f"{file_name}.yaml").read_text())
+    del spec["weights"]
+    torch.manual_seed(0)
+    return build_backbone(**(spec | changes))
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """As after training: no BN is near the identity."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, 0, 0.2)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, 0, 0.2)
+    return module
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.fixture(params=sorted(path.stem for path in CONF.glob("*.yaml")))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_there_is_a_file_for_every_backbone() -> None:
+    assert {yaml.safe_load(path.read_text())["name"] for path in CONF.glob("*.yaml")} == set(BACKBONES)
+
+
+def test_channels_and_strides_are_as_stated(name: str) -> None:
+    backbone = build(name).eval()
+    with torch.no_grad():
+        features = backbone(torch.randn(2, 3, 96, 128))
+    assert list(features) == ["c3", "c4", "c5"]
+    for key, feature in features.items():
+        stride = backbone.strides[key]
+        assert feature.shape == (2, backbone.channels[key], 96 // stride, 128 // stride)
+        assert feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    backbone = build(name).train()
+    features = backbone(torch.randn(2, 3, 64, 64))
+    sum((feature * torch.randn_like(feature)).sum() for feature in features.values()).backward()
+    for parameter_name, parameter in backbone.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+
+
+def test_result_does_not_depend_on_the_batch(name: str) -> None:
+    backbone = randomise(build(name)).eval()
+    images = torch.randn(3, 3, 64, 96)
+    with torch.no_grad():
+        together, alone = backbone(images), backbone(images[1:2])
+    for key, feature in alone.items():
+        assert relative_error(together[key][1:2], feature) < 1e-6
+
+
+def test_state_dict_round_trip(name: str) -> None:
+    backbone, other = randomise(build(name)).eval(), build(name).eval()
+    other.load_state_dict(backbone.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = backbone(images), other(images)
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("width", V2)
+def test_equals_torchvision(width: str) -> None:
+    theirs = randomise(getattr(torchvision.models, f"shufflenet_v2_{V2[width]}")(weights=None)).eval()
+    images = torch.randn(2, 3, 96, 128).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        x = theirs.maxpool(theirs.conv1(images))
+        c3 = theirs.stage2(x)
+        c4 = theirs.stage3(c3)
+        c5 = theirs.stage4(c4)
+    for file_name in (f"v2_{width}", f"v2star_{width}"):  # V2* starts as V2, bit for bit
+        ours = build(file_name).eval()
+        load_weights_of(ours, theirs)
+        with torch.no_grad():
+            features = ours(images)
+        assert torch.equal(features["c3"], c3)
+        assert torch.equal(features["c4"], c4)
+        assert torch.equal(features["c5"], c5)
+
+
+def load_weights_of(ours: nn.Module, theirs: nn.Module) -> None:
+    keys = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert all(".extra." in key for key in keys.missing_keys)
+    assert all(key.startswith(("conv5.", "fc.")) for key in keys.unexpected_keys)
+
+
+def classifier(file_name: str, **changes: Any) -> ImageClassifier:
+    conv5_channels = 2048 if file_name.endswith("_2x") else 1024  # table 5
+    return ImageClassifier(build(file_name, **changes), conv5_channels=conv5_channels, num_classes=1000)
+
+
+# Ma et al. 2018, table 5, and the same computed to more digits from the authors' code and from torchvision's.
+@pytest.mark.parametrize(
+    ("width", "table_5", "paper", "torchvision_layout", "extra", "count"),
+    [
+        ("0.5x", (41, 1.4), 40.48, 40.48, 2.41, 1_366_792),
+        ("1x", (146, 2.3), 145.81, 144.91, 4.87, 2_278_604),
+        ("1.5x", (299, 3.5), 298.97, 295.76, 7.04, 3_503_624),
+        ("2x", (591, 7.4), 590.78, 583.25, 9.50, 7_393_996),
+    ],
+)
+def test_costs_are_the_published_ones(
+    width: str, table_5: tuple[float, float], paper: float, torchvision_layout: float, extra: float, count: int
+) -> None:
+    images = torch.zeros(1, 3, 224, 224)
+    theirs, ours, star = (
+        classifier(f"v2_{width}", layout="paper"),
+        classifier(f"v2_{width}"),
+        classifier(f"v2star_{width}"),
+    )
+    assert round(multiply_adds(theirs, images) / 1e6, 2) == pytest.approx(paper, abs=0.011)
+    assert multiply_adds(theirs, images) / 1e6 == pytest.approx(table_5[0], rel=0.015)
+    assert multiply_adds(ours, images) / 1e6 == pytest.approx(torchvision_layout, abs=0.01)
+    assert (multiply_adds(star, images) - multiply_adds(ours, images)) / 1e6 == pytest.approx(extra, abs=0.01)
+    assert round(parameters(theirs) / 1e6, 1) == table_5[1]
+    assert parameters(ours) == count
+    assert count == parameters(getattr(torchvision.models, f"shufflenet_v2_{V2[width]}")(weights=None))
+
+
+def test_interleave_is_the_channel_shuffle_of_two_groups() -> None:
+    first, second = torch.randn(2, 2, 6, 5, 7).unbind()
+    assert torch.equal(interleave(first, second), torch.nn.functional.channel_shuffle(torch.cat((first, second), 1), 2))
+
+
+@pytest.mark.parametrize("file_name", ["v2_0.5x", "v2star_0.5x"])
+def test_dilated_c5_holds_the_plain_one(file_name: str) -> None:
+    plain, dilated = randomise(build(file_name)).eval(), build(file_name, dilate_c5=True).eval()
+    dilated.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 160, 128)
+    with torch.no_grad():
+        expected, got = plain(images), dilated(images)
+    assert dilated.strides == {"c3": 8, "c4": 16, "c5": 16}
+    assert got["c5"].shape[-2:] == got["c4"].shape[-2:]
+    assert relative_error(got["c5"][..., ::2, ::2], expected["c5"]) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_v2star_starts_as_v2_in_both_modes(mode: str) -> None:
+    plain, star = randomise(build("v2_0.5x")), build("v2star_0.5x")
+    star.load_state_dict(plain.state_dict(), strict=False)
+    images = torch.randn(4, 3, 96, 128)
+    for backbone in (plain, star):
+        backbone.train(mode == "train")
+    with torch.no_grad():
+        expected, got = plain(images), star(images)
+    for key in expected:
+        assert torch.equal(got[key], expected[key])
+
+
+def test_extra_depthwise_learns_and_stays_what_it_is_when_saved() -> None:
+    star = build("v2star_0.5x").train()
+    optimizer = torch.optim.SGD(star.parameters(), lr=0.1)
+    before = {key: value.clone() for key, value in star.state_dict().items() if ".extra." in key}
+    sum(x.square().mean() for x in star(torch.randn(4, 3, 64, 64)).values()).backward()
+    optimizer.step()
+    after = star.state_dict()
+    statistics = [key for key in before if "running" in key]
+    assert all(torch.equal(before[key], after[key]) for key in statistics)
+    assert all(not torch.equal(before[key], after[key]) for key in before if key.endswith(("weight", "bias")))
+    restored = build("v2star_0.5x").eval()
+    restored.load_state_dict(after)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(restored(images)["c5"], star.eval()(images)["c5"])
+
+
+def test_v2star_starts_as_v2_with_real_weights(shared: Path) -> None:
+    weights = shared / "weights" / "shufflenet_v2_x0_5_backbone.pth"
+    plain, star = build("v2_0.5x").train(), build("v2star_0.5x").train()
+    load_weights(plain, weights)
+    load_weights(star, weights)
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(star(images)["c5"], plain(images)["c5"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "resnet"}, r"'resnet' is unknown; there is shufflenet_v2"),
+        ({"layout": "tensorflow"}, r"'tensorflow' is unknown; there is torchvision and paper"),
+        ({"channels": [48, 96]}, "three of each"),
+        ({"channels": [48, 98, 192]}, "multiples of 4"),
+        ({"repeats": [4, 0, 4]}, "at least 1"),
+        ({"wdith": 2}, "wdith"),
+    ],
+)
+def test_wrong_values_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build("v2_0.5x", **changes)
