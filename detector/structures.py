@@ -1,4 +1,4 @@
-"""The types that cross module borders: Batch (tensors, the network's frame) and Detections (numpy, the user's frame)."""
+"""The types that cross module borders: Batch (tensors, network's frame) and Detections (numpy, user's frame)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,43 @@
+"""Anchors: boxes of fixed sizes and shapes, centred on every cell of a feature map (Ren et al. 2015, section 3.1.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class AnchorGrid(nn.Module):
+    """Makes one anchor tensor for a feature map; the same for every image of a batch.
+
+    Args:
+        scales: square roots of the anchors' areas, in pixels of the input (Light-Head R-CNN: 32 64 128 256 512).
+        ratios: height / width (Light-Head R-CNN: 0.5 1 2).
+        stride: input pixels per cell.
+    """
+
+    cells: Tensor
+
+    def __init__(self, *, scales: Sequence[float], ratios: Sequence[float], stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        sizes = [(scale * ratio**-0.5, scale * ratio**0.5) for scale in scales for ratio in ratios]
+        half = torch.tensor(sizes, dtype=torch.float64) / 2
+        self.register_buffer("cells", torch.cat((-half, half), dim=1).float(), persistent=False)
+
+    @property
+    def per_cell(self) -> int:
+        return len(self.cells)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """Anchors (height * width * per_cell, 4) of a feature map, ordered by row, column, shape.
+
+        Cell i's anchors are centred on pixel i * stride, where the cell looks: a 3x3 convolution of stride 2 and
+        padding 1 is centred on pixel 2i of its input, so a chain of them is centred on stride * i, not on the middle
+        of a stride x stride square. LightHead reads the map in the same frame. Source: torchvision's AnchorGenerator.
+        """
+        y = torch.arange(height, device=self.cells.device, dtype=self.cells.dtype) * self.stride
+        x = torch.arange(width, device=self.cells.device, dtype=self.cells.dtype) * self.stride
+        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (height, width, 2)
+        return (centers.repeat(1, 1, 2)[:, :, None] + self.cells).flatten(0, 2)

@@ -1,0 +1,73 @@
+"""The network: backbone, neck, RPN, light head. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from detector.backbones import Backbone
+from detector.light_head import LightHead
+from detector.rpn import RPN
+from detector.structures import Batch
+
+# ImageNet statistics of RGB in 0-255: what torchvision's backbones were trained with.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+class LightHeadRCNN(nn.Module):
+    """Light-Head R-CNN (Li et al. 2017) on any backbone that gives c3, c4 and c5.
+
+    Takes raw uint8 pixels: mean and standard deviation belong to the network, so that nobody can forget them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone, neck: nn.Module, rpn: RPN, head: LightHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.rpn = rpn
+        self.head = head
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 RGB (N, 3, H, W) -> float, zero mean and unit deviation over ImageNet, channels last in memory."""
+        return ((images.to(self.mean.dtype) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of the RPN and the map of the light head."""
+        return self.neck(self.backbone(self.normalise(images)))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The training losses; so named because DistributedDataParallel wraps forward."""
+        return self.losses(batch)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """rpn_objectness, rpn_box, head_class, head_box: scalars whose sum is to be minimised."""
+        rpn_map, head_map = self.features(batch.images)
+        objectness, deltas, anchors = self.rpn(rpn_map)
+        losses = self.rpn.losses(objectness, deltas, anchors, batch)
+        with torch.no_grad():
+            proposals = self.rpn.propose(objectness, deltas, anchors, batch.image_sizes)
+            rois, matches = self.head.rois_for_training(proposals, batch)
+        output = self.head(head_map, rois.boxes)
+        return losses | self.head.losses(output, rois, matches, batch)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, image_sizes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Find objects.
+
+        Args:
+            images: uint8 RGB (N, 3, H, W).
+            image_sizes: (N, 2), height and width of each picture inside the padding.
+
+        Returns:
+            Per image: boxes (D, 4) xyxy in pixels of the padded input, scores (D,), labels (D,), best first.
+        """
+        rpn_map, head_map = self.features(images)
+        objectness, deltas, anchors = self.rpn(rpn_map)
+        proposals = self.rpn.propose(objectness, deltas, anchors, image_sizes)
+        return self.head.detect(self.head(head_map, proposals.boxes), proposals, image_sizes)

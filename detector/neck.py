@@ -1,0 +1,66 @@
+"""The map that RPN and light head look at: the backbone's own stages, or one fused map at stride 16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NoNeck(nn.Module):
+    """RPN on C4, light head on C5: Li et al. 2017 (Light-Head R-CNN), figure 2."""
+
+    def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
+        super().__init__()
+        self.rpn_channels, self.rpn_stride = channels["c4"], strides["c4"]
+        self.head_channels, self.head_stride = channels["c5"], strides["c5"]
+
+    def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return features["c4"], features["c5"]
+
+
+class ContextEnhancement(nn.Module):
+    """One map at stride 16 from C3, C4, C5 and the global average: what both stages share.
+
+    1x1 of C4 + upsampled 1x1 of C5 + 1x1 of the global average + strided 3x3 of C3, then a 5x5 depthwise and a 1x1.
+
+    Source: Qin et al. 2019 (ThunderNet), section 3.2. Ours: C3, which carries the small objects, and the depthwise
+    convolution that mixes the sum; each branch has a batch normalisation, so that none drowns the others.
+
+    Args:
+        channels, strides: of the backbone.
+        width: channels of the fused map (ThunderNet: 245).
+    """
+
+    def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int], *, width: int) -> None:
+        super().__init__()
+        self.rpn_channels = self.head_channels = width
+        self.rpn_stride = self.head_stride = strides["c4"]
+        self.c3 = _conv_bn(channels["c3"], width, kernel=3, stride=2)
+        self.c4 = _conv_bn(channels["c4"], width)
+        self.c5 = _conv_bn(channels["c5"], width)
+        # No normalisation on the global branch: one value per image and channel has no variance at batch size 1.
+        self.context = nn.Conv2d(channels["c5"], width, 1)
+        self.mix = nn.Sequential(
+            nn.Conv2d(width, width, 5, padding=2, groups=width, bias=False),
+            nn.BatchNorm2d(width),
+            nn.Conv2d(width, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        c4 = self.c4(features["c4"])
+        c5 = F.interpolate(self.c5(features["c5"]), size=c4.shape[-2:], mode="nearest")
+        context = self.context(features["c5"].mean(dim=(2, 3), keepdim=True))
+        fused = self.mix(torch.relu(c4 + c5 + context + self.c3(features["c3"])))
+        return fused, fused
+
+
+def _conv_bn(inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
