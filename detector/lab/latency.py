@@ -1,0 +1,71 @@
+"""Timing that survives a noisy machine: contestants take turns, the ratio is taken per turn, medians are reported."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Seconds of two contestants that took turns.
+
+    Attributes:
+        name: what was measured.
+        ours, peer: seconds per turn.
+    """
+
+    name: str
+    ours: list[float]
+    peer: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is: the median over the turns of peer / ours."""
+        return statistics.median(theirs / mine for mine, theirs in zip(self.ours, self.peer, strict=True))
+
+    def to_dict(self) -> dict[str, float | str]:
+        return {
+            "name": self.name,
+            "ours_ms": 1000 * statistics.median(self.ours),
+            "peer_ms": 1000 * statistics.median(self.peer),
+            "ratio": self.ratio,
+        }
+
+
+def contest(name: str, ours: Callable[[], object], peer: Callable[[], object], *, turns: int) -> Contest:
+    """Time two callables in alternation, each once unmeasured first (allocation, caches, lazy initialisation)."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(turns + 1):
+        for seconds, call in zip(times, (ours, peer), strict=True):
+            start = time.perf_counter()
+            call()
+            _wait_for_device()
+            if turn:
+                seconds.append(time.perf_counter() - start)
+    return Contest(name, *times)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> str:
+    """The processor's name, torch's threads, and its version: without them a figure of speed says nothing."""
+    name = next(_processor_names(), "unknown processor")
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _processor_names() -> Iterator[str]:
+    try:
+        with open("/proc/cpuinfo") as file:
+            yield from (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except OSError:
+        import platform
+
+        yield platform.processor() or platform.machine()
