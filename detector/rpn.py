@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from detector.anchors import AnchorGrid
 from detector.boxes import clip_boxes, decode_boxes, encode_boxes
-from detector.matching import gather_boxes, match, sample
+from detector.matching import Matches, gather_boxes, match, sample
 from detector.structures import Batch
 
 
@@ -126,8 +126,7 @@ class RPN(nn.Module):
         out_boxes = boxes.new_zeros(len(boxes), count, 4)
         out_logits = logits.new_full((len(boxes), count), float("-inf"))
         for i, (image_boxes, image_logits) in enumerate(zip(boxes, logits, strict=True)):
-            keep = batched_nms(image_boxes, image_logits, torch.zeros_like(image_logits).long(), self.nms_threshold)
-            keep = keep[:count]
+            keep = nms(image_boxes, image_logits, self.nms_threshold)[:count]
             out_boxes[i, : len(keep)] = image_boxes[keep]
             out_logits[i, : len(keep)] = image_logits[keep]
         valid = out_logits.isfinite()
@@ -148,6 +147,7 @@ class RPN(nn.Module):
                 background_iou=self.background_iou,
                 best_is_foreground=True,
             )
+            matches = Matches(matches.index, matches.foreground, matches.background & _in_picture(anchors, batch))
             foreground, background = sample(matches, count=self.sample_count, foreground_share=self.foreground_share)
             sampled = foreground | background
             image, anchor = foreground.nonzero(as_tuple=True)
@@ -158,6 +158,12 @@ class RPN(nn.Module):
         )
         box_loss = F.smooth_l1_loss(deltas[image, anchor], targets, beta=self.smooth_l1_beta, reduction="sum")
         return {"rpn_objectness": objectness_loss / count, "rpn_box": box_loss / count}
+
+
+def _in_picture(anchors: Tensor, batch: Batch) -> Tensor:
+    """Which anchors are centred on the picture, not on its padding: (N, A). Padding is too easy to learn from."""
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    return (centers < batch.image_sizes.flip(-1)[:, None]).all(dim=-1)
 
 
 def _dense(inputs: int, outputs: int) -> nn.Sequential:

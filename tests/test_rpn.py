@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,3 +210,18 @@ def test_outputs_are_float32_under_autocast(small_spec: dict) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = rpn(torch.randn(1, 12, 3, 5))
     assert [output.dtype for output in outputs] == [torch.float32] * 3
+
+
+def test_padding_is_never_background(small_spec: dict, make_batch: Callable[..., Batch]) -> None:
+    rpn = build(small_spec, sample_count=1000)
+    batch = make_batch([[(10, 10, 30, 30, 0)], []])
+    batch = replace(batch, image_sizes=torch.tensor([[30, 50], [64, 96]]))
+    objectness, deltas, anchors = raw(rpn, len(batch))
+    objectness.requires_grad_()
+    rpn.losses(objectness, deltas, anchors, batch)["rpn_objectness"].backward()
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    padding = (centers[:, 0] >= 50) | (centers[:, 1] >= 30)
+    assert objectness.grad is not None
+    assert not objectness.grad[0, padding].any()
+    assert objectness.grad[0, ~padding].any()
+    assert objectness.grad[1, padding].any()
