@@ -266,6 +266,10 @@ def explain(error: Exception) -> str | None:
         return f"cannot write {error.filename or 'a file'}: {os.strerror(error.errno).lower()}. Choose another place."
     if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported for its name
         return "the GPU's memory is full: lower train.batch_size or val.batch_size (and raise trainer.accumulate)."
+    if isinstance(error, RuntimeError) and re.search(
+        r"[Cc]onnection (closed|reset) by peer|remote process exited", str(error)
+    ):
+        return "another process of this run has ended; its own message says why."
     if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .*(killed|exited unexpectedly)", str(error)):
         return f"{first_line(error)} Memory, or /dev/shm, may be full: try workers=0, or data.cache=false."
     return None

@@ -1,0 +1,1 @@
+"""Training and distributed evaluation: the only package that imports Lightning."""

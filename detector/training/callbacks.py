@@ -1,0 +1,186 @@
+"""What a run writes besides checkpoints: the table of its history, curves, a picture of what the network saw."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
+from torch import Tensor
+
+from detector.evaluation.coco import METRICS
+from detector.files import replacing, write_json
+from detector.structures import Batch
+from detector.visualize import draw_batch, plot_curves
+
+log = logging.getLogger(__name__)
+
+LOSSES = ("loss", "loss_rpn_objectness", "loss_rpn_box", "loss_head_class", "loss_head_box")
+COLUMNS = ("step", "epoch", "lr", *LOSSES, *METRICS)
+
+
+class History(lightning.Callback):
+    """Writes metrics.csv (a row every `every` steps, and one per validation), metrics.json and curves.png.
+
+    Lightning's CSVLogger starts an empty file when a run is resumed; this one goes on.
+    """
+
+    def __init__(self, run_dir: Path, *, every: int) -> None:
+        self.run_dir, self.every = run_dir, every
+        self.path = run_dir / "metrics.csv"
+        self.best: dict[str, Any] = {}
+        self.lr = 0.0
+        self.written = 0
+
+    # Not on_fit_start: there the step of a resumed run is not restored yet.
+    def on_train_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.written = trainer.global_step
+        # A run that died wrote rows after its last checkpoint; they will be written again.
+        kept = [row for row in self._read() if int(row["step"]) <= trainer.global_step]
+        with replacing(self.path) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _write(self, trainer: lightning.Trainer, values: Mapping[str, Any]) -> None:
+        row = {"step": trainer.global_step, "epoch": trainer.current_epoch} | dict(values)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
+
+    def on_before_optimizer_step(
+        self, _: lightning.Trainer, __: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]  # of this step; at the end of the batch it is the next one's
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, _: lightning.LightningModule, __: Any, ___: Any, ____: int
+    ) -> None:
+        step = trainer.global_step
+        # A step can take several batches (trainer.accumulate): a row for the last of them.
+        if trainer.is_global_zero and step % self.every == 0 and step > self.written:
+            losses = {name: f"{trainer.callback_metrics[name].item():.5g}" for name in LOSSES}
+            self._write(trainer, losses | {"lr": f"{self.lr:.4g}"})
+            self.written = step
+
+    def on_validation_end(self, trainer: lightning.Trainer, task: Any) -> None:
+        if not trainer.is_global_zero or trainer.state.fn != "fit":
+            return
+        figures = {key: value for key, value in task.figures.items() if key != "per_class" and value is not None}
+        self._write(trainer, {key: f"{value:.6f}" for key, value in figures.items()})
+        last = task.figures | {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        # As ModelCheckpoint decides about best.ckpt: the first of equals stays, and no figure (no objects) counts as 0.
+        if not self.best or (last["AP"] or 0.0) > (self.best["AP"] or 0.0):
+            self.best = last
+        write_json(self.run_dir / "metrics.json", {"best": self.best, "last": last})
+        if any(row["loss"] or row["AP"] for row in self._read()):
+            plot_curves(self.path, self.run_dir / "curves.png")
+        shown = ", ".join(f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75") if name in figures)
+        log.info(
+            "after epoch %d of %d: %s",
+            trainer.current_epoch + 1, trainer.max_epochs, shown or "no AP, the validation split has no objects",
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+class FirstBatchPicture(lightning.Callback):
+    """Draws the first training batch with its boxes: what most mistakes in data and augmentation can be seen on."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path: Path | None = run_dir / "train_batch.png"
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, task: Any, batch: Batch, _: int) -> None:
+        if self.path is not None and trainer.is_global_zero:
+            with replacing(self.path) as partial:
+                draw_batch(batch, task.detector.class_names).save(partial)
+        self.path = None
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar for a terminal, without the logger's version number."""
+
+    def get_metrics(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> dict[str, Any]:
+        return {key: value for key, value in super().get_metrics(trainer, task).items() if key != "v_num"}
+
+
+class ProgressLines(lightning.Callback):
+    """A line in the log now and then, where there is no terminal for a bar.
+
+    Args:
+        seconds: time between lines.
+    """
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self.first_step = 0
+        self.start = self.last = time.monotonic()
+
+    def on_train_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
+        self.first_step = trainer.global_step
+        self.start = self.last = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, _: lightning.LightningModule, __: Any, ___: Any, ____: int
+    ) -> None:
+        steps = trainer.global_step - self.first_step
+        if not trainer.is_global_zero or steps == 0 or not self._due():
+            return
+        total = int(trainer.estimated_stepping_batches)
+        rate = steps / (time.monotonic() - self.start)
+        log.info(
+            "epoch %d of %d, step %d of %d, loss %.3f, %.2f steps/s, %.0f min left",
+            trainer.current_epoch + 1, trainer.max_epochs, trainer.global_step, total,
+            trainer.callback_metrics["loss"].item(), rate, (total - trainer.global_step) / rate / 60,
+        )  # fmt: skip
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, _: lightning.LightningModule, __: Any, ___: Any, index: int, ____: int = 0
+    ) -> None:
+        if trainer.is_global_zero and self._due():
+            log.info("validation: %d of %s batches", index + 1, trainer.num_val_batches[0])
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
+
+class EMA(WeightAveraging):
+    """Exponential moving average of the weights, scored and saved in place of the weights themselves.
+
+    Early on the average follows quickly, or a short run would end with an average over its random start:
+    decay min(d, (1 + n) / (10 + n)) after n updates. Source of the formula: TensorFlow's ExponentialMovingAverage.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=self._average)
+        self.decay = decay
+
+    @torch.no_grad()
+    def _average(self, averages: list[Tensor], currents: list[Tensor], updates: Tensor | int) -> None:
+        if not averages[0].is_floating_point():
+            for average, current in zip(averages, currents, strict=True):
+                average.copy_(current)
+            return
+        count = int(updates)
+        torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + count) / (10 + count)))

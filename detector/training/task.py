@@ -1,0 +1,168 @@
+"""How a Detector is trained and scored under Lightning: a step, an optimiser, exact evaluation, checkpoint fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from detector.api import Detector
+from detector.data.coco import CocoIndex
+from detector.errors import InputError
+from detector.evaluation.coco import evaluate
+from detector.structures import Batch
+from detector.training.schedule import OptimizerSettings, ScheduleSettings, build_optimizer
+
+# Places of torchvision's ShuffleNet V2, by the paper's stage numbers (Ma et al. 2018, table 5).
+STAGES = {1: ("conv1",), 2: ("stage2",), 3: ("stage3",), 4: ("stage4",)}
+
+
+class DetectionTask(lightning.LightningModule):
+    """One detector, its losses, and COCO's figures over the validation split.
+
+    Args:
+        detector: what is trained; its network is the only child, so that checkpoint keys read `network....`.
+        optimizer, schedule: see their classes; None for evaluation alone.
+        freeze_stages: stages of the backbone, counted from the stem as 1, that stay as they are, statistics included
+            (Light-Head: 2).
+        freeze_batch_norm: the backbone's normalisation keeps its statistics and weights.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        *,
+        optimizer: OptimizerSettings | None = None,
+        schedule: ScheduleSettings | None = None,
+        freeze_stages: int = 0,
+        freeze_batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.detector = detector
+        self.network = detector.network
+        self.optimizer_settings, self.schedule = optimizer, schedule
+        self.val_index: CocoIndex | None = None
+        self.results: list[dict[str, Any]] = []
+        self.figures: dict[str, Any] = {}
+        backbone = detector.network.backbone
+        frozen = [backbone.get_submodule(name) for stage in range(1, freeze_stages + 1) for name in STAGES[stage]]
+        if freeze_batch_norm:
+            frozen += _norms(backbone)
+        for module in frozen:
+            module.requires_grad_(False)
+        self._frozen_norms = {norm for module in frozen for norm in _norms(module)}
+
+    def train(self, mode: bool = True) -> DetectionTask:
+        super().train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
+        return self
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        losses = self.network(batch)
+        total = torch.stack(list(losses.values())).sum()
+        if not torch.isfinite(total):
+            parts = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
+            raise InputError(
+                f"The loss is not finite at step {self.global_step} ({parts}) on the images {list(batch.image_ids)}. "
+                "Look at their boxes, lower optimizer.lr, or set optimizer.clip_norm=10; "
+                "last.ckpt holds the state of the last finished epoch (ckpt=.../last.ckpt resume=true)."
+            )
+        self.log_dict({f"loss_{name}": value for name, value in losses.items()}, batch_size=len(batch))
+        self.log("loss", total, prog_bar=True, batch_size=len(batch))
+        return total
+
+    def configure_optimizers(self) -> Any:
+        assert self.optimizer_settings is not None
+        assert self.schedule is not None
+        loader = self.trainer.datamodule.train_batch_size  # type: ignore[attr-defined]
+        batch = loader * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        optimizer = build_optimizer(self.network, self.optimizer_settings, batch)
+        total, schedule = int(self.trainer.estimated_stepping_batches), self.schedule
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_validation_epoch_start(self) -> None:
+        self.results = []
+        # Ranks keep their own running statistics while they train; a checkpoint holds those of rank 0: score those.
+        if _world_size() > 1:
+            for buffer in self.network.buffers():
+                dist.broadcast(buffer.data, src=0)
+
+    def validation_step(self, batches: list[Batch], _: int) -> None:
+        """One Batch per canvas size; an empty list where this rank has no picture left."""
+        assert self.val_index is not None
+        for batch in batches:
+            sizes = batch.original_sizes.cpu().numpy()
+            found = self.detector.detect(batch.images, batch.image_sizes, batch.scales.cpu().numpy(), sizes)
+            for image_id, detections in zip(batch.image_ids, found, strict=True):
+                self.results += detections.to_coco(image_id, self.val_index.category_ids)
+
+    def on_validation_epoch_end(self) -> None:
+        """Score once, on rank 0, over the detections of every rank; tell the figures to all."""
+        assert self.val_index is not None
+        self.results = _gather(self.results)
+        # In the data set's order, however many processes shared the work.
+        place = {image_id: i for i, image_id in enumerate(self.val_index.image_ids)}
+        self.results.sort(key=lambda row: place[row["image_id"]])
+        outcome: list[Any] = [None]
+        if _rank() == 0:
+            outcome = [evaluate(self.results, self.val_index.annotation_file, image_ids=self.val_index.image_ids)]
+        if _world_size() > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        self.figures = outcome[0]
+        # An empty split of one size has no figure (None); the monitored ones always have a number.
+        for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"):
+            self.log(name, float(self.figures[name] or 0.0), prog_bar=name == "AP")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        provenance = self.detector.provenance | {
+            "epoch": int(self.current_epoch),
+            "step": int(self.global_step),
+            "metrics": {key: value for key, value in self.figures.items() if key != "per_class"},
+        }
+        checkpoint["detector"] = self.detector.describe() | {"provenance": provenance}
+
+
+def _norms(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All ranks' results on rank 0; on the others their own."""
+    if _world_size() == 1:
+        return results
+    parts: list[Any] | None = [None] * _world_size() if _rank() == 0 else None
+    dist.gather_object(results, parts, dst=0)
+    return [row for part in parts for row in part] if parts else results
+
+
+def load_pretrained(detector: Detector, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Start from another detector's weights: all that have the same name and shape. Returns the names left at random.
+
+    The class layers change with the data set; the rest is what a fine-tuning starts from.
+    """
+    own = detector.network.state_dict()
+    given = {key.removeprefix("network."): value for key, value in checkpoint["state_dict"].items()}
+    fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+    # V2 weights are a start for V2*, whose extra layers begin as the identity.
+    missing = [key for key in own.keys() - fitting.keys() if key.startswith("backbone.") and ".extra." not in key]
+    if missing:
+        raise InputError(
+            f"The checkpoint's backbone does not fit: {len(missing)} tensors are absent or of another shape, for "
+            f"example {min(missing)}. Give the same backbone=..., or leave ckpt out."
+        )
+    detector.network.load_state_dict(own | fitting)
+    return sorted(own.keys() - fitting.keys())

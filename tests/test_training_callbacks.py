@@ -1,0 +1,196 @@
+"""The moving average and the history of a run, against plain loops and by reading back what was written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from scored_data import overrides_of, write_scored_data
+from torch import Tensor, nn
+
+import launch
+from detector.api import Detector, read_checkpoint
+from detector.evaluation.coco import METRICS
+from detector.training import run
+from detector.training.callbacks import EMA, LOSSES, History, ProgressLines
+from detector.training.task import DetectionTask
+
+
+def naive_average(states: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    """After update n (from 1) the average moves by 1 - min(decay, (1 + n) / (10 + n)); the first state begins it."""
+    average = {key: value.double() if value.is_floating_point() else value for key, value in states[0].items()}
+    for n, state in enumerate(states[1:], start=1):
+        rate = 1 - min(decay, (1 + n) / (10 + n))
+        for key, value in state.items():
+            moved = average[key] + rate * (value.double() - average[key]) if value.is_floating_point() else value
+            average[key] = moved
+    return average
+
+
+class Small(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.998])
+def test_the_average_is_the_formula(decay: float) -> None:
+    torch.manual_seed(0)
+    module, callback, states = Small(), EMA(decay), []
+    callback.setup(SimpleNamespace(), module, "fit")  # type: ignore[arg-type]
+    for step in range(1, 31):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_()
+        module.layers(torch.randn(4, 1, 2, 2))
+        states.append({key: value.clone() for key, value in module.state_dict().items()})
+        callback.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, 0)  # type: ignore[arg-type]
+    assert callback._average_model is not None
+    average = callback._average_model.module.state_dict()
+    for key, expected in naive_average(states, decay).items():
+        assert torch.allclose(average[key].double(), expected.double(), atol=1e-6), key
+    assert average["layers.1.num_batches_tracked"] == 30
+
+
+def test_the_average_is_what_is_scored_and_saved(
+    tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector)
+    small_detector.save(tmp_path / "start.ckpt")
+    scored: list[dict[str, Tensor]] = []
+    stepped: list[dict[str, Tensor]] = []
+
+    def copy(task: DetectionTask) -> dict[str, Tensor]:
+        return {key: value.clone() for key, value in task.state_dict().items()}
+
+    step = DetectionTask.validation_step
+    monkeypatch.setattr(
+        DetectionTask, "validation_step", lambda task, *rest: (scored.append(copy(task)), step(task, *rest))[1]
+    )
+    monkeypatch.setattr(DetectionTask, "on_train_batch_end", lambda task, *_: stepped.append(copy(task)))
+    cfg, _ = launch.compose_config(
+        "train",
+        [
+            "recipe=finetune", f"data.root={root}", f"ckpt={tmp_path}/start.ckpt", f"run_dir={tmp_path}/run",
+            "backbone.weights=null", "input.short_side=64", "input.long_side=96", "train.batch_size=2",
+            "val.batch_size=8", "val.every=2", "schedule.epochs=3", "optimizer.lr=0.001", "ema=0.4", "workers=0",
+            "trainer.accelerator=cpu", *overrides_of(small_detector.spec),
+        ],
+    )  # fmt: skip
+    launch.resolve(cfg)
+    run.train(launch.plain(cfg))
+    assert len(stepped) == 6
+    last = read_checkpoint(tmp_path / "run/last.ckpt")
+    best = read_checkpoint(tmp_path / "run/best.ckpt")
+    # Scored after epoch 2, and saved then as the best; saved as the last after epoch 3, which is not scored.
+    expected = naive_average(stepped[:4], 0.4)
+    for key, value in expected.items():
+        assert torch.allclose(scored[0][key].double(), value.double(), atol=1e-6), key
+        assert torch.equal(best["state_dict"][key], scored[0][key]), key
+    for key, value in naive_average(stepped, 0.4).items():
+        assert torch.allclose(last["state_dict"][key].double(), value.double(), atol=1e-6), key
+        assert torch.equal(last["current_model_state"][key], stepped[-1][key]), key
+    weight = "network.head.class_logits.weight"
+    assert not torch.equal(last["state_dict"][weight], stepped[-1][weight])
+    assert last["global_step"] == 6
+
+
+class FakeTrainer(SimpleNamespace):
+    """What the callbacks ask of a trainer, half-way through the second of three epochs."""
+
+    def __init__(self, step: int = 0) -> None:
+        super().__init__(
+            is_global_zero=True, global_step=step, current_epoch=1, max_epochs=3, estimated_stepping_batches=30,
+            num_val_batches=[7], state=SimpleNamespace(fn="fit"),
+            callback_metrics={name: torch.tensor(1.5) for name in LOSSES},
+        )  # fmt: skip
+
+
+def figures(**values: float | None) -> SimpleNamespace:
+    return SimpleNamespace(figures={name: values.get(name, 0.0) for name in METRICS} | {"per_class": {"cat": None}})
+
+
+def rows(history: History) -> list[dict[str, str]]:
+    with history.path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def take_steps(history: History, first: int, last: int, batches_per_step: int = 1) -> None:
+    optimizer: Any = SimpleNamespace(param_groups=[{"lr": 0.0}])
+    for step in range(first, last + 1):
+        trainer: Any = FakeTrainer(step - 1)
+        for _ in range(batches_per_step - 1):
+            history.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
+        optimizer.param_groups[0]["lr"] = step / 100
+        history.on_before_optimizer_step(trainer, None, optimizer)  # type: ignore[arg-type]
+        optimizer.param_groups[0]["lr"] = (step + 1) / 100  # the scheduler has moved on when the batch ends
+        trainer.global_step = step
+        history.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batches_per_step", [1, 3])
+def test_history_has_a_row_for_each_nth_step_with_the_rate_of_that_step(tmp_path: Path, batches_per_step: int) -> None:
+    history = History(tmp_path, every=4)
+    history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
+    take_steps(history, 1, 9, batches_per_step)
+    assert [(row["step"], row["lr"], row["loss"]) for row in rows(history)] == [
+        ("4", "0.04", "1.5"),
+        ("8", "0.08", "1.5"),
+    ]
+
+
+def test_history_goes_on_after_the_step_that_is_resumed(tmp_path: Path) -> None:
+    history = History(tmp_path, every=1)
+    history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
+    take_steps(history, 1, 7)
+    resumed = History(tmp_path, every=1)
+    resumed.on_train_start(FakeTrainer(5), None)  # type: ignore[arg-type]
+    assert [row["step"] for row in rows(resumed)] == list("12345")
+    take_steps(resumed, 6, 6)
+    assert [row["step"] for row in rows(resumed)] == list("123456")
+
+
+def test_the_best_is_the_first_of_equals_and_survives_resuming(tmp_path: Path) -> None:
+    history = History(tmp_path, every=1)
+    history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
+    for step, ap in ((1, 0.0), (2, 0.5), (3, 0.5)):
+        history.on_validation_end(FakeTrainer(step), figures(AP=ap))  # type: ignore[arg-type]
+    resumed = History(tmp_path, every=1)
+    resumed.load_state_dict(history.state_dict())
+    resumed.on_validation_end(FakeTrainer(4), figures(AP=0.4))  # type: ignore[arg-type]
+    said = json.loads((tmp_path / "metrics.json").read_text())
+    assert (said["best"]["step"], said["best"]["AP"]) == (2, 0.5)
+    assert (said["last"]["step"], said["last"]["AP"]) == (4, 0.4)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_validation_split_without_objects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    history = History(tmp_path, every=1)
+    history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
+    with caplog.at_level("INFO"):
+        for step in (1, 2):
+            history.on_validation_end(FakeTrainer(step), figures(**dict.fromkeys(METRICS)))  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "metrics.json").read_text())["best"]["AP"] is None
+    assert [row["AP"] for row in rows(history)] == ["", ""]
+    assert "no AP, the validation split has no objects" in caplog.text
+
+
+def test_lines_come_at_intervals_and_tell_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    lines = ProgressLines(seconds=0.0)
+    lines.on_train_start(FakeTrainer(10), None)  # type: ignore[arg-type]
+    lines.start -= 5.0
+    with caplog.at_level("INFO"):
+        lines.on_train_batch_end(FakeTrainer(20), None, None, None, 0)  # type: ignore[arg-type]
+        lines.on_validation_batch_end(FakeTrainer(20), None, None, None, 3)  # type: ignore[arg-type]
+        lines.seconds = 3600.0
+        lines.on_train_batch_end(FakeTrainer(21), None, None, None, 0)  # type: ignore[arg-type]
+    first, second = (record.getMessage() for record in caplog.records)
+    # Ten steps in five seconds, ten to go.
+    assert first == "epoch 2 of 3, step 20 of 30, loss 1.500, 2.00 steps/s, 0 min left"
+    assert second == "validation: 4 of 7 batches"

@@ -1,0 +1,118 @@
+"""Who gets which picture: every one exactly once in evaluation, another order each epoch in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+
+from detector.data.coco import CocoIndex, load_coco
+from detector.data.transforms import TrainTransform
+from detector.errors import InputError
+from detector.preprocess import Preprocessing
+from detector.training.data_module import DetectionData, EvaluationBatches
+
+PREPROCESSING = Preprocessing(64, 96)
+PLAIN = {"flip": 0.0, "vertical_flip": 0.0, "scale": (1.0, 1.0), "photometric": 0.0, "crop": 0.0, "rotate90": 0.0}
+
+
+def index_of(sizes: list[tuple[int, int]]) -> CocoIndex:
+    """Pictures of these heights and widths without objects, and without files."""
+    count = len(sizes)
+    return CocoIndex(
+        annotation_file=Path("none.json"), image_dir=Path(), image_ids=list(range(count)), file_names=[""] * count,
+        sizes=np.array(sizes, np.int64).reshape(-1, 2), offsets=np.zeros(count + 1, np.int64),
+        boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int64), crowd=np.zeros(0, bool),
+        areas=np.zeros(0, np.float32), class_names=("cat",), category_ids=(1,), counts={},
+    )  # fmt: skip
+
+
+def module(root: Path, **changes: Any) -> DetectionData:
+    index = load_coco(root / "annotations/train.json", root / "images")
+    values: dict[str, Any] = {
+        "train": index, "val": index, "preprocessing": PREPROCESSING,
+        "transform": TrainTransform(PREPROCESSING, **PLAIN, seed=0), "train_batch_size": 2, "val_batch_size": 3,
+        "workers": 0, "cache": False, "seed": 5,
+    }  # fmt: skip
+    return DetectionData(**values | changes)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_each_picture_exactly_once_over_all_ranks(world: int, count: int, batch_size: int) -> None:
+    rng = np.random.default_rng(count)
+    index = index_of([(int(h), int(w)) for h, w in rng.integers(30, 200, (count, 2))])
+    shares = [list(EvaluationBatches(index, PREPROCESSING, batch_size, rank, world)) for rank in range(world)]
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
+    # No rank is without a batch: Lightning would skip the hook in which the others wait for it.
+    assert all(share == [[]] or all(1 <= len(batch) <= batch_size for batch in share) for share in shares)
+    loads = [sum(map(len, share)) for share in shares]
+    assert max(loads) - min(loads) <= 1
+
+
+def test_torchs_sampler_repeats_pictures_where_ours_does_not() -> None:
+    theirs = [i for rank in range(4) for i in DistributedSampler(range(6), 4, rank, shuffle=False)]
+    assert sorted(theirs) == [0, 0, 1, 1, 2, 3, 4, 5]
+    index = index_of([(64, 64)] * 6)
+    ours = [i for rank in range(4) for batch in EvaluationBatches(index, PREPROCESSING, 2, rank, 4) for i in batch]
+    assert sorted(ours) == [0, 1, 2, 3, 4, 5]
+
+
+def test_pictures_of_one_canvas_lie_side_by_side() -> None:
+    index = index_of([(64, 64), (64, 96), (64, 64), (0, 0), (64, 96), (640, 640), (96, 64)])
+    batches = list(EvaluationBatches(index, PREPROCESSING, 3, 0, 1))
+    assert batches == [[3, 0, 2], [5, 1, 4], [6]]  # unknown size; 64 x 64; 64 x 96; 96 x 64
+
+
+def test_a_rank_without_pictures_gets_an_empty_batch(tiny_coco: Path) -> None:
+    data = module(tiny_coco)
+    data.trainer = SimpleNamespace(world_size=6, global_rank=5)  # type: ignore[assignment]
+    assert list(data.val_dataloader()) == [[]]
+
+
+def test_validation_batches_have_one_canvas_each(tiny_coco: Path) -> None:
+    batches = [batch for group in module(tiny_coco).val_dataloader() for batch in group]
+    assert sorted(image_id for batch in batches for image_id in batch.image_ids) == [7, 10, 42, 99]
+    for batch in batches:
+        canvases = {tuple(-(-size // 32) * 32 for size in sizes) for sizes in batch.image_sizes.tolist()}
+        assert canvases == {tuple(batch.images.shape[2:])}
+
+
+def order(data: DetectionData, epoch: int) -> list[int]:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return [image_id for batch in loader for image_id in batch.image_ids]
+
+
+def test_training_order_depends_on_epoch_and_seed_alone(tiny_coco: Path) -> None:
+    """So that a resumed run shows the pictures that the epoch would have had."""
+    first = [order(module(tiny_coco), epoch) for epoch in range(6)]
+    torch.manual_seed(99)
+    assert [order(module(tiny_coco), epoch) for epoch in range(6)] == first
+    assert all(sorted(ids) == [7, 10, 42, 99] for ids in first)
+    assert len(set(map(tuple, first))) > 2
+    assert [order(module(tiny_coco, seed=6), epoch) for epoch in range(6)] != first
+
+
+def test_ranks_share_an_epoch(tiny_coco: Path) -> None:
+    seen = []
+    for rank in range(2):
+        data = module(tiny_coco)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
+        seen.append(order(data, 3))
+    assert sorted(seen[0] + seen[1]) == [7, 10, 42, 99]
+
+
+def test_more_pictures_a_step_than_there_are(tiny_coco: Path) -> None:
+    data = module(tiny_coco, train_batch_size=64)
+    assert data.train_batch_size == 4
+    assert [len(batch) for batch in data.train_dataloader()] == [4]
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"4 pictures, fewer than .* lower train\.batch_size"):
+        data.train_dataloader()

@@ -1,0 +1,113 @@
+"""What a training step changes and what it leaves alone, and where another checkpoint is a start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from detector.api import Detector
+from detector.errors import InputError
+from detector.preprocess import Preprocessing
+from detector.structures import Batch
+from detector.training.schedule import OptimizerSettings, build_optimizer
+from detector.training.task import DetectionTask, load_pretrained
+
+SGD = OptimizerSettings("sgd", 0.1, None, 0.9, 0.1, None, None)
+STAGES = {"conv1": 1, "stage2": 2, "stage3": 3, "stage4": 4}
+
+
+def changed_by_a_step(task: DetectionTask, batch: Batch) -> dict[str, bool]:
+    """Each tensor of the network, and whether two steps in training mode change it."""
+    task.train()
+    before = {name: value.clone() for name, value in task.network.state_dict().items()}
+    optimizer = build_optimizer(task.network, SGD, 1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.stack(list(task.network(batch).values())).sum().backward()
+        optimizer.step()
+    return {name: not torch.equal(value, before[name]) for name, value in task.network.state_dict().items()}
+
+
+@pytest.fixture
+def batch(make_batch: Callable[..., Batch]) -> Batch:
+    return make_batch([[(8, 8, 40, 40, 0), (50, 20, 90, 60, 2)], [(20, 10, 80, 50, 1)]])
+
+
+@pytest.mark.parametrize("stages", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_freezing(small_detector: Detector, batch: Batch, stages: int, batch_norm: bool) -> None:
+    task = DetectionTask(small_detector, freeze_stages=stages, freeze_batch_norm=batch_norm)
+    norms = {
+        f"{name}.{part}"
+        for name, module in task.network.named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+    for name, changed in changed_by_a_step(task, batch).items():
+        part, stage = (*name.split("."), "")[:2]
+        frozen = part == "backbone" and (STAGES[stage] <= stages or (batch_norm and name in norms))
+        assert changed != frozen, name
+
+
+def test_evaluation_in_between_does_not_thaw(small_detector: Detector, batch: Batch) -> None:
+    task = DetectionTask(small_detector, freeze_batch_norm=True)
+    task.eval()
+    task.train()
+    training = {name for name, module in task.network.backbone.named_modules() if module.training}
+    assert not any(isinstance(task.network.backbone.get_submodule(name), torch.nn.BatchNorm2d) for name in training)
+    assert "stage2" in training
+
+
+def test_a_loss_that_is_not_finite_names_pictures_and_remedy(small_detector: Detector, batch: Batch) -> None:
+    task = DetectionTask(small_detector).train()
+    with torch.no_grad():
+        small_detector.network.head.class_logits.bias.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"step 0 .*head_class nan.* images \[0, 1\].*optimizer\.lr.*last\.ckpt"):
+        task.training_step(batch, 0)
+
+
+def other(spec: dict[str, Any], classes: int = 3) -> Detector:
+    torch.manual_seed(1)
+    return Detector(spec, tuple("abcdefgh"[:classes]), Preprocessing(64, 96))
+
+
+def checkpoint_of(detector: Detector) -> dict[str, Any]:
+    return {"state_dict": {f"network.{key}": value for key, value in detector.network.state_dict().items()}}
+
+
+def test_other_classes_start_at_random_and_nothing_else(small_detector: Detector, small_spec: dict[str, Any]) -> None:
+    detector = other(small_spec, classes=5)
+    random = {key: value.clone() for key, value in detector.network.state_dict().items()}
+    names = load_pretrained(detector, checkpoint_of(small_detector))
+    assert names == ["head.class_logits.bias", "head.class_logits.weight"]
+    theirs = small_detector.network.state_dict()
+    for key, value in detector.network.state_dict().items():
+        assert torch.equal(value, random[key] if key in names else theirs[key]), key
+
+
+def test_another_backbone_is_refused(small_detector: Detector, small_spec: dict[str, Any]) -> None:
+    small_spec["backbone"] = small_spec["backbone"] | {"channels": [16, 48, 96]}
+    detector = other(small_spec)
+    with pytest.raises(InputError, match=r"backbone does not fit: .*backbone\.stage3.*Give the same backbone=\.\.\."):
+        load_pretrained(detector, checkpoint_of(small_detector))
+
+
+def test_v2_is_a_start_for_v2_star(small_detector: Detector, small_spec: dict[str, Any]) -> None:
+    small_spec["backbone"] = small_spec["backbone"] | {"extra_depthwise": True}
+    names = load_pretrained(other(small_spec), checkpoint_of(small_detector))
+    assert names
+    assert all(".extra." in name for name in names)
+
+
+def test_a_checkpoint_says_what_it_is(small_detector: Detector) -> None:
+    task = DetectionTask(small_detector)
+    task.figures = {"AP": 0.25, "APl": None, "per_class": {"cat": 0.5}}
+    checkpoint: dict[str, Any] = {}
+    task.on_save_checkpoint(checkpoint)
+    about = checkpoint["detector"]
+    assert about["provenance"] == {"epoch": 0, "step": 0, "metrics": {"AP": 0.25, "APl": None}}
+    assert about["class_names"] == ["cat", "dog", "bird"]
+    assert "config" not in small_detector.provenance
