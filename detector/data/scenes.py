@@ -18,13 +18,13 @@ import numpy as np
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent")
 SIZE = 256  # longer side of a picture, pixels
 EMPTY = 0.05  # share of pictures without an object
-MAX_OBJECTS = 12
+MAX_OBJECTS = 10
 MAX_DISTRACTORS = 3
 # Side of the square with the box's area, in pixels, and how often: small, medium and large by COCO's areas, roughly.
 # The large band is wide because a star or a ring covers about half of its box.
-SIDES = ((0.20, 20, 32), (0.55, 36, 92), (0.25, 105, 170))
+SIDES = ((0.18, 24, 36), (0.50, 44, 96), (0.32, 120, 190))
 MIN_INSIDE = 0.7  # an object is not placed where the picture's border would leave less of it ...
-MIN_VISIBLE = 0.6  # ... and nothing is placed where it would leave less of that in sight: no object is mostly hidden
+MIN_VISIBLE = 0.8  # ... and nothing is placed where it would leave less of that in sight: no object is mostly hidden
 MIN_CONTRAST = 55.0  # distance between an object and its ground, in the axes below
 # Rows: luma and two chroma axes; chroma counts less because JPEG halves its resolution.
 CONTRAST = np.array([[0.299, 0.587, 0.114], [-0.10, -0.20, 0.30], [0.30, -0.25, -0.05]], np.float32)
