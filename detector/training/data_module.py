@@ -102,9 +102,14 @@ class DetectionData(lightning.LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader(self, dataset: DetectionDataset, **arguments: Any) -> DataLoader[Any]:
+        world, _ = self._world()
         return DataLoader(
             dataset,
             num_workers=self.workers,
+            # The process group has threads of its own. A fork at the wrong moment copies a lock that one of them holds,
+            # and the worker waits for it for ever: seen in tests on a busy machine. One process forks, and so shares
+            # its cache with its workers.
+            multiprocessing_context="forkserver" if self.workers and world > 1 else None,
             worker_init_fn=seed_worker,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
