@@ -1,0 +1,142 @@
+"""Two processes on one CPU (gloo), started by Lightning and by torchrun. A hang fails by its time limit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scored_data import SIZES, overrides_of, write_scored_data
+from tool_runner import ROOT, Outcome, run_process, run_tool
+
+from detector.api import Detector
+from detector.evaluation.coco import METRICS
+
+pytestmark = pytest.mark.slow
+
+LIMIT = 240.0
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+LAUNCHERS = ("lightning", "torchrun")
+
+
+def run_two(launcher: str, tool: str, *overrides: str, cwd: Path) -> Outcome:
+    path = str(ROOT / f"tools/{tool}.py")
+    if launcher == "torchrun":
+        return run_process([*TORCHRUN, path, *overrides, "trainer.accelerator=cpu"], cwd, LIMIT)
+    command = [sys.executable, path, *overrides, "trainer.devices=2", "trainer.accelerator=cpu"]
+    return run_process(command, cwd, LIMIT)
+
+
+def score(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    figures, detections = ((folder / name).read_text() for name in ("metrics.json", "detections.json"))
+    return json.loads(figures), json.loads(detections)
+
+
+def training(root: Path, detector: Detector) -> list[str]:
+    return [
+        "recipe=finetune", f"data.root={root}", "backbone.weights=null", "input.short_side=64", "input.long_side=96",
+        "train.batch_size=1", "val.batch_size=2", "val.every=1", "trainer.log_every=1", "schedule.epochs=1",
+        "optimizer.lr=0.001", "optimizer.base_batch=8", "schedule.warmup_steps=0",
+        *overrides_of(detector.spec),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "count", "empty"),
+    [("lightning", 5, ()), ("torchrun", 5, ()), ("lightning", 4, (1, 3)), ("torchrun", 1, ())],
+    ids=["lightning", "torchrun", "one rank without objects", "one picture for two"],
+)
+def test_two_processes_score_as_one(
+    tmp_path: Path, small_detector: Detector, launcher: str, count: int, empty: tuple[int, ...]
+) -> None:
+    # Pictures of one size are shared out in the file's order: the odd ones to rank 1.
+    sizes = SIZES[:count] if not empty else SIZES[:1] * count
+    root = write_scored_data(tmp_path / "data", small_detector, sizes, empty)
+    small_detector.save(tmp_path / "detector.ckpt")
+    arguments = (f"ckpt={tmp_path / 'detector.ckpt'}", f"data.root={root}", "val.batch_size=2")
+    run_tool("eval", *arguments, "trainer.accelerator=cpu", "out=one", cwd=tmp_path).ok()
+    outcome = run_two(launcher, "eval", *arguments, "out=two", cwd=tmp_path).ok()
+    (one, one_found), (two, two_found) = score(tmp_path / "one"), score(tmp_path / "two")
+    assert 0.05 < one["AP"] < 0.95
+    assert [two[name] for name in METRICS] == pytest.approx([one[name] for name in METRICS], abs=1e-12)
+    assert two["per_class"] == pytest.approx(one["per_class"], abs=1e-12)
+    keys = ("image_id", "category_id")
+    assert [[row[key] for key in keys] for row in two_found] == [[row[key] for key in keys] for row in one_found]
+    assert outcome.err.count("metrics.json, detections.json in") == 1
+    assert outcome.err.count("val.json: ") == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_training_with_two_processes(tmp_path: Path, small_detector: Detector, launcher: str) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector)
+    outcome = run_two(launcher, "train", *training(root, small_detector), cwd=tmp_path).ok()
+    # One run directory, though every rank reads the clock; written once.
+    (run,) = (tmp_path / "runs/finetune/v2_1x").iterdir()
+    assert {path.name for path in run.iterdir()} == {
+        "best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "metrics.json", "train_batch.png", "curves.png",
+        "tensorboard",
+    }  # fmt: skip
+    rows = (run / "metrics.csv").read_text().splitlines()
+    # 5 pictures, one a step and process: 3 steps (one picture comes twice), then the validation.
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3", "3"]
+    # The rate is for 8 pictures a step.
+    assert float(rows[1].split(",")[2]) == pytest.approx(0.001 * 2 / 8)
+    assert outcome.err.count("run directory: ") == 1
+    assert "Warning" not in outcome.err
+    # What the processes said together is what one process says of the same checkpoint.
+    run_tool("eval", f"ckpt={run / 'last.ckpt'}", "trainer.accelerator=cpu", "out=one", cwd=tmp_path).ok()
+    said = json.loads((run / "metrics.json").read_text())["last"]
+    figures, _ = score(tmp_path / "one")
+    assert [figures[name] for name in METRICS] == pytest.approx([said[name] for name in METRICS], abs=1e-6)
+
+
+@pytest.mark.parametrize("empty", [(1,), (0, 1)], ids=["one rank", "both ranks"])
+def test_training_where_a_rank_sees_no_object(tmp_path: Path, small_detector: Detector, empty: tuple[int, ...]) -> None:
+    """Two pictures, one for each process: every loss has to take part in the backward pass on both."""
+    root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1] * 2, empty)
+    arguments = training(root, small_detector)
+    run_two("lightning", "train", *arguments, "schedule.epochs=2", "run_dir=run", cwd=tmp_path).ok()
+    checkpoint = torch.load(tmp_path / "run/last.ckpt", map_location="cpu", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+    if len(empty) == 2:
+        assert json.loads((tmp_path / "run/metrics.json").read_text())["last"]["AP"] is None
+
+
+def test_training_on_a_picture_that_cannot_be_read_ends_both(tmp_path: Path, small_detector: Detector) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1] * 4)
+    (root / "images/3.png").write_bytes((root / "images/3.png").read_bytes()[:200])
+    arguments = (*training(root, small_detector), "data.cache=false", "run_dir=run")
+    outcome = run_two("lightning", "train", *arguments, cwd=tmp_path)
+    assert outcome.code != 0
+    assert outcome.err.count("image id 97: ") == 1
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_picture_that_one_rank_cannot_read_ends_both(tmp_path: Path, small_detector: Detector, launcher: str) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1] * 4)
+    small_detector.save(tmp_path / "detector.ckpt")
+    (root / "images/3.png").write_bytes((root / "images/3.png").read_bytes()[:200])  # id 97, rank 1
+    arguments = (f"ckpt={tmp_path / 'detector.ckpt'}", f"data.root={root}")
+    outcome = run_two(launcher, "eval", *arguments, cwd=tmp_path)
+    assert outcome.code != 0
+    assert "error (rank 1): image id 97: " in outcome.err
+    assert not (tmp_path / "eval/metrics.json").exists()
+
+
+def test_too_few_pictures_for_the_processes(tmp_path: Path, small_detector: Detector) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1])
+    outcome = run_two("torchrun", "train", *training(root, small_detector), cwd=tmp_path)
+    assert outcome.code != 0
+    assert outcome.err.count("error: The training split has 1 pictures, fewer than one batch on each of 2 devices") == 1
+
+
+def test_two_numbers_of_processes(tmp_path: Path) -> None:
+    command = [*TORCHRUN, str(ROOT / "tools/train.py"), "trainer.devices=3"]
+    outcome = run_process(command, tmp_path, LIMIT)
+    assert "error: trainer.devices=3, but torchrun started 2 processes" in outcome.err
+    assert 'tools/train.py", line' not in outcome.err
