@@ -14,7 +14,7 @@ from PIL import Image
 
 from detector.data import scenes as scenes_module
 from detector.data import shapes
-from detector.data.scenes import CLASS_NAMES, MIN_VISIBLE, Scene, render_scene
+from detector.data.scenes import CLASS_NAMES, MAX_OBJECTS, MIN_VISIBLE, Scene, render_scene
 from detector.data.shapes import ensure_shapes, scene_seed
 from detector.errors import InputError
 
@@ -109,7 +109,7 @@ def test_all_classes_and_sizes_are_there(scenes: list[Scene]) -> None:
     ranges = np.digitize(np.concatenate([scene.areas for scene in scenes]), [32**2, 96**2])
     assert (np.bincount(ranges, minlength=3) / len(ranges) > 0.15).all()
     per_picture = np.array([len(scene.labels) for scene in scenes])
-    assert per_picture.max() <= 8
+    assert per_picture.max() <= MAX_OBJECTS
     assert 0.02 < np.mean(per_picture == 0) < 0.09
     assert {scene.image.shape for scene in scenes} == {(256, 256, 3), (192, 256, 3), (256, 192, 3)}
 

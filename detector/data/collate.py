@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detector.preprocess import canvas_size, pad
+from detector.preprocess import group_by_canvas, pad
 from detector.structures import Batch
 
 
@@ -44,7 +44,5 @@ def collate_eval(samples: list[dict[str, Any]]) -> list[Batch]:
     Padding changes what a convolution sees at the border: so a picture's result never depends on its batch mates. The
     order of the samples is kept within a batch, not between batches; `image_ids` say which is which.
     """
-    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for sample in samples:
-        groups.setdefault(canvas_size([sample["image"].shape[:2]]), []).append(sample)
-    return [collate(group) for group in groups.values()]
+    groups = group_by_canvas([sample["image"].shape[:2] for sample in samples])
+    return [collate([samples[i] for i in group]) for group in groups]

@@ -37,15 +37,19 @@ class Contest:
         }
 
 
+# Turns that are not counted: lazy initialisation, and an allocator that still has to learn which sizes to keep.
+WARM_UP = 3
+
+
 def contest(name: str, ours: Callable[[], object], peer: Callable[[], object], *, turns: int) -> Contest:
-    """Time two callables in alternation, each once unmeasured first (allocation, caches, lazy initialisation)."""
+    """Time two callables in alternation, WARM_UP turns of each unmeasured first."""
     times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(turns + 1):
+    for turn in range(WARM_UP + turns):
         for seconds, call in zip(times, (ours, peer), strict=True):
             start = time.perf_counter()
             call()
             _wait_for_device()
-            if turn:
+            if turn >= WARM_UP:
                 seconds.append(time.perf_counter() - start)
     return Contest(name, *times)
 
