@@ -11,7 +11,7 @@ import torchvision
 import yaml
 from torch import Tensor, nn
 
-from detector.backbones import BACKBONES, build_backbone
+from detector.backbones import BACKBONES, arguments_of, build_backbone
 from detector.backbones.classifier import ImageClassifier
 from detector.backbones.pretrained import load_weights
 from detector.backbones.shufflenet_v2 import interleave
@@ -24,9 +24,8 @@ V2 = {"0.5x": "x0_5", "1x": "x1_0", "1.5x": "x1_5", "2x": "x2_0"}  # our file na
 
 def build(file_name: str, **changes: Any) -> nn.Module:
     spec = yaml.safe_load((CONF / f"{file_name}.yaml").read_text())
-    del spec["weights"]
     torch.manual_seed(0)
-    return build_backbone(**(spec | changes))
+    return build_backbone(**(arguments_of(spec) | changes))
 
 
 def randomise(module: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from detector.backbones import arguments_of
 from detector.build import NECKS, build_network
 from detector.errors import InputError
 from detector.light_head_rcnn import LightHeadRCNN
@@ -35,7 +36,7 @@ def compose(*overrides: str) -> dict[str, Any]:
 def build(config: dict[str, Any], num_classes: int = 3) -> LightHeadRCNN:
     """As training does, without ImageNet weights."""
     spec = {key: config[key] for key in ("neck", "rpn", "light_head")}
-    spec["backbone"] = {key: value for key, value in config["backbone"].items() if key != "weights"}
+    spec["backbone"] = arguments_of(config["backbone"])
     return build_network(spec, num_classes)
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from detector.backbones import arguments_of
 from detector.data.coco import load_coco
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
@@ -46,7 +47,7 @@ def peers(config: DictConfig) -> Iterator[Contest]:
     yield from backbone_contests(config.turns)
     values = plain(config)
     spec = {key: values[key] for key in ("backbone", "neck", "rpn", "light_head")}
-    spec["backbone"].pop("weights")
+    spec["backbone"] = arguments_of(spec["backbone"])
     with tempfile.TemporaryDirectory() as folder:
         # Other pictures than the training ones, at the size that both sides take in without shrinking.
         root = ensure_shapes(Path(folder) / "shapes", seed=1, train=32, val=1, size=320)

@@ -5,16 +5,25 @@ To add one: write the class, add a line to BACKBONES, add a file to `conf/backbo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from detector.backbones.contract import Backbone
 from detector.backbones.shufflenet_v2 import ShuffleNetV2
 from detector.errors import InputError
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone"]
+__all__ = ["BACKBONES", "Backbone", "arguments_of", "build_backbone"]
+
+# What a file in conf/backbone/ says besides the arguments of the class: weights to start from, what a classifier has on
+# top, and the published figures that `tools/benchmark.py backbones` compares with.
+ABOUT = ("weights", "classifier", "published")
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {"shufflenet_v2": ShuffleNetV2}
+
+
+def arguments_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `build_backbone` in the contents of a file of conf/backbone/."""
+    return {key: value for key, value in entry.items() if key not in ABOUT}
 
 
 def build_backbone(*, name: str, **arguments: Any) -> Backbone:
@@ -22,7 +31,7 @@ def build_backbone(*, name: str, **arguments: Any) -> Backbone:
 
     Args:
         name: a key of BACKBONES.
-        arguments: those of the class; a file in `conf/backbone/` has them all, and `weights`, which is not one.
+        arguments: those of the class; `arguments_of` a file in `conf/backbone/`.
 
     Raises:
         InputError: there is no backbone of this name, or it cannot be built from these arguments.

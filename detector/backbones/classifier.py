@@ -5,28 +5,45 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from detector.backbones.contract import Backbone
+from detector.backbones.layers import activation_layer
 
 
 class ImageClassifier(nn.Module):
-    """Backbone, conv5 (1x1, BN, ReLU), global average, fully connected layer (Ma et al. 2018, table 5).
+    """Backbone, conv5 (1x1, BN, activation) where there is one, global average, fully connected layer.
+
+    Source: Ma et al. 2018, table 5; what a family has on top stands in its file of `conf/backbone/` as `classifier`.
 
     Args:
         backbone: whose c5 is classified.
-        conv5_channels: 1024; 2048 for the 2x width.
+        conv5_channels: ShuffleNet V2: 1024, 2048 for the 2x width; None: the average of c5 is classified.
+        activation: of conv5, see `activation_layer`.
+        dropout: before the fully connected layer.
         num_classes: 1000 for ImageNet.
     """
 
-    def __init__(self, backbone: Backbone, *, conv5_channels: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        num_classes: int,
+        conv5_channels: int | None,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.conv5 = nn.Sequential(
-            nn.Conv2d(backbone.channels["c5"], conv5_channels, 1, bias=False),
-            nn.BatchNorm2d(conv5_channels),
-            nn.ReLU(inplace=True),
-        )
-        self.fc = nn.Linear(conv5_channels, num_classes)
+        inputs = backbone.channels["c5"]
+        self.conv5: nn.Module = nn.Identity()
+        if conv5_channels is not None:
+            self.conv5 = nn.Sequential(
+                nn.Conv2d(inputs, conv5_channels, 1, bias=False),
+                nn.BatchNorm2d(conv5_channels),
+                activation_layer(activation),
+            )
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(conv5_channels or inputs, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised float images (N, 3, H, W) -> class logits (N, num_classes)."""
         x = self.conv5(self.backbone(images)["c5"])
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.dropout(x.mean((2, 3))))

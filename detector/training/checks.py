@@ -103,7 +103,8 @@ RULES: dict[str, Rule] = {
 }
 # Their classes check what is special to them; that no size is zero or negative holds for all.
 NETWORK = ("backbone", "neck", "rpn", "light_head")
-TEXTS = ("name", "layout", "weights", "align_reduce", "sampling")
+TEXTS = ("name", "model", "layout", "activation", "weights", "align_reduce", "sampling")
+NOT_THE_NETWORK = ("classifier", "published")  # of a backbone: for pre-training and for the benchmark
 
 
 def check_values(config: Mapping[str, Any]) -> None:
@@ -118,6 +119,8 @@ def check_values(config: Mapping[str, Any]) -> None:
             raise InputError(f"{key}={_show(leaves[key])}: expected {rule.words}.")
     for key, value in leaves.items():
         part, _, name = key.partition(".")
+        if name.partition(".")[0] in NOT_THE_NETWORK:
+            continue
         numbers = value if isinstance(value, list) else [value]
         if part in NETWORK and name not in TEXTS and not all(map(_is_size, numbers)):
             raise InputError(

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detector.api import Detector, read_checkpoint
+from detector.backbones import arguments_of
 from detector.backbones.pretrained import load_weights
 from detector.data.coco import CocoIndex, load_coco
 from detector.data.shapes import ensure_shapes
@@ -152,8 +153,7 @@ def _checked(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] 
 
 
 def _new_detector(config: Mapping[str, Any], index: CocoIndex) -> Detector:
-    backbone = {key: value for key, value in config["backbone"].items() if key != "weights"}
-    spec = {"backbone": backbone} | {key: config[key] for key in ("neck", "rpn", "light_head")}
+    spec = {"backbone": arguments_of(config["backbone"])} | {key: config[key] for key in ("neck", "rpn", "light_head")}
     provenance = {
         "config": dict(config),
         "torch": str(torch.__version__),

@@ -17,9 +17,6 @@ from detector.evaluation.coco import evaluate
 from detector.structures import Batch
 from detector.training.schedule import OptimizerSettings, ScheduleSettings, build_optimizer
 
-# Places of torchvision's ShuffleNet V2, by the paper's stage numbers (Ma et al. 2018, table 5).
-STAGES = {1: ("conv1",), 2: ("stage2",), 3: ("stage3",), 4: ("stage4",)}
-
 
 class DetectionTask(lightning.LightningModule):
     """One detector, its losses, and COCO's figures over the validation split.
@@ -28,7 +25,7 @@ class DetectionTask(lightning.LightningModule):
         detector: what is trained; its network is the only child, so that checkpoint keys read `network....`.
         optimizer, schedule: see their classes; None for evaluation alone.
         freeze_stages: stages of the backbone, counted from the stem as 1, that stay as they are, statistics included
-            (Light-Head: 2).
+            (Light-Head: 2); see `Backbone.stages`.
         freeze_batch_norm: the backbone's normalisation keeps its statistics and weights.
     """
 
@@ -49,7 +46,7 @@ class DetectionTask(lightning.LightningModule):
         self.results: list[dict[str, Any]] = []
         self.figures: dict[str, Any] = {}
         backbone = detector.network.backbone
-        frozen = [backbone.get_submodule(name) for stage in range(1, freeze_stages + 1) for name in STAGES[stage]]
+        frozen = [backbone.get_submodule(name) for stage in backbone.stages[:freeze_stages] for name in stage]
         if freeze_batch_norm:
             frozen += _norms(backbone)
         for module in frozen:

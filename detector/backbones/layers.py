@@ -1,0 +1,35 @@
+"""Layers that more than one family is made of."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from detector.errors import InputError
+
+ACTIVATIONS = {
+    "relu": partial(nn.ReLU, inplace=True),
+    "relu6": partial(nn.ReLU6, inplace=True),
+    "leaky_relu": partial(nn.LeakyReLU, 0.1, inplace=True),  # NanoDet's slope
+    "hard_swish": partial(nn.Hardswish, inplace=True),
+}
+
+
+def activation_layer(name: str) -> nn.Module:
+    """The activation of this name. Raises InputError where there is none."""
+    if name not in ACTIVATIONS:
+        raise InputError(f"activation={name!r} is unknown; there is {', '.join(sorted(ACTIVATIONS))}.")
+    return ACTIVATIONS[name]()
+
+
+def pointwise(inputs: int, outputs: int, activation: str | None = "relu", *, groups: int = 1) -> list[nn.Module]:
+    """Convolution 1x1, BN, and the activation unless it is None."""
+    layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 1, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
+    return layers if activation is None else [*layers, activation_layer(activation)]
+
+
+def depthwise(channels: int, *, stride: int, dilation: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """Depthwise convolution 3x3 and BN, no activation."""
+    convolution = nn.Conv2d(channels, channels, 3, stride, dilation, dilation, groups=channels, bias=False)
+    return convolution, nn.BatchNorm2d(channels)
