@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+KEPT = 8  # sizes whose anchors are kept
 
 
 class AnchorGrid(nn.Module):
@@ -25,6 +28,7 @@ class AnchorGrid(nn.Module):
         sizes = [(scale * ratio**-0.5, scale * ratio**0.5) for scale in scales for ratio in ratios]
         half = torch.tensor(sizes, dtype=torch.float64) / 2
         self.register_buffer("cells", torch.cat((-half, half), dim=1).float(), persistent=False)
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
 
     @property
     def per_cell(self) -> int:
@@ -36,7 +40,19 @@ class AnchorGrid(nn.Module):
         Cell i's anchors are centred on pixel i * stride, where the cell looks: a 3x3 convolution of stride 2 and
         padding 1 is centred on pixel 2i of its input, so a chain of them is centred on stride * i, not on the middle
         of a stride x stride square. LightHead reads the map in the same frame. Source: torchvision's AnchorGenerator.
+
+        Those of the last few sizes are kept: pictures of one camera have one size.
         """
+        if torch.compiler.is_compiling():  # a kept tensor would be a constant of one size
+            return self._make(height, width)
+        key = (height, width, self.cells.device, self.cells.dtype)
+        if key not in self._kept:
+            if len(self._kept) == KEPT:
+                self._kept.clear()
+            self._kept[key] = self._make(height, width)
+        return self._kept[key]
+
+    def _make(self, height: int, width: int) -> Tensor:
         y = torch.arange(height, device=self.cells.device, dtype=self.cells.dtype) * self.stride
         x = torch.arange(width, device=self.cells.device, dtype=self.cells.dtype) * self.stride
         centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (height, width, 2)

@@ -24,6 +24,8 @@ from detector.structures import Batch
 BINS = 7
 # Deltas are learned in units of these: Girshick 2015 (Fast R-CNN), released code.
 BOX_STD = (0.1, 0.1, 0.2, 0.2)
+# Candidates per final box that NMS looks at first.
+FEW = 4
 
 
 class LargeSeparableConv(nn.Module):
@@ -228,8 +230,20 @@ class LightHead(nn.Module):
         return [self._final(*image) for image in zip(boxes, scores, strict=True)]
 
     def _final(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """NMS by class over boxes (P, K, 4) and scores (P, K): see `detect`.
+
+        Suppression depends on better boxes alone, so the best few decide by themselves if enough of them survive; only
+        if they do not are more looked at. An untrained network has P * K candidates, a trained one some tens.
+        """
         sides = (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1)
-        roi, label = ((scores > self.score_threshold) & (sides > 1e-2)).nonzero(as_tuple=True)
-        boxes, scores = boxes[roi, label], scores[roi, label]
-        keep = batched_nms(boxes, scores, label, self.nms_threshold)[: self.max_detections]
-        return boxes[keep], scores[keep], label[keep]
+        possible = (scores > self.score_threshold) & (sides > 1e-2)
+        ranked = torch.where(possible, scores, -1.0).flatten()
+        boxes, total = boxes.reshape(-1, 4), int(possible.sum())
+        count = FEW * self.max_detections
+        while True:
+            best, index = ranked.topk(min(count, total))
+            label = index % self.num_classes
+            keep = batched_nms(boxes[index], best, label, self.nms_threshold)[: self.max_detections]
+            if len(keep) == self.max_detections or count >= total:
+                return boxes[index[keep]], best[keep], label[keep]
+            count *= 4

@@ -71,3 +71,15 @@ def test_has_no_weights_and_nothing_to_save() -> None:
     assert not list(grid.parameters())
     assert not grid.state_dict()
     assert grid.to("meta")(2, 2).device.type == "meta"
+
+
+def test_anchors_of_a_size_are_made_once_and_stay_right() -> None:
+    grid = AnchorGrid(scales=[32, 64], ratios=[0.5, 1.0, 2.0], stride=16)
+    first = grid(3, 5)
+    assert grid(3, 5) is first
+    fresh = AnchorGrid(scales=[32, 64], ratios=[0.5, 1.0, 2.0], stride=16)
+    for height in range(1, 20):  # more sizes than are kept
+        assert torch.equal(grid(height, 5), fresh._make(height, 5))
+    assert len(grid._kept) <= 8
+    assert grid.double()(3, 5).dtype == torch.float64
+    assert "_kept" not in "".join(grid.state_dict())

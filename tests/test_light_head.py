@@ -13,6 +13,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import box_iou, clip_boxes_to_image, nms, ps_roi_align
 
+from detector import light_head
 from detector.errors import InputError
 from detector.light_head import HeadOutput, LargeSeparableConv, LightHead
 from detector.matching import Matches
@@ -317,6 +318,23 @@ def test_detect_equals_a_loop_over_classes(small_spec: dict, agnostic: bool, lim
         assert labels.tolist() == [label for _, label, _ in expected]
         torch.testing.assert_close(scores, torch.tensor([score for score, _, _ in expected]))
         torch.testing.assert_close(boxes, torch.stack([box for _, _, box in expected]), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("class_agnostic", [True, False])
+def test_how_many_candidates_are_looked_at_first_changes_nothing(
+    small_spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch, class_agnostic: bool
+) -> None:
+    head = build(small_spec, max_detections=12, class_agnostic=class_agnostic, nms_threshold=0.3)
+    proposals, sizes = random_rois(places=60), torch.tensor([[64, 96], [64, 96]])
+    output = random_output(head, proposals)
+    found = {}
+    for few in (1, 4, 1000):  # 1: has to look again several times; 1000: at all of them at once
+        monkeypatch.setattr(light_head, "FEW", few)
+        found[few] = head.detect(output, proposals, sizes)
+    assert [len(scores) for _, scores, _ in found[1000]] == [12, 12]
+    for image in range(2):
+        for few in (1, 4):
+            assert all(torch.equal(a, b) for a, b in zip(found[few][image], found[1000][image], strict=True))
 
 
 def test_detect_without_a_valid_roi_finds_nothing(small_spec: dict) -> None:
