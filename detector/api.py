@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from detector.build import build_network
 from detector.deploy.fuse import fuse
 from detector.errors import InputError
 from detector.files import replacing
-from detector.images import list_images, read_image
 from detector.light_head_rcnn import LightHeadRCNN
-from detector.preprocess import Preprocessing, group_by_canvas, pad, restore_boxes
+from detector.predictor import Found, Predictor
+from detector.preprocess import Preprocessing, restore_boxes
 from detector.structures import Detections
 
 FORMAT = "light-head-detector"
@@ -25,7 +25,7 @@ VERSION = 1
 PREFIX = "network."
 
 
-class Detector:
+class Detector(Predictor):
     """A network with what it needs to be used: how to preprocess, and what its labels mean.
 
     Attributes:
@@ -118,48 +118,14 @@ class Detector:
     def device(self) -> torch.device:
         return self.network.mean.device
 
-    def predict(
-        self, source: Any, *, score_threshold: float = 0.3, batch_size: int = 8, bgr: bool = False
-    ) -> list[Detections]:
-        """Find objects in pictures. Always a list, one `Detections` per picture, in the order given.
+    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
+        """See `Predictor.find`."""
+        outputs = self._outputs(torch.from_numpy(images), torch.from_numpy(image_sizes))
+        return [(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in outputs]
 
-        Args:
-            source: a path, a folder (its pictures, sorted, with subfolders), a PIL image, a numpy array (h, w, 3) in
-                RGB, a torch tensor (3, h, w), or a list of any of them.
-            score_threshold: detections below are left out; 0 gives all that the network's own threshold leaves.
-            batch_size: pictures that go through the network at once. It does not change results.
-            bgr: numpy arrays are in OpenCV's channel order.
-
-        Raises:
-            InputError: a picture is missing or unreadable; the message names it.
-        """
-        return list(self.stream(source, score_threshold=score_threshold, batch_size=batch_size, bgr=bgr))
-
-    def stream(
-        self, source: Any, *, score_threshold: float = 0.3, batch_size: int = 8, bgr: bool = False
-    ) -> Iterator[Detections]:
-        """As `predict`, batch by batch: for more pictures than fit in memory."""
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size={batch_size}; expected a whole number, 1 or more.")
-        if not isinstance(score_threshold, int | float) or not 0 <= score_threshold <= 1:
-            raise InputError(f"score_threshold={score_threshold}; expected a number from 0 to 1.")
-        for chunk in _chunks(expand_sources(source), batch_size):
-            images = [read_image(item, bgr=bgr) for item in chunk]
-            paths = [str(item) if isinstance(item, str | Path) else None for item in chunk]
-            for found in self._predict_images(images, paths):
-                yield found.above(score_threshold)
-
-    def _predict_images(self, images: list[np.ndarray], paths: list[str | None]) -> list[Detections]:
-        resized = [self.preprocessing(image) for image in images]
-        found: dict[int, Detections] = {}
-        for group in group_by_canvas([image.shape[:2] for image in resized]):
-            sizes = torch.tensor([resized[i].shape[:2] for i in group])
-            scales = [input_scale(images[i].shape[:2], resized[i].shape[:2]) for i in group]
-            original = [images[i].shape[:2] for i in group]
-            batch = torch.from_numpy(pad([resized[i] for i in group]))
-            results = self.detect(batch, sizes, np.stack(scales), np.array(original), [paths[i] for i in group])
-            found.update(zip(group, results, strict=True))
-        return [found[i] for i in range(len(images))]
+    def _outputs(self, images: Tensor, image_sizes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = self.network.eval().detect(images.to(self.device), image_sizes.to(self.device))
+        return [(boxes.float().cpu(), scores.float().cpu(), labels.cpu()) for boxes, scores, labels in found]
 
     def detect(
         self,
@@ -169,7 +135,7 @@ class Detector:
         original_sizes: np.ndarray,
         paths: Sequence[str | None] | None = None,
     ) -> list[Detections]:
-        """The one way from padded input to results, for prediction and evaluation alike.
+        """Results of a padded batch: what evaluation calls. The network's part is that of `find`.
 
         Args:
             images: uint8 RGB (N, 3, H, W).
@@ -180,23 +146,14 @@ class Detector:
         Returns:
             Boxes in pixels of the original pictures.
         """
-        outputs = self.network.eval().detect(images.to(self.device), image_sizes.to(self.device))
+        outputs = self._outputs(images, image_sizes)
         paths = paths or [None] * len(outputs)
         results = []
         for (boxes, scores, labels), scale, size, path in zip(outputs, scales, original_sizes, paths, strict=True):
             original = (int(size[0]), int(size[1]))
-            restored = restore_boxes(boxes.float().cpu().numpy(), scale, original)
-            results.append(
-                Detections(
-                    restored, scores.float().cpu().numpy(), labels.cpu().numpy(), self.class_names, original, path
-                )
-            )
+            restored = restore_boxes(boxes.numpy(), scale, original)
+            results.append(Detections(restored, scores.numpy(), labels.numpy(), self.class_names, original, path))
         return results
-
-
-def input_scale(original: tuple[int, ...], resized: tuple[int, ...]) -> np.ndarray:
-    """Input pixels per original pixel, (x, y), from (height, width) before and after the resize."""
-    return np.array([resized[1] / original[1], resized[0] / original[0]])
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Detector:
@@ -242,23 +199,3 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"'{path}' has format version {about['version']}; this package reads up to {VERSION}: update it."
         )
     return checkpoint
-
-
-def expand_sources(source: Any) -> list[Any]:
-    """One item per picture: folders become their pictures, a single thing becomes a list of one."""
-    if isinstance(source, str | Path):
-        return list(list_images(source)) if Path(source).is_dir() else [source]
-    if isinstance(source, list | tuple):
-        return [item for part in source for item in expand_sources(part)]
-    return [source]
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

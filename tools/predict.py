@@ -12,8 +12,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from detector.api import Detector, expand_sources
+from detector.api import Detector
 from detector.files import replacing, write_json
+from detector.predictor import expand_sources
 from launch import launch
 
 log = logging.getLogger(__name__)
