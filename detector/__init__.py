@@ -14,8 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detector.api import Detector, load, predict
+    from detector.api import Detector
     from detector.errors import InputError
+    from detector.loading import load, predict
     from detector.structures import Detections
 
 __version__ = "0.1.0"
@@ -26,8 +27,8 @@ _SOURCES = {
     "Detections": "detector.structures",
     "Detector": "detector.api",
     "InputError": "detector.errors",
-    "load": "detector.api",
-    "predict": "detector.api",
+    "load": "detector.loading",
+    "predict": "detector.loading",
 }
 
 

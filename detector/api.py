@@ -123,8 +123,14 @@ class Detector(Predictor):
         outputs = self._outputs(torch.from_numpy(images), torch.from_numpy(image_sizes))
         return [(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in outputs]
 
-    def _outputs(self, images: Tensor, image_sizes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        found = self.network.eval().detect(images.to(self.device), image_sizes.to(self.device))
+    def find_among(self, images: np.ndarray, image_sizes: np.ndarray, max_proposals: int) -> list[Found]:
+        """See `Predictor.find_among`."""
+        tensors = torch.from_numpy(images), torch.from_numpy(image_sizes)
+        outputs = self._outputs(*tensors, max_proposals=max_proposals)
+        return [(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in outputs]
+
+    def _outputs(self, images: Tensor, image_sizes: Tensor, **budget: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = self.network.eval().detect(images.to(self.device), image_sizes.to(self.device), **budget)
         return [(boxes.float().cpu(), scores.float().cpu(), labels.cpu()) for boxes, scores, labels in found]
 
     def detect(
@@ -154,18 +160,6 @@ class Detector(Predictor):
             restored = restore_boxes(boxes.numpy(), scale, original)
             results.append(Detections(restored, scores.numpy(), labels.numpy(), self.class_names, original, path))
         return results
-
-
-def load(path: str | Path, device: str | torch.device | None = None) -> Detector:
-    """Read a detector from a checkpoint: see `Detector.load`."""
-    return Detector.load(path, device)
-
-
-def predict(
-    source: Any, *, ckpt: str | Path, device: str | torch.device | None = None, **options: Any
-) -> list[Detections]:
-    """Load a checkpoint and find objects in pictures: see `Detector.predict`. To predict often, `load` once."""
-    return load(ckpt, device).predict(source, **options)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

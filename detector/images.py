@@ -6,9 +6,13 @@ pictures where torch is not installed.
 
 from __future__ import annotations
 
+import io
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,47 +22,69 @@ from detector.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-ImageSource: TypeAlias = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, "torch.Tensor"]
+ImageSource: TypeAlias = Union[
+    str, "os.PathLike[str]", bytes, bytearray, memoryview, IO[bytes], Image.Image, np.ndarray, "torch.Tensor"
+]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 _EXIF_ORIENTATION = 0x0112
+# Pillow's limit on pixels is one number for the process: who raises it for one file holds this.
+_PILLOW_LIMIT = threading.Lock()
 
 
-def read_image(source: ImageSource, *, bgr: bool = False, exif: bool = True) -> np.ndarray:
+def read_image(
+    source: ImageSource, *, bgr: bool = False, exif: bool = True, max_pixels: int | None = None, name: str | None = None
+) -> np.ndarray:
     """Read one picture.
 
     Args:
-        source: a file; a Pillow image; an array (h, w), (h, w, 1), (h, w, 3) or (h, w, 4), uint8, uint16 or float in
-            [0, 1]; a tensor (C, h, w) with C of 1, 3 or 4, uint8 or float in [0, 1]. Alpha is dropped. 16-bit
-            pictures are divided by 257. Files and Pillow images of 32 bits a pixel do not say their range: [0, 1]
-            (float only), [0, 255] or [0, 65535], the smallest that holds them. Of several frames, the current one.
+        source: a file; the bytes of one, or a binary file object that holds them; a Pillow image; an array (h, w),
+            (h, w, 1), (h, w, 3) or (h, w, 4), uint8, uint16 or float in [0, 1]; a tensor (C, h, w) with C of 1, 3 or
+            4, uint8 or float in [0, 1]. Alpha is dropped. 16-bit pictures are divided by 257. Files and Pillow images
+            of 32 bits a pixel do not say their range: [0, 1] (float only), [0, 255] or [0, 65535], the smallest that
+            holds them. Of an animated file (GIF, APNG, WebP) or one of several pages, the first frame; of a Pillow
+            image, its current one.
         bgr: the channels of an array or a tensor are blue, green, red (OpenCV's order). Files know their order.
         exif: turn files and Pillow images as their EXIF orientation says.
+        max_pixels: a file that declares more is refused before it is decoded; None leaves it to Pillow, whose limit
+            (179 million) guards against small files that unpack to fill the memory.
+        name: what messages call the source; None makes one up.
 
     Returns:
         uint8 RGB (h, w, 3), C-contiguous. It shares memory with `source` where that is such an array already.
 
     Raises:
-        InputError: the file is missing, a folder, not a picture or damaged; the array has a shape, a type or a range
-            that no picture has.
+        InputError: the file is missing, a folder, empty, not a picture, too large or damaged; the array has a shape, a
+            type or a range that no picture has.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _read_file(Path(source), exif)
+        return _read_file(Path(source), name or str(source), exif, max_pixels)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _read_file(io.BytesIO(source), name or f"a picture in {len(source)} bytes", exif, max_pixels)
+    if hasattr(source, "read"):
+        content = _content_of(source, name or "a file object")
+        return read_image(content, exif=exif, max_pixels=max_pixels, name=name)
     if isinstance(source, Image.Image):
-        name = getattr(source, "filename", "") or f"Pillow image (mode {source.mode}, {source.width} x {source.height})"
+        name = name or getattr(source, "filename", "")
+        name = name or f"Pillow image (mode {source.mode}, {source.width} x {source.height})"
         try:
             return _from_pillow(source, exif)
         except Exception as error:  # Pillow decodes late: a damaged file shows only now, as any kind of exception.
             raise _undecodable(name, error) from error
     if isinstance(source, np.ndarray):
-        return _from_array(source, "array", bgr)
-    if type(source).__module__.split(".")[0] == "torch" and hasattr(source, "detach"):
-        return _from_tensor(source, bgr)
+        return _from_array(source, name or "array", bgr)
+    if is_tensor(source):
+        return _from_tensor(source, name or "tensor", bgr)
     raise InputError(
-        f"cannot read a picture from {type(source).__name__}; give a path, a Pillow image, a numpy array (h, w, 3) or "
-        f"a tensor (3, h, w)."
+        f"cannot read a picture from {type(source).__name__}; give a path, the bytes of a file, a Pillow image, a "
+        f"numpy array (h, w, 3) or a tensor (3, h, w)."
     )
+
+
+def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a torch tensor, without importing torch."""
+    return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
@@ -92,22 +118,61 @@ def _undecodable(name: object, error: Exception) -> InputError:
     )
 
 
-def _read_file(path: Path, exif: bool) -> np.ndarray:
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, not a picture; detector.images.list_images gives the pictures in it.")
-    try:
-        with Image.open(path) as image:
-            return _from_pillow(image, exif)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; check the path.") from error
-    except PermissionError as error:
-        raise InputError(f"{path}: may not be read by this user; change the file's permissions.") from error
-    except UnidentifiedImageError as error:
+def _content_of(file: Any, name: str) -> bytes:
+    content = file.read()
+    if not isinstance(content, bytes):
         raise InputError(
-            f"{path}: not a picture that can be read; convert it to one of {_suffixes()}, or take it out of the data."
+            f"{name}: gives {type(content).__name__}, not bytes; open it in binary mode, open(path, 'rb')."
+        )
+    return content
+
+
+def _read_file(file: Path | io.BytesIO, name: str, exif: bool, max_pixels: int | None) -> np.ndarray:
+    if isinstance(file, Path) and os.path.isdir(file):
+        raise InputError(f"{name}: is a folder, not a picture; detector.images.list_images gives the pictures in it.")
+    try:
+        with _open(file, name, max_pixels) as image:
+            if image.format == "EPS":  # Pillow would run it: PostScript is a program
+                raise InputError(f"{name}: PostScript is not read; convert it to one of {_suffixes()}.")
+            return _from_pillow(image, exif)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file; check the path.") from error
+    except PermissionError as error:
+        raise InputError(f"{name}: may not be read by this user; change the file's permissions.") from error
+    except UnidentifiedImageError as error:
+        size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+        what = "not a picture that can be read" if size else "is empty (0 bytes), not a picture that can be read"
+        raise InputError(f"{name}: {what}; convert it to one of {_suffixes()}, or take it out of the data.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(
+            f"{name}: too many pixels to be safe to decode ({error}). If you trust it, allow as many with max_pixels=N."
         ) from error
     except Exception as error:  # Decoders raise what they like on damaged files: OSError, SyntaxError, struct.error ...
-        raise _undecodable(path, error) from error
+        raise _undecodable(name, error) from error
+
+
+@contextmanager
+def _open(file: Path | io.BytesIO, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
+    """Pillow's open, which reads the header only, with a limit of our own if there is one."""
+    if max_pixels is None:
+        with Image.open(file) as image:
+            yield image
+        return
+    with _PILLOW_LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    with image:
+        if image.width * image.height > max_pixels:
+            raise InputError(
+                f"{name}: {image.width} x {image.height} pixels, max_pixels={max_pixels}; raise it, or shrink "
+                f"the picture."
+            )
+        yield image
 
 
 def _from_pillow(image: Image.Image, exif: bool) -> np.ndarray:
@@ -152,15 +217,15 @@ def _to_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(pixels[..., None], 3, axis=2)
 
 
-def _from_tensor(tensor: torch.Tensor, bgr: bool) -> np.ndarray:
+def _from_tensor(tensor: torch.Tensor, name: str, bgr: bool) -> np.ndarray:
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
         raise InputError(
-            f"tensor of shape {tuple(tensor.shape)}: a picture is (3, h, w); give one at a time, channels first."
+            f"{name} of shape {tuple(tensor.shape)}: a picture is (3, h, w); give one at a time, channels first."
         )
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
         tensor = tensor.float()  # numpy knows no bfloat16
-    return _from_array(tensor.permute(1, 2, 0).numpy(), "tensor", bgr)
+    return _from_array(tensor.permute(1, 2, 0).numpy(), name, bgr)
 
 
 def _from_array(array: np.ndarray, name: str, bgr: bool) -> np.ndarray:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from detector.backbones import Backbone
 from detector.light_head import LightHead
-from detector.rpn import RPN
+from detector.rpn import RPN, Proposals
 from detector.structures import Batch
 
 # ImageNet statistics of RGB in 0-255: what torchvision's backbones were trained with.
@@ -57,12 +57,15 @@ class LightHeadRCNN(nn.Module):
         return losses | self.head.losses(output, rois, matches, batch)
 
     @torch.no_grad()
-    def detect(self, images: Tensor, image_sizes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def detect(
+        self, images: Tensor, image_sizes: Tensor, max_proposals: int | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Find objects.
 
         Args:
             images: uint8 RGB (N, 3, H, W).
             image_sizes: (N, 2), height and width of each picture inside the padding.
+            max_proposals: the head sees the best of P so many; None: all.
 
         Returns:
             Per image: boxes (D, 4) xyxy in pixels of the padded input, scores (D,), labels (D,), best first.
@@ -70,4 +73,7 @@ class LightHeadRCNN(nn.Module):
         rpn_map, head_map = self.features(images)
         objectness, deltas, anchors = self.rpn(rpn_map)
         proposals = self.rpn.propose(objectness, deltas, anchors, image_sizes)
+        if max_proposals is not None:
+            best = slice(max_proposals)
+            proposals = Proposals(proposals.boxes[:, best], proposals.valid[:, best], proposals.scores[:, best])
         return self.head.detect(self.head(head_map, proposals.boxes), proposals, image_sizes)

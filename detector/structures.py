@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from detector.errors import InputError
+
 if TYPE_CHECKING:
+    import pandas
+    import supervision
     import torch
     from PIL.Image import Image
 
@@ -55,6 +60,10 @@ class Batch:
         return len(self.image_ids)
 
 
+# Of `Detections.rows` and `Detections.to_pandas`.
+ROW_COLUMNS = ("path", "frame", "time", "label", "name", "score", "x1", "y1", "x2", "y2")
+
+
 @dataclass(frozen=True)
 class Detections:
     """What was found in one picture, best first.
@@ -65,7 +74,10 @@ class Detections:
         labels: (D,) int64, index into class_names.
         class_names: the names that labels index.
         image_size: height and width of the original picture.
-        path: where the picture came from, or None.
+        path: where the picture came from: a file, an address, a camera; None for what was in memory.
+        frame: of a video: its number, from 0.
+        time: of a video: seconds since its first frame.
+        error: why the picture could not be read (`on_error="report"`); then there are no boxes, and no size, (0, 0).
     """
 
     boxes: np.ndarray
@@ -74,6 +86,9 @@ class Detections:
     class_names: tuple[str, ...]
     image_size: tuple[int, int]
     path: str | None = field(default=None)
+    frame: int | None = None
+    time: float | None = None
+    error: str | None = None
 
     def __post_init__(self) -> None:
         count = len(self.scores)
@@ -93,10 +108,15 @@ class Detections:
 
     def above(self, threshold: float) -> Detections:
         """The detections with score >= threshold."""
-        keep = self.scores >= threshold
-        return Detections(
-            self.boxes[keep], self.scores[keep], self.labels[keep], self.class_names, self.image_size, self.path
-        )
+        return self.where(self.scores >= threshold)
+
+    def of(self, labels: Sequence[int]) -> Detections:
+        """The detections of these classes, indices into class_names."""
+        return self.where(np.isin(self.labels, np.asarray(labels, np.int64)))
+
+    def where(self, keep: np.ndarray) -> Detections:
+        """The detections that a mask (D,) or an index array keeps."""
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
 
     def to_coco(self, image_id: Any, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """COCO's results format: xywh boxes in original pixels.
@@ -114,16 +134,100 @@ class Detections:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON."""
+        """Plain lists and numbers, ready for JSON; the fields of the class and `names`."""
         return {
             "path": self.path,
+            "frame": self.frame,
+            "time": self.time,
             "height": self.image_size[0],
             "width": self.image_size[1],
             "boxes": self.boxes.tolist(),
             "scores": self.scores.tolist(),
             "labels": self.labels.tolist(),
             "names": self.names,
+            "error": self.error,
         }
+
+    def to_json(self) -> str:
+        """`to_dict` as one line without a line break at its end: a line of a JSON Lines file."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat dict of plain values for each detection: a line of a table."""
+        return [
+            {
+                "path": self.path,
+                "frame": self.frame,
+                "time": self.time,
+                "label": int(label),
+                "name": name,
+                "score": float(score),
+                **dict(zip(("x1", "y1", "x2", "y2"), box.tolist(), strict=True)),
+            }
+            for box, score, label, name in zip(self.boxes, self.scores, self.labels, self.names, strict=True)
+        ]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A table of ROW_COLUMNS, a line for each detection.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("to_pandas needs pandas, which is not installed: pip install pandas.") from error
+        return pandas.DataFrame(self.rows(), columns=list(ROW_COLUMNS))
+
+    def to_supervision(self) -> supervision.Detections:
+        """For Roboflow's `supervision`: xyxy, confidence, class_id, and the names as data["class_name"].
+
+        Raises:
+            InputError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise InputError(
+                "to_supervision needs supervision, which is not installed: pip install supervision."
+            ) from error
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32),
+            confidence=self.scores.astype(np.float32),
+            class_id=self.labels.astype(np.int64),
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def crop(self, image: Any = None) -> list[np.ndarray]:
+        """The part of the picture inside each box, rounded outwards to whole pixels: uint8 RGB (h, w, 3) copies.
+
+        Args:
+            image: anything that shows the picture; None reads `path` again.
+
+        Raises:
+            InputError: there is no picture to cut from, or it has another size than the one that was searched.
+        """
+        from detector.images import read_image
+
+        picture = read_image(self._again() if image is None else image)
+        if picture.shape[:2] != tuple(self.image_size):
+            raise InputError(
+                f"crop: the picture is {picture.shape[1]}x{picture.shape[0]}, the detections belong to one of "
+                f"{self.image_size[1]}x{self.image_size[0]}; give the picture that was searched."
+            )
+        height, width = self.image_size
+        corners = np.floor(self.boxes[:, :2]).astype(int).clip(0, (width - 1, height - 1))
+        ends = np.maximum(np.ceil(self.boxes[:, 2:]).astype(int), corners + 1)
+        return [picture[y1:y2, x1:x2].copy() for (x1, y1), (x2, y2) in zip(corners, ends, strict=True)]
+
+    def _again(self) -> str:
+        """The file to read the picture from once more."""
+        if self.path is None or self.frame is not None or self.error is not None or "://" in self.path:
+            raise InputError(
+                "the detections do not come from a picture file that can be read again: give the picture, draw(image), "
+                "crop(image)."
+            )
+        return self.path
 
     def draw(self, image: Any = None, threshold: float = 0.5) -> Image:
         """A copy of the picture with boxes, names and scores drawn on it.
@@ -137,4 +241,4 @@ class Detections:
         """
         from detector import visualize
 
-        return visualize.draw_detections(self, image, threshold)
+        return visualize.draw_detections(self, self._again() if image is None else image, threshold)

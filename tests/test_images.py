@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -13,6 +15,7 @@ from PIL import Image
 
 from detector.errors import InputError
 from detector.images import list_images, read_image
+from detector.preprocess import Preprocessing, pad
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -160,7 +163,9 @@ def test_reading_leaves_the_source_alone(picture: np.ndarray) -> None:
     ("source", "thing", "remedy"),
     [
         (None, "NoneType", "give a path"),
-        (b"bytes", "bytes", "give a path"),
+        (b"bytes", "in 5 bytes", "convert it"),
+        (b"", "empty (0 bytes)", "take it out"),
+        (io.StringIO("text"), "str, not bytes", "binary mode"),
         (np.zeros((3, 24, 40), np.uint8), "(3, 24, 40)", "channels last"),
         (np.zeros((2, 24, 40, 3), np.uint8), "(2, 24, 40, 3)", "one picture at a time"),
         (np.zeros((0, 40, 3), np.uint8), "(0, 40, 3)", "not empty"),
@@ -187,7 +192,7 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / "missing.jpg", "check the path"),
         (tmp_path, "list_images"),
         (tmp_path / "text.jpg", "convert it"),
-        (tmp_path / "nothing.png", "convert it"),
+        (tmp_path / "nothing.png", "is empty (0 bytes)"),
         (tmp_path / "inf.tif", "fetch it again"),
     ):
         with pytest.raises(InputError) as caught:
@@ -203,6 +208,94 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(InputError, match=r"a\.png: may not be read.*permissions"):
         read_image(tmp_path / "a.png")
+
+
+def test_bytes_and_file_objects(tmp_path: Path, picture: np.ndarray) -> None:
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    with (tmp_path / "a.png").open("rb") as file:
+        for source in (content, bytearray(content), memoryview(content), io.BytesIO(content), file):
+            np.testing.assert_array_equal(read_image(source), picture)
+    with pytest.raises(InputError, match=r"^https://host/a\.png: cannot be decoded"):
+        read_image(content[:200], name="https://host/a.png")
+
+
+def test_exif_orientation_of_bytes(picture: np.ndarray) -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    Image.fromarray(picture).save(buffer, "png", exif=exif)
+    np.testing.assert_array_equal(read_image(buffer.getvalue()), np.rot90(picture, -1))
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_of_an_animated_file_the_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], lossless=True, duration=100)
+    with Image.open(buffer) as image:
+        assert image.n_frames == 3  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(read_image(buffer.getvalue()), np.full((6, 8, 3), (255, 0, 0)))
+        image.seek(2)
+        np.testing.assert_array_equal(read_image(image), np.full((6, 8, 3), (0, 0, 255)))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of some hundred bytes that declares width x height pixels."""
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
+
+
+def test_decompression_bombs(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(bomb(50_000, 50_000))
+    before = Image.MAX_IMAGE_PIXELS
+    for source in (tmp_path / "bomb.png", bomb(50_000, 50_000), bomb(10_000, 10_000)):
+        with pytest.raises(InputError, match=r"too many pixels.*max_pixels=N"):
+            read_image(source)
+    with pytest.raises(InputError, match=r"bomb\.png: 50000 x 50000 pixels, max_pixels=2000000000"):
+        read_image(tmp_path / "bomb.png", max_pixels=2_000_000_000)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_limit_of_ones_own(monkeypatch: pytest.MonkeyPatch, picture: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    np.testing.assert_array_equal(read_image(buffer.getvalue(), max_pixels=24 * 40), picture)
+    with pytest.raises(InputError, match="40 x 24 pixels, max_pixels=959"):
+        read_image(buffer.getvalue(), max_pixels=24 * 40 - 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's refuses above twice that
+    with pytest.raises(InputError, match="too many pixels"):
+        read_image(buffer.getvalue())
+    np.testing.assert_array_equal(read_image(buffer.getvalue(), max_pixels=24 * 40), picture)
+
+
+def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.format == "EPS"  # Pillow knows it
+    with pytest.raises(InputError, match="PostScript is not read"):
+        read_image(content)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
+def test_sides_of_one_pixel(tmp_path: Path, size: tuple[int, int]) -> None:
+    """From the file to the network's input: no side of nothing, and no side longer than the longest."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(image, pixels)
+    resized = Preprocessing(320, 512)(image)
+    assert resized.shape[:2] == {(1, 1): (320, 320), (1, 20_000): (1, 512), (20_000, 1): (512, 1)}[size]
+    assert pad([resized]).nbytes <= 3 * 512 * 512
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "tif", "webp"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +92,94 @@ def test_dictionary_is_plain_json(found: Detections) -> None:
     assert np.array(plain["boxes"], np.float32).tolist() == found.boxes.tolist()
     empty = json.loads(json.dumps(nothing().to_dict()))
     assert empty["boxes"] == empty["scores"] == empty["labels"] == empty["names"] == []
+
+
+def test_a_line_of_json(found: Detections) -> None:
+    line = replace(found, path="straße\n.jpg", frame=7, time=0.28).to_json()
+    assert "\n" not in line
+    assert "straße" in line
+    plain = json.loads(line)
+    assert (plain["path"], plain["frame"], plain["time"], plain["error"]) == ("straße\n.jpg", 7, 0.28, None)
+    assert plain["boxes"][1] == [0, 0, 100, 80]
+    assert set(plain) == {*(f.name for f in fields(Detections)), "names", "height", "width"} - {
+        "class_names", "image_size",
+    }  # fmt: skip
+
+
+def test_masks_and_classes_keep_everything_else(found: Detections) -> None:
+    frame = replace(found, frame=7, time=0.28)
+    for kept in (frame.of([2]), frame.where(np.array([True, False, True])), frame.where(np.array([0, 2]))):
+        assert kept.labels.tolist() == [2, 2]
+        assert kept.boxes.tolist() == found.boxes[[0, 2]].tolist()
+        assert (kept.path, kept.frame, kept.time, kept.image_size) == ("street.jpg", 7, 0.28, (80, 100))
+    assert frame.above(0.5).frame == 7
+    assert len(frame.of([])) == len(frame.of([1])) == len(nothing().of([0])) == 0
+
+
+def test_table(found: Detections) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = replace(found, frame=3, time=0.12).to_pandas()
+    assert list(table.columns) == ["path", "frame", "time", "label", "name", "score", "x1", "y1", "x2", "y2"]
+    assert table["name"].tolist() == ["bird", "cat", "bird"]
+    np.testing.assert_array_equal(table[["x1", "y1", "x2", "y2"]].to_numpy(np.float32), found.boxes)
+    np.testing.assert_array_equal(table["score"].to_numpy(np.float32), found.scores)
+    assert set(table["frame"]) == {3}
+    empty = nothing().to_pandas()
+    assert (len(empty), list(empty.columns)) == (0, list(table.columns))
+    assert len(pandas.concat([table, table])) == 6
+
+
+@pytest.mark.filterwarnings("ignore")  # its imports' own
+def test_supervision(found: Detections) -> None:
+    supervision = pytest.importorskip("supervision")
+    theirs = found.to_supervision()
+    assert isinstance(theirs, supervision.Detections)
+    np.testing.assert_array_equal(theirs.xyxy, found.boxes)
+    np.testing.assert_array_equal(theirs.confidence, found.scores)
+    np.testing.assert_array_equal(theirs.class_id, found.labels)
+    assert theirs["class_name"].tolist() == found.names
+    np.testing.assert_allclose(theirs.area, [20 * 40, 100 * 80, 2.5 * 3])
+    assert len(theirs[theirs.confidence > 0.3]) == 2
+    assert len(nothing().to_supervision()) == 0
+
+
+@pytest.mark.parametrize("package", ["pandas", "supervision"])
+def test_what_is_not_installed_is_named(found: Detections, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"pip install {package}"):
+        getattr(found, f"to_{package}")()
+
+
+def test_crops_are_what_lies_in_the_boxes(found: Detections, tmp_path: Path) -> None:
+    image = np.arange(80 * 100 * 3, dtype=np.uint32).astype(np.uint8).reshape(80, 100, 3)
+    crops = found.crop(image)
+    np.testing.assert_array_equal(crops[0], image[20:60, 10:30])
+    np.testing.assert_array_equal(crops[1], image)
+    np.testing.assert_array_equal(crops[2], image[6:10, 5:8])  # 5.25, 6.5, 7.75, 9.5, outwards
+    crops[1][:] = 0
+    assert image.any()
+    Image.fromarray(image).save(tmp_path / "a.png")
+    again = replace(found, path=str(tmp_path / "a.png")).crop()
+    np.testing.assert_array_equal(again[0], crops[0])
+    assert nothing().crop(image) == []
+
+
+def test_a_crop_has_a_pixel_at_least() -> None:
+    boxes = np.array([[100, 80, 100, 80], [3, 3, 3, 3], [99.5, 0, 100, 80]], np.float32)
+    thin = Detections(boxes, np.ones(3, np.float32), np.zeros(3, np.int64), NAMES, (80, 100))
+    assert [crop.shape for crop in thin.crop(np.zeros((80, 100, 3), np.uint8))] == [(1, 1, 3), (1, 1, 3), (80, 1, 3)]
+
+
+@pytest.mark.parametrize("changes", [{"path": None}, {"frame": 3}, {"path": "https://host/a.jpg"}, {"error": "broken"}])
+def test_a_picture_that_cannot_be_read_again(found: Detections, changes: dict) -> None:
+    for action in (replace(found, **changes).crop, replace(found, **changes).draw):
+        with pytest.raises(InputError, match="give the picture"):
+            action()
+
+
+def test_a_crop_of_another_picture(found: Detections) -> None:
+    with pytest.raises(InputError, match="the picture is 99x80, the detections belong to one of 100x80"):
+        found.crop(np.zeros((80, 99, 3), np.uint8))
 
 
 def test_fields_cannot_be_replaced(found: Detections) -> None:

@@ -26,6 +26,7 @@ from detector.backbones.pretrained import load_weights
 from detector.data.coco import CocoIndex, load_coco
 from detector.data.shapes import ensure_shapes
 from detector.data.transforms import TrainTransform
+from detector.deploy.runtime import ExportedDetector, is_export
 from detector.errors import InputError
 from detector.evaluation.coco import format_table, save_metrics
 from detector.files import replacing, write_json
@@ -93,9 +94,13 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
         The figures of detector.evaluation.coco.evaluate, on every rank.
     """
     check_values(config)
+    if is_export(config["ckpt"]):
+        from detector.training.exported import evaluate_export
+
+        return evaluate_export(config)
     devices = _devices(config)
     detector = Detector.load(config["ckpt"], device="cpu")  # Lightning moves it to this process's device
-    data_config = _evaluation_data(config, detector)
+    data_config = evaluation_data(config, detector)
     index = load_split(data_config, "val", class_names=detector.class_names)
     out = Path(str(config["out"])) if config["out"] else Path(config["ckpt"]).parent / "eval"
     if _is_first_process():
@@ -198,7 +203,7 @@ def _data_module(
     )
 
 
-def _evaluation_data(config: Mapping[str, Any], detector: Detector) -> dict[str, Any]:
+def evaluation_data(config: Mapping[str, Any], detector: Detector | ExportedDetector) -> dict[str, Any]:
     """The data of the checkpoint's recipe, with what the command line gives instead."""
     recorded = detector.provenance.get("config", {}).get("data")
     given = config["data"]

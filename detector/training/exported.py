@@ -1,0 +1,44 @@
+"""Score an exported detector as a checkpoint is scored: same pictures, same figures, one process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from detector.data.coco import CocoIndex
+from detector.deploy.runtime import ExportedDetector
+from detector.evaluation.coco import evaluate, format_table, save_metrics
+from detector.files import write_json
+from detector.predictor import Predictor
+from detector.training.run import evaluation_data, load_split
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_export(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Score an export as conf/eval.yaml describes it; writes metrics.json and detections.json. Returns the figures."""
+    detector = ExportedDetector.load(config["ckpt"])
+    index = load_split(evaluation_data(config, detector), "val", class_names=detector.class_names)
+    out = Path(str(config["out"])) if config["out"] else Path(config["ckpt"]).parent / "eval"
+    results = find_all(detector, index, config["val"]["batch_size"])
+    figures = evaluate(results, index.annotation_file, image_ids=index.image_ids)
+    write_json(out / "detections.json", results)
+    save_metrics(figures, out / "metrics.json")
+    log.info("\n%s\n", format_table(figures, str(index.annotation_file)))
+    log.info("metrics.json, detections.json in %s", out)
+    return figures
+
+
+def find_all(detector: Predictor, index: CocoIndex, batch_size: int) -> list[dict[str, Any]]:
+    """COCO's results of every picture of an index, in its order."""
+    results: list[dict[str, Any]] = []
+    for start in tqdm(range(0, len(index), batch_size), unit="batch", disable=None):
+        numbers = range(start, min(start + batch_size, len(index)))
+        found = detector.predict_images([index.read(i) for i in numbers], [None] * len(numbers))
+        for i, detections in zip(numbers, found, strict=True):
+            results += detections.to_coco(index.image_ids[i], index.category_ids)
+    return results

@@ -1,0 +1,103 @@
+"""tools/export.py and tools/eval.py on exports, as a user types them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tool_runner import run_tool
+from torch import nn
+
+from detector.api import Detector
+from detector.data.shapes import ensure_shapes
+from detector.preprocess import Preprocessing
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+pytestmark = pytest.mark.slow
+NAMES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module]) -> Path:
+    """A small random detector that says it was trained on a few generated pictures."""
+    root = ensure_shapes(tmp_path / "shapes", seed=0, train=12, val=6, size=96)
+    torch.manual_seed(0)
+    data = {
+        "root": str(root),
+        "generate": None,
+        "missing": None,
+        "keep_empty": True,
+        "train": {"annotations": "annotations/train.json", "images": "images", "limit": None},
+        "val": {"annotations": "annotations/val.json", "images": "images", "limit": None},
+    }
+    detector = Detector(small_spec, NAMES, Preprocessing(64, 96), {"config": {"data": data}})
+    excite(detector.network)
+    detector.save(tmp_path / "run" / "best.ckpt")
+    return tmp_path / "run" / "best.ckpt"
+
+
+def test_export_checks_itself_and_is_scored_like_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run_tool("export", f"ckpt={checkpoint}", "check.images=4", cwd=tmp_path).ok()
+    assert "onnx" in outcome.err
+    exported = checkpoint.with_name("best.onnx")
+    report = json.loads(checkpoint.with_name("best.check.json").read_text())
+    assert report["images"] == 4
+    assert [row["name"] for row in report["rows"]] == ["torch", "onnx"]
+    row = report["rows"][1]
+    assert row["passed"] is True
+    assert row["difference"]["box"] < 0.05
+    assert row["difference"]["score"] < 1e-3
+    assert row["file_bytes"] == exported.stat().st_size
+    for path, out in ((checkpoint, "a"), (exported, "b")):
+        run_tool("eval", f"ckpt={path}", f"out={out}", "workers=0", cwd=tmp_path).ok()
+    scores = [json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("a", "b")]
+    for figure in ("AP", "AR100", "AR10"):
+        assert scores[1][figure] == pytest.approx(scores[0][figure], abs=1e-3)
+    assert (tmp_path / "b" / "detections.json").is_file()
+
+
+def test_a_worse_export_gives_exit_code_1(checkpoint: Path, tmp_path: Path) -> None:
+    # No export is ten points better than its checkpoint.
+    overrides = [f"ckpt={checkpoint}", "check.images=3", "check.max_drop.float32=-10", "batch=1", "size=96x96"]
+    outcome = run_tool("export", *overrides, cwd=tmp_path)
+    assert outcome.code == 1
+    assert "failed: onnx: AP is" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert json.loads(checkpoint.with_name("best.check.json").read_text())["rows"][1]["passed"] is False
+
+
+def test_all_formats_in_a_folder(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    overrides = ["format=all", "out=exports", "check.images=2", "check.max_drop={float32: 100, int8: 100}"]
+    run_tool("export", f"ckpt={checkpoint}", *overrides, "calibration_images=6", cwd=tmp_path, timeout=600).ok()
+    names = sorted(path.name for path in (tmp_path / "exports").iterdir())
+    assert names == ["best.bin", "best.check.json", "best.int8.onnx", "best.onnx", "best.pt2", "best.xml"]
+    rows = json.loads((tmp_path / "exports" / "best.check.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["torch", "onnx", "openvino", "torch_export", "int8"]
+    assert all(row["passed"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["format=tflite"], "format=tflite; there is onnx, openvino, torch_export, int8 and all"),
+        (["size=256"], "size=256; expected dynamic, or height x width"),
+        (["size=100x96"], "multiples of 32"),
+        (["batch=4"], "batch=4; expected 1 or dynamic"),
+        (["out=model.pt2"], "ends in .onnx"),
+        (["data.root=nowhere"], "nowhere"),
+        (["format=int8", "calibration=nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    assert message in run_tool("export", f"ckpt={checkpoint}", *overrides, cwd=tmp_path).error()
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["best.ckpt"]
