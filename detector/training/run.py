@@ -27,15 +27,19 @@ from detector.data.coco import CocoIndex, load_coco
 from detector.data.shapes import ensure_shapes
 from detector.data.transforms import TrainTransform
 from detector.errors import InputError
+from detector.evaluation.clock import Clock
+from detector.evaluation.coco import evaluate as score
 from detector.evaluation.coco import format_table, save_metrics
 from detector.files import replacing, write_json
 from detector.preprocess import Preprocessing
 from detector.training.callbacks import EMA, FirstBatchPicture, History, ProgressBar, ProgressLines
 from detector.training.checks import check_values
 from detector.training.data_module import DetectionData
+from detector.training.reporting import report_on_checkpoint
 from detector.training.resume import check_can_go_on, read_resumable, resumed_config
 from detector.training.schedule import OptimizerSettings, ScheduleSettings
 from detector.training.task import DetectionTask, load_pretrained
+from detector.training.timing import PartTimes
 
 log = logging.getLogger(__name__)
 # The process that launches the others decides on the time; they find it here.
@@ -87,12 +91,20 @@ def train(config: Mapping[str, Any]) -> Path:
 
 
 def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Score a checkpoint as conf/eval.yaml describes it; writes metrics.json and detections.json.
+    """Score a checkpoint as conf/eval.yaml describes it.
+
+    Writes metrics.json, detections.json and, unless `report` is false, diagnosis.json and report.html.
 
     Returns:
-        The figures of detector.evaluation.coco.evaluate, on every rank.
+        COCO's figures, on every rank; other `metrics` are written only.
     """
+    clock = Clock()
     check_values(config)
+    if not config["ckpt"]:
+        raise InputError(
+            "ckpt is missing: add ckpt=RUN_DIR/best.ckpt; or results=detections.json annotations=instances.json to "
+            "score what another detector found."
+        )
     devices = _devices(config)
     detector = Detector.load(config["ckpt"], device="cpu")  # Lightning moves it to this process's device
     data_config = _evaluation_data(config, detector)
@@ -103,17 +115,26 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
     data = _data_module(config, detector.preprocessing, None, index)
     task = DetectionTask(detector)
     task.val_index = index
+    times = PartTimes(clock)
     trainer = lightning.Trainer(
-        **devices, **_progress(config, []), logger=False, enable_checkpointing=False, enable_model_summary=False,
+        **devices, **_progress(config, [times]), logger=False, enable_checkpointing=False, enable_model_summary=False,
         use_distributed_sampler=False, default_root_dir=out,
     )  # fmt: skip
     with _ranks_end_together(trainer), logging_redirect_tqdm():
         trainer.validate(task, data, verbose=False)
     if trainer.is_global_zero:
+        figures = task.figures
+        if config["metrics"] != "coco":
+            figures = score(task.results, index.annotation_file, image_ids=index.image_ids, metrics=config["metrics"])
+            clock.book("metrics")
         write_json(out / "detections.json", task.results)
-        save_metrics(task.figures, out / "metrics.json")
-        log.info("\n%s\n", format_table(task.figures, str(index.annotation_file)))
+        save_metrics(figures, out / "metrics.json")
+        clock.book("files")
+        log.info("\n%s\n", format_table(figures, str(index.annotation_file)))
         log.info("metrics.json, detections.json in %s", out)
+        if config["report"]:
+            detector.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
+            report_on_checkpoint(out, config, clock, detector, index, task.results, figures, times.seconds_per_image)
     return task.figures
 
 
