@@ -223,20 +223,22 @@ def _overlap(spot: np.ndarray, taken: np.ndarray) -> float:
 
 
 def plot_curves(metrics_csv: str | Path, out: str | Path) -> None:
-    """Losses against the step, and below them COCO's AP, from the metrics.csv of a run.
+    """Losses against the step, and below them COCO's AP or a classifier's accuracy, from the metrics.csv of a run.
 
     Args:
-        metrics_csv: one row for each log call, with blanks; columns `step`, `loss...`, `AP`, `AP50`, `AP75`, each with
-            an optional prefix such as `train/`. Other columns are left out.
+        metrics_csv: one row for each log call, with blanks; columns `step`, `loss...`, `AP`, `AP50`, `AP75`,
+            `top1`, `top5`, each with an optional prefix such as `train/`. Other columns are left out.
         out: the picture; its suffix says which format.
 
     Raises:
-        InputError: the file is missing, or has neither losses nor AP.
+        InputError: the file is missing, or has none of these.
     """
     curves = _read_curves(Path(metrics_csv))
     losses = {name: curve for name, curve in curves.items() if name.startswith("loss")}
     precisions = {name: curve for name, curve in curves.items() if name in ("AP", "AP50", "AP75")}
-    panels = [panel for panel in ((losses, "loss"), (precisions, "COCO AP")) if panel[0]]
+    accuracies = {name: curve for name, curve in curves.items() if name in ("top1", "top5")}
+    parts = ((losses, "loss"), (precisions, "COCO AP"), (accuracies, "accuracy"))
+    panels = [panel for panel in parts if panel[0]]
     if not panels:
         raise InputError(f"{metrics_csv}: no losses and no AP; has the run logged anything yet?")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -260,7 +262,7 @@ def plot_curves(metrics_csv: str | Path, out: str | Path) -> None:
 
 
 def _plot_curve(axis: Any, steps: np.ndarray, values: np.ndarray, name: str, *, smooth: bool) -> None:
-    total = {"color": "black", "linewidth": 1.8} if name in ("loss", "AP") else {"linewidth": 1.3}
+    total = {"color": "black", "linewidth": 1.8} if name in ("loss", "AP", "top1") else {"linewidth": 1.3}
     window = len(values) // 20
     if not smooth or window < 3:
         axis.plot(steps, values, label=name, marker="o" if len(values) < 30 else None, markersize=3, **total)

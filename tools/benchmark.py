@@ -25,11 +25,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from detector.backbones import arguments_of
+from detector.backbones.classifier import build_classifier
 from detector.data.coco import load_coco
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
 from detector.files import replacing, write_json
-from detector.lab.backbones import Row, alexnet_row, classifier, describe, time_classifiers
+from detector.lab.backbones import CLASSES, Row, alexnet_row, describe, time_classifiers
 from detector.lab.latency import Contest, machine
 from detector.lab.peers import align_contests, backbone_contests, training_contest
 from detector.visualize import plot_receptive_fields
@@ -80,7 +81,9 @@ def benchmark_backbones(config: DictConfig) -> None:
         describe(name, entry, with_field=config.receptive_field)
         for name, entry in tqdm(entries.items(), desc="cost and receptive field", disable=None)
     ]
-    networks: dict[str, Any] = {row.name: (classifier(entries[row.name]), row.image_size) for row in rows}
+    networks: dict[str, Any] = {
+        row.name: (build_classifier(entries[row.name], CLASSES), row.image_size) for row in rows
+    }
     if not config.only:  # for its speed alone: it is no backbone
         rows.append(alexnet_row())
         networks["alexnet"] = (torchvision.models.alexnet(weights=None), 224)

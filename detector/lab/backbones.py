@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from detector.backbones import arguments_of, build_backbone
-from detector.backbones.classifier import ImageClassifier
+from detector.backbones.classifier import build_classifier
 from detector.deploy.fuse import fuse
 from detector.lab.cost import memory_access, multiply_adds, parameters
 from detector.lab.latency import WARM_UP, take_turns
@@ -79,7 +79,7 @@ def describe(name: str, entry: Mapping[str, Any], *, with_field: bool) -> Row:
     """
     published = entry["published"] or {}
     size = int(published.get("image_size", 224))
-    row = _row(name, classifier(entry), size)
+    row = _row(name, build_classifier(entry, CLASSES), size)
     row.published, row.source = published.get("multiply_adds"), published.get("source", "")
     row.note = published.get("note", "")
     backbone = build_backbone(**arguments_of(entry))
@@ -98,12 +98,6 @@ def alexnet_row() -> Row:
     row.published, row.source = 720, "Zhang et al. 2018, table 8"
     row.note = "torchvision's is the one-tower variant (Krizhevsky 2014), narrower in the second convolution"
     return row
-
-
-def classifier(entry: Mapping[str, Any]) -> ImageClassifier:
-    """The ImageNet classifier on a backbone, with random weights."""
-    options = entry["classifier"] or {"conv5_channels": None}
-    return ImageClassifier(build_backbone(**arguments_of(entry)), num_classes=CLASSES, **options)
 
 
 @torch.inference_mode()
