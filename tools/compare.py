@@ -23,7 +23,7 @@ from detector.errors import InputError
 from detector.evaluation.compare import compare, format_comparison
 from detector.files import write_json
 from detector.training.checks import check_values
-from detector.training.run import _evaluation_data, evaluate, load_split
+from detector.training.run import evaluate, evaluation_data, load_split
 from launch import launch, plain
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def find_side(name: str, path: Path, values: Mapping[str, Any]) -> Side:
         if not results.is_file() or results.stat().st_mtime < checkpoint.stat().st_mtime:
             results = None
     detector = Detector.load(checkpoint, device="cpu")
-    index = load_split(_evaluation_data(values, detector), "val", class_names=detector.class_names)
+    index = load_split(evaluation_data(values, detector), "val", class_names=detector.class_names)
     if results is None:
         folder = Path(str(values["out"])) / name
         evaluate(dict(values) | {"ckpt": checkpoint, "out": folder, "metrics": "coco", "report": False})
