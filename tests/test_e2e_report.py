@@ -253,11 +253,24 @@ def test_the_report_of_a_checkpoint(browser: Any, tmp_path: Path, small_detector
             zip(*(page.locator(f"#times tbody tr > :nth-child({i})").all_inner_texts() for i in (1, 2)), strict=True)
         )
         assert set(parts) == {
-            "load", "decode", "network", "post-process", "metrics", "files", "proposals", "cost", "diagnosis", "report"
+            "load", "decode", "network", "post-process", "metrics", "files", "proposals", "cost", "doctor", "diagnosis",
+            "report",
         }  # fmt: skip
+        examined = page.locator("#extra-0").inner_text()
+        assert "anchor_coverage" in examined
+        assert "errors" in examined
         assert float(parts["network"]) > 0
         assert "score_threshold" in page.locator("#provenance").text_content()
         assert page.locator("#pictures figure").count() == 5
+
+
+def test_a_large_data_set_is_left_to_the_doctor_itself(tmp_path: Path, small_detector: Detector) -> None:
+    small_detector.save(tmp_path / "start.ckpt")
+    root = write_scored_data(tmp_path / "data", small_detector)
+    options = ("report.proposals=0", "report.doctor=2")
+    run_tool("eval", "ckpt=start.ckpt", f"data.root={root}", *options, cwd=tmp_path).ok()
+    page = (tmp_path / "eval/report.html").read_text()
+    assert "5 pictures are more than report.doctor=2: run tools/doctor.py." in page
 
 
 def test_a_report_can_be_left_out(tmp_path: Path, small_detector: Detector) -> None:

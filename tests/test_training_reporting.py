@@ -20,7 +20,7 @@ from detector.deploy.fuse import fuse
 from detector.errors import InputError
 from detector.training.reporting import _cost, _usual_canvas, evaluate_results
 
-REPORT = {"pictures": 2, "properties": 3, "proposals": 0}
+REPORT = {"pictures": 2, "properties": 3, "proposals": 0, "doctor": 0}
 
 
 def config(folder: Path, **changes: Any) -> dict[str, Any]:

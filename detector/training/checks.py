@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     "report.pictures": NATURAL,
     "report.properties": NATURAL,
     "report.proposals": NATURAL,
+    "report.doctor": NATURAL,
     "seed": NATURAL,
     "workers": NATURAL,
     "resume": FLAG,

@@ -111,6 +111,8 @@ def report_on_checkpoint(
         left_out["proposals"] = "The two stages were not looked at apart (report.proposals=0)."
     cost = _cost(detector, index, config, seconds_per_image)
     clock.book("cost")
+    examined = _examined(detector, index, config)
+    clock.book("doctor")
     made = detector.provenance
     reporter = _Reporter(out, config, clock, figures, results, index.annotation_file, index)
     reporter.write(
@@ -129,6 +131,7 @@ def report_on_checkpoint(
             *([("Configuration of the training run", _yaml(made["config"]))] if made.get("config") else []),
         ],
         left_out=left_out,
+        extra=[("Data set", examined)] if examined else [],
     )
 
 
@@ -157,6 +160,7 @@ class _Reporter:
         provenance: list[tuple[str, str]],
         configs: list[tuple[str, str]],
         left_out: Mapping[str, str],
+        extra: Sequence[tuple[str, Mapping[str, Any]]] = (),
     ) -> None:
         measured = self.index if self.options["properties"] else None
         diagnosis = diagnose(
@@ -189,6 +193,7 @@ class _Reporter:
                 seconds=self.clock.seconds,
                 provenance=[*provenance, ("version", package.__version__), ("written", now)],
                 configs=configs,
+                extra=extra,
                 left_out={**left_out, **reasons},
             ),
         )
@@ -255,6 +260,35 @@ def _cost(
             ("speed", f"{median:.3g} ms a picture, median over {len(seconds_per_image)} {batch}; without reading")
         )
     return {"cards": cards, "pairs": pairs}
+
+
+def _examined(detector: Detector, index: CocoIndex, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the data doctor finds in the split that was scored, as a section; empty where it was not asked."""
+    limit = config["report"]["doctor"]
+    if not limit:
+        return {}
+    if len(index) > limit:
+        return {"not examined": f"{len(index)} pictures are more than report.doctor={limit}: run tools/doctor.py."}
+    from detector.data.doctor import examine
+
+    rpn = detector.network.rpn
+    anchors = {key: detector.spec["rpn"][key] for key in ("scales", "ratios", "foreground_iou")}
+    diagnosis = examine(
+        {"scored": (index.annotation_file, index.image_dir)},
+        preprocessing=detector.preprocessing,
+        anchors=anchors | {"stride": rpn.anchors.stride},
+        workers=max(1, config["workers"]),
+    )
+    findings = {
+        f"{finding.severity}: {finding.check}": {
+            "count": finding.count,
+            "what": finding.message,
+            "examples": list(finding.examples),
+            **({"remedy": finding.remedy} if finding.remedy else {}),
+        }
+        for finding in diagnosis.findings
+    }
+    return {"errors": diagnosis.counts["error"], "warnings": diagnosis.counts["warning"], **findings}
 
 
 def _usual_canvas(detector: Detector, index: CocoIndex) -> tuple[int, int]:
