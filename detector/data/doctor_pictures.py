@@ -15,6 +15,7 @@ from PIL import Image
 from detector.data.doctor_split import ERROR, WARNING, Finding, Split, found
 from detector.errors import InputError
 from detector.images import read_image
+from detector.preprocess import resize
 
 # Two pictures are alike when at most this many of the 64 bits of their difference hashes differ, and small copies of
 # them by at most this many grey levels on average: hashes alone confuse pictures with little in them. Source: ours.
@@ -61,7 +62,7 @@ def look_at(path: Path) -> Picture:
     height, width = image.shape[:2]
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     # Whether brightness falls from each of 9 x 8 cells to the next one (Krawetz's dHash).
-    cells = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
+    cells = resize(grey, 8, 9).astype(np.int16)
     return Picture(
         error=None,
         size=(height, width),
@@ -69,7 +70,7 @@ def look_at(path: Path) -> Picture:
         orientation=orientation,
         digest=hashlib.blake2b(image.tobytes() + repr(image.shape).encode(), digest_size=16).digest(),
         bits=(cells[:, 1:] > cells[:, :-1]).ravel(),
-        thumbnail=cv2.resize(image, (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA),
+        thumbnail=resize(image, _THUMBNAIL, _THUMBNAIL),
     )
 
 

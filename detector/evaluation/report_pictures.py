@@ -13,6 +13,7 @@ import numpy as np
 from detector.evaluation.outcomes import judge
 from detector.evaluation.records import read_records
 from detector.evaluation.worst import worst
+from detector.preprocess import resize
 
 # Longest side and JPEG quality, the best first; the last is taken whatever it costs (even noise has under 100 kB).
 _SIZES = ((800, 82), (720, 75), (600, 70), (480, 65), (360, 55), (280, 40))
@@ -99,11 +100,12 @@ def jpeg_uri(image: np.ndarray, budget: int) -> str:
     """A picture, uint8 RGB (h, w, 3), as a JPEG data URI: as large and as good as `budget` characters allow."""
     from PIL import Image
 
-    uri, picture = "", Image.fromarray(image)
+    uri = ""
     for side, quality in _SIZES:
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        share = min(1.0, side / max(image.shape[:2]))
+        image = resize(image, *(max(1, round(length * share)) for length in image.shape[:2]))
         data = io.BytesIO()
-        picture.save(data, "JPEG", quality=quality, optimize=True)
+        Image.fromarray(image).save(data, "JPEG", quality=quality, optimize=True)
         uri = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
         if len(uri) <= budget:
             break
