@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from detector.evaluation.coco import evaluate
 from detector.evaluation.outcomes import judge
 from detector.evaluation.records import read_records
-from detector.evaluation.slices import slices
+from detector.evaluation.slices import _short, slices
 
 Value = Callable[[dict[str, Any]], float]
 
@@ -156,3 +156,8 @@ def test_without_detections_ap_is_zero_where_there_are_objects():
     for rows in slices_of(ground_truth, []).values():
         for row in rows:
             assert row["AP"] == (0.0 if row.get("truths", row.get("images")) else None)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0234567, "0.0235"), (4.306, "4.31"), (99.96, "100"), (1330.4, "1330")])
+def test_bounds_are_written_short_and_without_exponents(value: float, text: str) -> None:
+    assert _short(value) == text

@@ -146,5 +146,13 @@ def _thirds(
         edges = (-np.inf, *np.quantile(there, [1 / 3, 2 / 3]).tolist(), np.inf)
         groups = [there[(there > low) & (there <= high)] for low, high in pairwise(edges)]
         bins = [(group[0], group[-1]) for group in groups if len(group)]
-        tables[name] = (tuple((f"{low:.3g}-{high:.3g}", float(low), float(high)) for low, high in bins), values)
+        tables[name] = (
+            tuple((f"{_short(low)}-{_short(high)}", float(low), float(high)) for low, high in bins),
+            values,
+        )
     return tables
+
+
+def _short(value: float) -> str:
+    """Three digits, more only before the point."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
