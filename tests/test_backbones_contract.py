@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
+import backbone_files
 import pytest
 import torch
-import yaml
+from backbone_files import CONF, entry
 from torch import Tensor, nn
 
-from detector.backbones import BACKBONES, Backbone, arguments_of, build_backbone
+from detector.backbones import BACKBONES, Backbone
 from detector.backbones.classifier import build_classifier
 from detector.deploy.fuse import fuse
 
-CONF = Path(__file__).parents[1] / "conf" / "backbone"
 # A light one of every family; the others are the same code, wider and deeper, and run with the slow tests.
 LIGHT = {
     "v1_0.5x", "v2_0.5x", "v2star_0.5x", "mobilenet_v1_0.25", "mobilenet_v2_0.4", "xception_0.5x", "mobilenet_v3_small",
@@ -24,16 +22,10 @@ LIGHT = {
 FEATURES = ("c3", "c4", "c5")
 
 
-@cache
-def entry(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / f"{name}.yaml").read_text())
-
-
 def build(name: str, **changes: Any) -> Backbone:
     if entry(name)["name"] == "timm":
         pytest.importorskip("timm")
-    torch.manual_seed(0)
-    return build_backbone(**(arguments_of(entry(name)) | changes))
+    return backbone_files.build(name, **changes)
 
 
 @pytest.fixture(
@@ -111,6 +103,21 @@ def test_result_does_not_depend_on_the_batch(name: str) -> None:
         assert feature.isfinite().all()
         assert feature.std() > 1e-3, key  # the signal has not died on its way
         assert relative_error(together[key][1:2], feature) < 1e-10
+
+
+def test_dilated_c5_holds_the_plain_one(name: str) -> None:
+    """Setting L of Light-Head R-CNN: every second pixel of a dilated last stage is what the strided one gives."""
+    if entry(name)["name"] in ("torchvision", "timm"):
+        pytest.skip("not every network of a library can be dilated: test_backbones_external")
+    plain = settle(build(name)).double()
+    dilated = build(name, dilate_c5=True).double().eval()
+    dilated.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 160, 128, dtype=torch.float64)
+    with torch.no_grad():
+        expected, got = plain(images), dilated(images)
+    assert dilated.strides == {"c3": 8, "c4": 16, "c5": 16}
+    assert got["c5"].shape[-2:] == got["c4"].shape[-2:]
+    assert relative_error(got["c5"][..., ::2, ::2], expected["c5"]) < 1e-10
 
 
 def test_state_dict_round_trip(name: str) -> None:

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-import yaml
-from torch import nn
+from backbone_files import build, entry, randomise
 
-from detector.backbones import arguments_of, build_backbone
 from detector.backbones.classifier import ImageClassifier
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
-
-CONF = Path(__file__).parents[1] / "conf" / "backbone"
-
-
-def entry(file_name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / f"{file_name}.yaml").read_text())
-
-
-def build(file_name: str, **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return build_backbone(**(arguments_of(entry(file_name)) | changes))
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """As after training: no BN is near the identity, and the signal keeps its size."""
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.normal_(layer.running_mean, 0, 0.2)
-            nn.init.uniform_(layer.running_var, 0.5, 1.5)
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias, 0, 0.2)
-        elif isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
-    return module
 
 
 def test_v1_equals_timm() -> None:
@@ -123,19 +96,6 @@ def test_costs_are_the_published_ones(
     assert cost == pytest.approx(published, rel=tolerance)
     if count is not None:
         assert round(parameters(network) / 1e6, 1) == count
-
-
-@pytest.mark.parametrize("file_name", ["mobilenet_v1_0.25", "mobilenet_v2_0.4"])
-def test_dilated_c5_holds_the_plain_one(file_name: str) -> None:
-    plain = randomise(build(file_name)).double().eval()
-    dilated = build(file_name, dilate_c5=True).double().eval()
-    dilated.load_state_dict(plain.state_dict())
-    images = torch.randn(1, 3, 160, 128, dtype=torch.float64)
-    with torch.no_grad():
-        expected, got = plain(images), dilated(images)
-    assert dilated.strides == {"c3": 8, "c4": 16, "c5": 16}
-    assert got["c5"].shape[-2:] == got["c4"].shape[-2:]
-    torch.testing.assert_close(got["c5"][..., ::2, ::2], expected["c5"], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from backbone_files import build, entry, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detector.backbones import arguments_of, build_backbone
 from detector.backbones.classifier import ImageClassifier
 from detector.backbones.shufflenet_v1 import shuffle_groups
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
-
-CONF = Path(__file__).parents[1] / "conf" / "backbone"
-
-
-def entry(file_name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / f"{file_name}.yaml").read_text())
-
-
-def build(file_name: str, **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return build_backbone(**(arguments_of(entry(file_name)) | changes))
 
 
 def classifier(file_name: str, **changes: Any) -> ImageClassifier:
@@ -36,19 +23,6 @@ def classifier(file_name: str, **changes: Any) -> ImageClassifier:
 
 def millions(file_name: str, **changes: Any) -> float:
     return multiply_adds(classifier(file_name, **changes), torch.zeros(1, 3, 224, 224, device="meta")) / 1e6
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """As after training: no BN is near the identity."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean, 0, 0.2)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, 0, 0.2)
-        elif isinstance(norm, nn.Conv2d):  # keeps the signal alive where statistics do not fit the weights
-            nn.init.kaiming_normal_(norm.weight)
-    return module
 
 
 class Naive:
@@ -207,19 +181,6 @@ def test_signal_survives_a_deep_network(file_name: str) -> None:
     for feature in features.values():
         assert feature.isfinite().all()
         assert 0.1 < feature.std() < 10
-
-
-@pytest.mark.parametrize("changes", [{}, {"groups": 8, "se": False}, {"shuffle": False}])
-def test_dilated_c5_holds_the_plain_one(changes: dict[str, Any]) -> None:
-    plain = randomise(build("v1_0.25x", **changes)).double().eval()
-    dilated = build("v1_0.25x", **changes, dilate_c5=True).double().eval()
-    dilated.load_state_dict(plain.state_dict())
-    images = torch.randn(1, 3, 160, 128, dtype=torch.float64)
-    with torch.no_grad():
-        expected, got = plain(images), dilated(images)
-    assert dilated.strides == {"c3": 8, "c4": 16, "c5": 16}
-    assert got["c5"].shape[-2:] == got["c4"].shape[-2:]
-    torch.testing.assert_close(got["c5"][..., ::2, ::2], expected["c5"], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -9,36 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-import yaml
+from backbone_files import build, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detector.backbones import arguments_of, build_backbone
 from detector.backbones.classifier import ImageClassifier
 from detector.backbones.pretrained import load_weights
 from detector.backbones.shufflenet_v2 import authors_order, interleave
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
 
-CONF = Path(__file__).parents[1] / "conf" / "backbone"
 V2 = {"0.5x": "x0_5", "1x": "x1_0", "1.5x": "x1_5", "2x": "x2_0"}  # our file name -> torchvision's
-
-
-def build(file_name: str, **changes: Any) -> nn.Module:
-    spec = yaml.safe_load((CONF / f"{file_name}.yaml").read_text())
-    torch.manual_seed(0)
-    return build_backbone(**(arguments_of(spec) | changes))
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """As after training: no BN is near the identity."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean, 0, 0.2)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, 0, 0.2)
-    return module
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -113,18 +94,6 @@ def test_cost_with_se_is_near_the_published_one() -> None:
 def test_interleave_is_the_channel_shuffle_of_two_groups() -> None:
     first, second = torch.randn(2, 2, 6, 5, 7).unbind()
     assert torch.equal(interleave(first, second), torch.nn.functional.channel_shuffle(torch.cat((first, second), 1), 2))
-
-
-@pytest.mark.parametrize("file_name", ["v2_0.5x", "v2star_0.5x"])
-def test_dilated_c5_holds_the_plain_one(file_name: str) -> None:
-    plain, dilated = randomise(build(file_name)).eval(), build(file_name, dilate_c5=True).eval()
-    dilated.load_state_dict(plain.state_dict())
-    images = torch.randn(1, 3, 160, 128)
-    with torch.no_grad():
-        expected, got = plain(images), dilated(images)
-    assert dilated.strides == {"c3": 8, "c4": 16, "c5": 16}
-    assert got["c5"].shape[-2:] == got["c4"].shape[-2:]
-    assert relative_error(got["c5"][..., ::2, ::2], expected["c5"]) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from torch import Tensor, nn
+from backbone_files import build, entry, randomise
+from torch import Tensor
 from torch.nn import functional as F
 
-from detector.backbones import arguments_of, build_backbone
 from detector.backbones.classifier import ImageClassifier
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds
-
-CONF = Path(__file__).parents[1] / "conf" / "backbone"
-
-
-def entry(file_name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / f"{file_name}.yaml").read_text())
-
-
-def build(file_name: str, **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return build_backbone(**(arguments_of(entry(file_name)) | changes))
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """As after training: no BN is near the identity, and the signal keeps its size."""
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.normal_(layer.running_mean, 0, 0.2)
-            nn.init.uniform_(layer.running_var, 0.5, 1.5)
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias, 0, 0.2)
-        elif isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
-    return module
 
 
 def naive(state: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
@@ -105,18 +79,6 @@ def test_a_block_sees_seven_cells(stage: str) -> None:
     seen = image.grad.abs().sum(dim=(0, 1)) > 0
     assert seen.any(dim=0).nonzero().flatten().tolist() == list(range(7, 14))
     assert seen.any(dim=1).nonzero().flatten().tolist() == list(range(7, 14))
-
-
-def test_dilated_c5_holds_the_plain_one() -> None:
-    plain = randomise(build("xception_0.5x")).double().eval()
-    dilated = build("xception_0.5x", dilate_c5=True).double().eval()
-    dilated.load_state_dict(plain.state_dict())
-    images = torch.randn(1, 3, 160, 128, dtype=torch.float64)
-    with torch.no_grad():
-        expected, got = plain(images), dilated(images)
-    assert dilated.strides == {"c3": 8, "c4": 16, "c5": 16}
-    assert got["c5"].shape[-2:] == got["c4"].shape[-2:]
-    torch.testing.assert_close(got["c5"][..., ::2, ::2], expected["c5"], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
