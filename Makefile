@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all check format clean
+.PHONY: help setup demo test test-slow test-all check format browser clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -38,6 +38,10 @@ check: $(STAMP) ## Lint, format, types, direction of imports
 format: $(STAMP) ## Put the code into the project's format
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+browser: $(STAMP) ## What the tests of pages need, on Debian and Ubuntu: Chromium and Playwright
+	apt-get update && apt-get install -y chromium
+	$(PY) -m pip install --quiet --disable-pip-version-check playwright
 
 clean: ## Remove the environment and all caches; runs/ and data/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -168,16 +168,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: missing, truncated, of another project or of a newer version.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"No checkpoint at '{path}'. Give the path of a best.ckpt or last.ckpt that training wrote.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # On damaged bytes the unpickler raises anything: IndexError, KeyError, TypeError ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"'{path}' cannot be read as a checkpoint: it is truncated, or not one of ours ({reason[:200]})."
-        ) from error
+    checkpoint = read_torch_file(path)
     about = checkpoint.get("detector") if isinstance(checkpoint, dict) else None
     if (
         not isinstance(about, dict)
@@ -193,3 +184,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"'{path}' has format version {about['version']}; this package reads up to {VERSION}: update it."
         )
     return checkpoint
+
+
+def read_torch_file(path: str | Path) -> Any:
+    """What a file of torch.save holds, as data; no code is run.
+
+    Raises:
+        InputError: missing or truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"No checkpoint at '{path}'. Give the path of a best.ckpt or last.ckpt that training wrote.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # On damaged bytes the unpickler raises anything: IndexError, KeyError, TypeError ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"'{path}' cannot be read as a checkpoint: it is truncated, or not one of ours ({reason[:200]})."
+        ) from error

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from detector.backbones import Backbone
+from detector.backbones.input_frame import MEAN, STD
 from detector.light_head import LightHead
 from detector.rpn import RPN, Proposals
 from detector.structures import Batch
-
-# ImageNet statistics of RGB in 0-255: what torchvision's backbones were trained with.
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
 
 
 class LightHeadRCNN(nn.Module):

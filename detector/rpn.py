@@ -104,7 +104,7 @@ class RPN(nn.Module):
         """
         hidden = self.hidden(features)
         objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(features), -1, 4)
+        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4)
         height, width = features.shape[-2:]
         return objectness.float(), deltas.float(), self.anchors(height, width)
 

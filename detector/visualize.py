@@ -6,7 +6,7 @@ import colorsys
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,20 +223,22 @@ def _overlap(spot: np.ndarray, taken: np.ndarray) -> float:
 
 
 def plot_curves(metrics_csv: str | Path, out: str | Path) -> None:
-    """Losses against the step, and below them COCO's AP, from the metrics.csv of a run.
+    """Losses against the step, and below them COCO's AP or a classifier's accuracy, from the metrics.csv of a run.
 
     Args:
-        metrics_csv: one row for each log call, with blanks; columns `step`, `loss...`, `AP`, `AP50`, `AP75`, each with
-            an optional prefix such as `train/`. Other columns are left out.
+        metrics_csv: one row for each log call, with blanks; columns `step`, `loss...`, `AP`, `AP50`, `AP75`,
+            `top1`, `top5`, each with an optional prefix such as `train/`. Other columns are left out.
         out: the picture; its suffix says which format.
 
     Raises:
-        InputError: the file is missing, or has neither losses nor AP.
+        InputError: the file is missing, or has none of these.
     """
     curves = _read_curves(Path(metrics_csv))
     losses = {name: curve for name, curve in curves.items() if name.startswith("loss")}
     precisions = {name: curve for name, curve in curves.items() if name in ("AP", "AP50", "AP75")}
-    panels = [panel for panel in ((losses, "loss"), (precisions, "COCO AP")) if panel[0]]
+    accuracies = {name: curve for name, curve in curves.items() if name in ("top1", "top5")}
+    parts = ((losses, "loss"), (precisions, "COCO AP"), (accuracies, "accuracy"))
+    panels = [panel for panel in parts if panel[0]]
     if not panels:
         raise InputError(f"{metrics_csv}: no losses and no AP; has the run logged anything yet?")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -260,7 +262,7 @@ def plot_curves(metrics_csv: str | Path, out: str | Path) -> None:
 
 
 def _plot_curve(axis: Any, steps: np.ndarray, values: np.ndarray, name: str, *, smooth: bool) -> None:
-    total = {"color": "black", "linewidth": 1.8} if name in ("loss", "AP") else {"linewidth": 1.3}
+    total = {"color": "black", "linewidth": 1.8} if name in ("loss", "AP", "top1") else {"linewidth": 1.3}
     window = len(values) // 20
     if not smooth or window < 3:
         axis.plot(steps, values, label=name, marker="o" if len(values) < 30 else None, markersize=3, **total)
@@ -298,3 +300,36 @@ def _number(text: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return value if math.isfinite(value) else None
+
+
+def plot_receptive_fields(fields: Mapping[str, tuple[np.ndarray, int, float]], path: str | Path) -> None:
+    """A picture for each backbone: how much each pixel moves the feature in the middle, on a scale of decades.
+
+    Args:
+        fields: title -> (map (h, w) with 1 as its largest value, side of the theoretical field, of the effective one).
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    columns = min(4, len(fields))
+    rows = -(-len(fields) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (title, (field, theoretical, effective)) in zip(axes, fields.items(), strict=False):
+        shown = axis.imshow(np.log10(np.maximum(field, 1e-4)), cmap="magma", vmin=-4, vmax=0)
+        middle_y, middle_x = (side / 2 for side in field.shape)
+        for side, colour in ((theoretical, "white"), (effective, "cyan")):
+            corner = (middle_x - side / 2, middle_y - side / 2)
+            axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=1.2))
+        axis.set_title(f"{title}\ntheoretical {theoretical}, effective {effective:.0f} px", fontsize=9)
+        axis.set(xlim=(0, field.shape[1]), ylim=(field.shape[0], 0))
+    bar = figure.colorbar(shown, ax=axes.tolist(), shrink=0.6, ticks=[-4, -3, -2, -1, 0])
+    bar.set_label("gradient, powers of ten of the largest", fontsize=8)
+    figure.suptitle(
+        "c5: what its middle feature sees. White: theoretical field (where it fits), cyan: effective.", fontsize=10
+    )
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)

@@ -1,94 +1,29 @@
-"""The contract of a backbone for every file in conf/backbone/, and ShuffleNet V2 against torchvision and the paper."""
+"""ShuffleNet V2 and V2* against torchvision, against the paper, and against the papers' figures drawn again."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-import yaml
+from backbone_files import build, randomise
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from detector.backbones import BACKBONES, arguments_of, build_backbone
 from detector.backbones.classifier import ImageClassifier
 from detector.backbones.pretrained import load_weights
-from detector.backbones.shufflenet_v2 import interleave
+from detector.backbones.shufflenet_v2 import authors_order, interleave
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
 
-CONF = Path(__file__).parents[1] / "conf" / "backbone"
 V2 = {"0.5x": "x0_5", "1x": "x1_0", "1.5x": "x1_5", "2x": "x2_0"}  # our file name -> torchvision's
-
-
-def build(file_name: str, **changes: Any) -> nn.Module:
-    spec = yaml.safe_load((CONF / f"{file_name}.yaml").read_text())
-    torch.manual_seed(0)
-    return build_backbone(**(arguments_of(spec) | changes))
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """As after training: no BN is near the identity."""
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean, 0, 0.2)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, 0, 0.2)
-    return module
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-@pytest.fixture(params=sorted(path.stem for path in CONF.glob("*.yaml")))
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def test_there_is_a_file_for_every_backbone() -> None:
-    assert {yaml.safe_load(path.read_text())["name"] for path in CONF.glob("*.yaml")} == set(BACKBONES)
-
-
-def test_channels_and_strides_are_as_stated(name: str) -> None:
-    backbone = build(name).eval()
-    with torch.no_grad():
-        features = backbone(torch.randn(2, 3, 96, 128))
-    assert list(features) == ["c3", "c4", "c5"]
-    for key, feature in features.items():
-        stride = backbone.strides[key]
-        assert feature.shape == (2, backbone.channels[key], 96 // stride, 128 // stride)
-        assert feature.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_every_parameter_gets_a_gradient(name: str) -> None:
-    backbone = build(name).train()
-    features = backbone(torch.randn(2, 3, 64, 64))
-    sum((feature * torch.randn_like(feature)).sum() for feature in features.values()).backward()
-    for parameter_name, parameter in backbone.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert parameter.grad.isfinite().all(), parameter_name
-        assert parameter.grad.any(), parameter_name
-
-
-def test_result_does_not_depend_on_the_batch(name: str) -> None:
-    backbone = randomise(build(name)).eval()
-    images = torch.randn(3, 3, 64, 96)
-    with torch.no_grad():
-        together, alone = backbone(images), backbone(images[1:2])
-    for key, feature in alone.items():
-        assert relative_error(together[key][1:2], feature) < 1e-6
-
-
-def test_state_dict_round_trip(name: str) -> None:
-    backbone, other = randomise(build(name)).eval(), build(name).eval()
-    other.load_state_dict(backbone.state_dict())
-    images = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected, got = backbone(images), other(images)
-    assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("width", V2)
@@ -149,21 +84,16 @@ def test_costs_are_the_published_ones(
     assert count == parameters(getattr(torchvision.models, f"shufflenet_v2_{V2[width]}")(weights=None))
 
 
+def test_cost_with_se_is_near_the_published_one() -> None:
+    """Ma et al. 2018, table 8: 597 M for 2x with SE. Pooling and scaling, 1.7 M more, are not counted here."""
+    cost = multiply_adds(classifier("v2_2x", layout="paper", se=True), torch.zeros(1, 3, 224, 224)) / 1e6
+    assert cost == pytest.approx(597, rel=0.006)
+    assert cost > 590.78 + 2.9  # two full-width layers per unit: 2 * (4 * 122^2 + 8 * 244^2 + 4 * 488^2) = 2.98 M
+
+
 def test_interleave_is_the_channel_shuffle_of_two_groups() -> None:
     first, second = torch.randn(2, 2, 6, 5, 7).unbind()
     assert torch.equal(interleave(first, second), torch.nn.functional.channel_shuffle(torch.cat((first, second), 1), 2))
-
-
-@pytest.mark.parametrize("file_name", ["v2_0.5x", "v2star_0.5x"])
-def test_dilated_c5_holds_the_plain_one(file_name: str) -> None:
-    plain, dilated = randomise(build(file_name)).eval(), build(file_name, dilate_c5=True).eval()
-    dilated.load_state_dict(plain.state_dict())
-    images = torch.randn(1, 3, 160, 128)
-    with torch.no_grad():
-        expected, got = plain(images), dilated(images)
-    assert dilated.strides == {"c3": 8, "c4": 16, "c5": 16}
-    assert got["c5"].shape[-2:] == got["c4"].shape[-2:]
-    assert relative_error(got["c5"][..., ::2, ::2], expected["c5"]) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -206,15 +136,86 @@ def test_v2star_starts_as_v2_with_real_weights(shared: Path) -> None:
         assert torch.equal(star(images)["c5"], plain(images)["c5"])
 
 
+def naive_unit(
+    unit: nn.Module, x: Tensor, *, residual: bool, se: bool, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A unit of stride 1 on the shuffled map, as the figures of the appendix draw it; the output is not shuffled."""
+    kept, inputs = x.chunk(2, dim=1)
+    state = unit.branch2.state_dict()
+
+    def convolve(x: Tensor, place: int, groups: int = 1) -> Tensor:
+        weight = state[f"{place}.weight"]
+        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=groups)
+        norm = [state[f"{place + 1}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, *norm)
+
+    y = activation(convolve(inputs, 0))
+    y = convolve(convolve(y, 3, groups=y.shape[1]), 5)
+    y = y if residual else activation(y)
+    if se:
+        place = 7 if residual else 8
+        fc1, fc2 = ((state[f"{place}.fc{i}.weight"][:, :, 0, 0], state[f"{place}.fc{i}.bias"]) for i in (1, 2))
+        y = y * torch.sigmoid(F.linear(F.relu(F.linear(y.mean((2, 3)), *fc1)), *fc2))[:, :, None, None]
+    y = activation(inputs + y) if residual else y
+    return torch.cat((kept, y), dim=1)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("se", [False, True])
+@pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("hard_swish", F.hardswish)])
+def test_variants_of_the_appendix(
+    residual: bool, se: bool, activation: str, function: Callable[[Tensor], Tensor]
+) -> None:
+    """A stage with SE and residuals (appendix, figure 2) against the same in plain functions."""
+    backbone = build("v2_0.5x", se=se, residual=residual, activation=activation, repeats=[3, 1, 1])
+    stage = randomise(backbone).double().eval().stage2
+    images = torch.rand(2, 24, 10, 12, dtype=torch.float64)
+    with torch.no_grad():
+        x = torch.cat(stage[0](images), dim=1)
+        for unit in list(stage)[1:]:
+            shuffled = F.channel_shuffle(x, 2)
+            x = naive_unit(unit, shuffled, residual=residual, se=se, activation=function)
+        torch.testing.assert_close(stage(images), F.channel_shuffle(x, 2), rtol=1e-10, atol=1e-12)
+
+
+def test_without_shuffle_the_halves_never_meet() -> None:
+    """Zhang et al. 2018, table 3: what the ablation takes away."""
+    backbone = randomise(build("v2_0.5x", shuffle=False)).double().eval()
+    stage = backbone.stage3
+    x = torch.rand(1, 48, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        projected, main = stage[0](x)
+        for unit in list(stage)[1:]:
+            main = unit.branch2(main)
+        assert torch.equal(stage(x), torch.cat((projected, main), dim=1))
+
+
+@pytest.mark.parametrize("channels", [16, 116, 176, 244, 340])
+def test_uneven_branches_are_split_as_in_the_authors_code(channels: int) -> None:
+    """Both networks told with labels in place of channels: a label is used up in the same unit by both."""
+    order = authors_order(channels).tolist()
+    theirs, ours = list(range(channels)), (order[: channels // 2], order[channels // 2 :])
+    assert sorted(order) == theirs
+    for _ in range(8):
+        used_by_them, theirs = set(theirs[1::2]) - {-1}, theirs[::2]
+        halves = [torch.tensor(half).view(1, -1, 1, 1) for half in ours]
+        shuffled = F.channel_shuffle(torch.cat(halves, dim=1).double(), 2).flatten().long().tolist()
+        kept, used = shuffled[: channels // 2], shuffled[channels // 2 :]
+        assert set(used) - {-1} == used_by_them
+        new = [-1] * (channels // 2)  # what the main branch gives; its own order is free
+        theirs, ours = theirs + new, (kept, new)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "resnet"}, r"'resnet' is unknown; there is shufflenet_v2"),
+        ({"name": "resnet"}, r"'resnet' is unknown; there is .*shufflenet_v2"),
         ({"layout": "tensorflow"}, r"'tensorflow' is unknown; there is torchvision and paper"),
         ({"channels": [48, 96]}, "three of each"),
         ({"channels": [48, 98, 192]}, "multiples of 4"),
         ({"repeats": [4, 0, 4]}, "at least 1"),
         ({"wdith": 2}, "wdith"),
+        ({"activation": "swiss"}, r"'swiss' is unknown; there is hard_swish"),
     ],
 )
 def test_wrong_values_are_named(changes: dict[str, Any], message: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from detector.backbones import arguments_of
 from detector.build import NECKS, build_network
@@ -43,9 +45,11 @@ def build(config: dict[str, Any], num_classes: int = 3) -> LightHeadRCNN:
 @pytest.mark.parametrize("backbone", choices("backbone"))
 @pytest.mark.parametrize("neck", choices("neck"))
 def test_every_backbone_with_every_neck_builds(backbone: str, neck: str) -> None:
+    if backbone == "timm":
+        pytest.importorskip("timm")
     config = compose(f"backbone={backbone}", f"neck={neck}")
     network = build(config)
-    assert network.backbone.channels["c5"] == config["backbone"]["channels"][-1]
+    assert network.neck.head_channels == (network.backbone.channels["c5"] if neck == "none" else 128)
     assert (network.rpn.anchors.stride, network.head.scale) == ((16, 1 / 32) if neck == "none" else (16, 1 / 16))
     assert set(choices("neck")) == set(NECKS)
 
@@ -91,6 +95,34 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     assert (network.rpn.train_limits.after_nms, network.rpn.test_limits.after_nms) == (2000, 1000)
     assert config["optimizer"]["lr"] == 0.01
     assert config["schedule"]["images"] == 2_000_000
+
+
+def commands_of_table_7() -> list[str]:
+    readme = (CONF.parent / "README.md").read_text()
+    return re.findall(r"\| `python tools/train\.py (recipe=paper backbone=\S+(?: backbone\.weights=\S+)?)` \|", readme)
+
+
+@pytest.mark.parametrize("command", commands_of_table_7())
+def test_every_cell_of_table_7_builds(command: str) -> None:
+    config = compose(*command.split())
+    with torch.device("meta"):
+        network = build(config, 80)
+    assert tuple(network.backbone.strides.values()) == (8, 16, 32)
+    assert config["backbone"]["weights"]  # ImageNet's, published or our own: Ma et al. 2018, section 4
+
+
+def test_table_7_has_its_twenty_cells() -> None:
+    """Five rows at 40, 140, 300 and 500 M; each close to its level (V1 0.5x has 38, V2 2x 591: table 8)."""
+    commands = commands_of_table_7()
+    assert len(set(commands)) == 20
+    costs = []
+    for command in commands:
+        name = command.split()[1].removeprefix("backbone=")
+        entry = yaml.safe_load((CONF / "backbone" / f"{name.replace('v2star', 'v2')}.yaml").read_text())
+        assert entry["published"]["image_size"] == 224
+        costs.append(entry["published"]["multiply_adds"])
+    for place, cost in enumerate(costs):
+        assert cost == pytest.approx((40, 140, 300, 500)[place % 4], rel=0.2)
 
 
 def test_setting_l_is_wider_and_dilated() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from detector.errors import InputError
-from detector.evaluation import METRICS, evaluate, format_table, save_metrics
+from detector.evaluation import LVIS_METRICS, METRICS, evaluate, evaluate_with_curves, format_table, save_metrics
 from detector.files import replacing, write_json
 
 # The official result text of the COCO API's example.
@@ -255,6 +255,39 @@ def test_what_does_not_exist_is_none(truth: dict) -> None:
     assert all(evaluate([], truth)[name] is None for name in METRICS)
 
 
+def test_curves_by_hand(truth: dict) -> None:
+    """Two cats, of which one is found, after a false alarm: precision 1/2 up to a recall of 1/2, then 0."""
+    truth["annotations"] += [
+        {"id": 3, "image_id": 3, "category_id": 1, "bbox": [0, 0, 30, 30]},
+        {"id": 4, "image_id": 3, "category_id": 1, "bbox": [50, 50, 30, 30], "iscrowd": 1},
+    ]
+    results = [
+        {"image_id": 100, "category_id": 1, "bbox": [0, 0, 30, 30], "score": 0.9},
+        {"image_id": 3, "category_id": 1, "bbox": [0, 0, 30, 24.6], "score": 0.6},  # IoU 0.82
+    ]
+    truth["annotations"] = [a for a in truth["annotations"] if a["category_id"] != 44]
+    figures, curves = evaluate_with_curves(results, truth)
+    assert figures == evaluate(results, truth)
+    assert curves.class_names == ("cat", "dog", "[b]bird")
+    assert curves.objects.tolist() == [2, 0, 1]
+    assert curves.iou_thresholds == pytest.approx(np.arange(50, 100, 5) / 100)
+    assert curves.recalls == pytest.approx(np.arange(101) / 100)
+    assert curves.precision.shape == curves.scores.shape == (10, 101, 3)
+    for threshold, found in ((0, True), (6, True), (7, False), (9, False)):
+        wanted = np.where(curves.recalls <= 0.5, 0.5, 0.0) if found else np.zeros(101)
+        assert curves.precision[threshold, :, 0] == pytest.approx(wanted), threshold
+        assert curves.recall[threshold, 0] == (0.5 if found else 0.0)
+    assert curves.scores[0, 1:51, 0] == pytest.approx(0.6)
+    assert np.isnan(curves.precision[:, :, 1]).all()
+    assert np.isnan(curves.recall[:, 1]).all()
+    per_class = curves.per_class()
+    assert per_class["dog"] == {"AP": None, "AP50": None, "AR": None}
+    assert per_class["[b]bird"] == {"AP": 0.0, "AP50": 0.0, "AR": 0.0}
+    assert per_class["cat"]["AP50"] == pytest.approx(51 / 101 / 2)
+    assert per_class["cat"]["AP"] == figures["per_class"]["cat"] == pytest.approx(7 / 10 * 51 / 101 / 2)
+    assert per_class["cat"]["AR"] == pytest.approx(7 / 10 / 2)
+
+
 def test_results_on_images_that_are_not_scored_do_not_count(truth: dict) -> None:
     noise = [{"image_id": 3, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 1.0}]
     assert evaluate(perfect(truth) + noise, truth)["AP"] < 1
@@ -283,6 +316,7 @@ def test_files_and_silence(truth: dict, tmp_path: Path, capfd: pytest.CaptureFix
     [
         ({"image_id": 12345}, ["12345", "image id", "3, 7, 100"]),
         ({"image_id": "7"}, ["'7'", "image id"]),
+        ({"image_id": [7]}, ["results", "image id", "list"]),
         ({"category_id": 2}, ["2", "category id", "1, 44, 90"]),
         ({"bbox": [1, 2, 3]}, ["results[1]", "[1, 2, 3]", "four"]),
         ({"bbox": [1, 2, 3, float("nan")]}, ["results[1]", "nan", "finite"]),
@@ -329,6 +363,12 @@ def test_wrong_ground_truth_is_named(truth: dict, tmp_path: Path) -> None:
     truth["annotations"][1]["bbox"] = [1, 2]
     with pytest.raises(InputError, match="annotation 1 lacks"):
         evaluate([], truth)
+    truth["annotations"][1]["bbox"] = [1, 2, float("nan"), 4]
+    with pytest.raises(InputError, match="annotation 1 has a number that is not finite"):
+        evaluate([], truth)
+    truth["annotations"][1] = "a box"
+    with pytest.raises(InputError, match="annotation 1 lacks"):
+        evaluate([], truth)
 
 
 def test_table_shows_every_figure(truth: dict) -> None:
@@ -341,6 +381,18 @@ def test_table_shows_every_figure(truth: dict) -> None:
     assert pairs["APs"] == pairs["cat"] == "-"
     assert set(METRICS) <= set(pairs)
     assert text.isascii()
+
+
+def test_table_shows_the_figures_of_lvis(truth: dict) -> None:
+    for image in truth["images"]:
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    truth["categories"][0]["frequency"] = "r"
+    text = format_table(evaluate(perfect(truth), truth, metrics="lvis"), "")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    pairs = {row[i]: row[i + 1] for row in cells for i in range(0, len(row) - 1, 2)}
+    assert set(LVIS_METRICS) <= set(pairs)
+    assert pairs["APr"] == pairs["AR300"] == pairs["cat"] == "1.000"
+    assert pairs["APc"] == pairs["APf"] == "-"
 
 
 def test_table_of_eighty_classes_fits_a_screen() -> None:

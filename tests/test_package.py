@@ -46,9 +46,13 @@ def test_import_detector_is_light(statement: str) -> None:
 
 
 def test_prediction_loads_nothing_of_training() -> None:
-    loaded = modules_after("import detector; detector.load")
+    loaded = modules_after("import detector; detector.Detector")
     assert "torch" in loaded
     assert loaded & TRAINING_ONLY == set()
+
+
+def test_exports_are_opened_without_torch() -> None:
+    assert "torch" not in modules_after("import detector; detector.load; detector.predict; detector.Detections")
 
 
 def test_public_names() -> None:

@@ -13,6 +13,7 @@ from detector.training.checks import check_values
 from launch import compose_config, plain, resolve
 
 RECIPES = sorted(path.stem for path in (launch.CONF / "recipe").glob("*.yaml"))
+PRETRAINING = sorted(path.stem for path in (launch.CONF / "pretrain").glob("*.yaml"))
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -24,6 +25,13 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("detector", ["light_head_s", "light_head_l"])
 def test_what_is_shipped_is_accepted(recipe: str, detector: str) -> None:
     cfg, _ = compose_config("train", [f"recipe={recipe}", f"detector={detector}"])
+    resolve(cfg)
+    check_values(plain(cfg))
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING)
+def test_what_is_shipped_for_pretraining_is_accepted(recipe: str) -> None:
+    cfg, _ = compose_config("pretrain", [f"pretrain={recipe}"])
     resolve(cfg)
     check_values(plain(cfg))
 
@@ -49,6 +57,11 @@ def test_the_evaluation_configuration_is_accepted() -> None:
         ("schedule.milestones", [[], [0.5, 0.75]], [[90], 0.5, None, ["a"]]),
         ("augment.scale", [[1, 1], [0.5, 2.0]], [[1], 1, [0, 1], None, [1, 2, 3]]),
         ("augment.flip", [0, 1, 0.5], [-0.1, 2, "yes"]),
+        ("augment.colour", [0, 0.4, 1], [-0.1, 1.5, None]),
+        ("label_smoothing", [0, 0.1], [1, -0.1, None, "some"]),
+        ("input.size", [1, 224], [0, 224.0, None]),
+        ("data.train", ["train", 2024], ["", None, True, ["a"]]),
+        ("schedule.kind", ["linear", "cosine", "steps"], ["line", None]),
         ("resume", [True, False], [1, "true", None]),
         ("rpn.scales", [[32, 64]], [[0, 32], ["a"], "big", None]),
         ("rpn.test_limits.after_nms", [1, 1000], [0, -5, "all"]),
@@ -79,8 +92,10 @@ def test_every_rule_is_about_a_value_that_exists() -> None:
     from detector.training.checks import RULES
 
     known: set[str] = set()
-    for recipe in RECIPES:
-        cfg, _ = compose_config("train", [f"recipe={recipe}"])
+    runs = [("train", f"recipe={recipe}") for recipe in RECIPES]
+    runs += [("pretrain", f"pretrain={recipe}") for recipe in PRETRAINING]
+    for tool, *choices in (*runs, ("eval",)):
+        cfg, _ = compose_config(tool, choices)
         known |= set(launch.dotted_keys(plain_without_resolving(cfg)))
     assert set(RULES) <= known
 

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classified_data import write_classified_data
 from torch.utils.data import DistributedSampler
 
 from detector.data.coco import CocoIndex, load_coco
+from detector.data.image_folder import ImageFolder, eval_view, train_view
 from detector.data.transforms import TrainTransform
 from detector.errors import InputError
 from detector.preprocess import Preprocessing
-from detector.training.data_module import DetectionData, EvaluationBatches
+from detector.training.data_module import ClassificationData, DetectionData, EvaluationBatches
 
 PREPROCESSING = Preprocessing(64, 96)
 PLAIN = {"flip": 0.0, "vertical_flip": 0.0, "scale": (1.0, 1.0), "photometric": 0.0, "crop": 0.0, "rotate90": 0.0}
@@ -115,4 +117,55 @@ def test_more_pictures_a_step_than_there_are(tiny_coco: Path) -> None:
     assert [len(batch) for batch in data.train_dataloader()] == [4]
     data.trainer = SimpleNamespace(world_size=2, global_rank=0)  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"4 pictures, fewer than .* lower train\.batch_size"):
+        data.train_dataloader()
+
+
+def classified(root: Path, rank: int = 0, world: int = 1, **changes: Any) -> ClassificationData:
+    values: dict[str, Any] = {
+        "train": ImageFolder(root / "train", train_view(size=32, scale=[0.5, 1], flip=0.5, colour=0.0), seed=5),
+        "val": ImageFolder(root / "val", eval_view(size=32, resize=32)),
+        "train_batch_size": 4, "val_batch_size": 5, "workers": 0, "seed": 5,
+    }  # fmt: skip
+    data = ClassificationData(**values | changes)
+    data.trainer = SimpleNamespace(world_size=world, global_rank=rank)  # type: ignore[assignment]
+    return data
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_each_classified_picture_is_scored_once_over_all_ranks(tmp_path: Path, world: int) -> None:
+    root = write_classified_data(tmp_path, val=0)  # none, one and two pictures: more ranks than pictures
+    (root / "val/ant/0.png").write_bytes((root / "val/bee/0.png").read_bytes())
+    ranks = [list(classified(root, rank, world).val_dataloader()) for rank in range(world)]
+    paths = [path for batches in ranks for batch in batches for path in batch.paths]
+    assert sorted(paths) == sorted(map(str, (root / "val").rglob("*.png")))
+    assert all(batches for batches in ranks)  # a rank without pictures has an empty batch
+
+
+def views(data: ClassificationData, epoch: int) -> tuple[list[str], torch.Tensor]:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    batches = list(loader)
+    return [path for batch in batches for path in batch.paths], torch.cat([batch.images for batch in batches])
+
+
+def test_classified_pictures_and_their_views_depend_on_epoch_and_seed_alone(tmp_path: Path) -> None:
+    root = write_classified_data(tmp_path)
+    paths, images = views(classified(root), 3)
+    assert sorted(paths) == sorted(map(str, (root / "train").rglob("*.png")))
+    torch.manual_seed(99)
+    data = classified(root, workers=2)
+    views(data, 2)  # what came before does not matter
+    again, same = views(data, 3)
+    assert again == paths
+    assert torch.equal(same, images)
+    assert views(data, 4)[0] != paths
+    # Two ranks see the same views as one, each its half.
+    halves = [views(classified(root, rank, 2, train_batch_size=2), 3) for rank in range(2)]
+    seen = {path: image for half in halves for path, image in zip(*half, strict=True)}
+    assert all(torch.equal(seen[path], image) for path, image in zip(paths, images, strict=True))
+
+
+def test_too_few_classified_pictures(tmp_path: Path) -> None:
+    data = classified(write_classified_data(tmp_path, train=1), world=2, train_batch_size=64)
+    with pytest.raises(InputError, match=r"has 3 pictures, fewer than one batch on each of 2 devices \(3 x 2\)"):
         data.train_dataloader()

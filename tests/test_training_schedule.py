@@ -57,6 +57,14 @@ def test_cosine_with_warm_up() -> None:
     assert falling == sorted(falling, reverse=True)
 
 
+def test_a_line_with_and_without_warm_up() -> None:
+    line = schedule(kind="linear", warmup_steps=0)
+    assert [line.factor(step, 8) for step in range(9)] == pytest.approx([1 - step / 8 for step in range(9)])
+    assert line.factor(9, 8) == 0  # one step too many does not climb the hill
+    warm = schedule(kind="linear", warmup_steps=2, warmup_factor=0.5, final_share=0.2)
+    assert [warm.factor(step, 10) for step in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 0.75, 1.0, 0.6, 0.2])
+
+
 @pytest.mark.parametrize("total", [1, 2, 4, 5, 20])
 def test_a_short_run_warms_up_for_a_fifth_of_it(total: int) -> None:
     factors = [schedule(warmup_steps=100, milestones=[]).factor(step, total) for step in range(total)]
@@ -70,8 +78,8 @@ def test_the_length_of_a_run() -> None:
     assert schedule(epochs=None, images=10).epochs_for(1000) == 1
     with pytest.raises(InputError, match=r"schedule\.epochs=12"):
         schedule(epochs=None)
-    with pytest.raises(InputError, match="'cosine' or 'steps'"):
-        schedule(kind="linear")
+    with pytest.raises(InputError, match=r"schedule\.kind=line; it is one of cosine, linear, steps"):
+        schedule(kind="line")
 
 
 def test_the_rate_follows_the_batch_size() -> None:

@@ -236,6 +236,15 @@ def test_curves_without_evaluations_or_with_one_step_are_drawn(tmp_path: Path) -
             assert picture.height > 200
 
 
+def test_a_classifier_s_accuracy_has_a_panel_of_its_own(tmp_path: Path) -> None:
+    rows = [{"step": i, "loss": 1.0, "loss_val": 1.1, "top1": 0.5, "top5": 0.9} for i in range(3)]
+    visualize.plot_curves(write_csv(tmp_path / "m.csv", rows), tmp_path / "m.svg")
+    text = (tmp_path / "m.svg").read_text()
+    assert [word for word in ("accuracy", "top1", "top5", "loss_val", "COCO AP") if f"<!-- {word} -->" in text] == [
+        "accuracy", "top1", "top5", "loss_val",
+    ]  # fmt: skip
+
+
 def test_curves_of_nothing_say_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         visualize.plot_curves(tmp_path / "absent.csv", tmp_path / "out.png")

@@ -154,6 +154,7 @@ if __name__ == "__main__":
     import tensorboard.summary  # noqa: F401
     from pycocotools import cocoeval  # noqa: F401
 
+    import detector.training.pretrain
     import detector.training.run  # noqa: F401
     import launch  # noqa: F401
 

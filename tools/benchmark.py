@@ -1,43 +1,76 @@
-"""Measure speed beside a named peer: both sides take turns in one process, ratios are medians over the turns.
+"""Measure on this machine: our parts and predictions beside named peers, every backbone beside its published figures.
 
-python tools/benchmark.py peers                 our parts and torchvision's
-python tools/benchmark.py peers out=peers.json  and write the figures down
+python tools/benchmark.py peers                       our parts and torchvision's, in turns; ratios are medians
+python tools/benchmark.py peers out=peers.json        and write the figures down
+python tools/benchmark.py backbones                   cost, receptive field and speed of every file of conf/backbone/
+python tools/benchmark.py backbones only=[v2_1x,v2star_1x] out=DIR    a table, JSON and a picture in DIR
+python tools/benchmark.py predict ckpt=best.ckpt exports=[best.onnx,best.xml]   one picture to its boxes, part by part,
+                                                      beside torchvision's detectors, with 1 .. all threads
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import logging
+import os
+import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+import torchvision
+import yaml
 from omegaconf import DictConfig
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from detector.api import Detector
 from detector.backbones import arguments_of
+from detector.backbones.classifier import build_classifier
 from detector.data.coco import load_coco
+from detector.data.scenes import render_scene
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
-from detector.files import write_json
-from detector.lab.latency import Contest, machine
+from detector.files import replacing, write_json
+from detector.images import read_image
+from detector.lab.backbones import CLASSES, Row, alexnet_row, describe, time_classifiers
+from detector.lab.latency import WARM_UP, Contest, machine, take_turns
 from detector.lab.peers import align_contests, backbone_contests, training_contest
-from launch import launch, plain
+from detector.lab.prediction import (
+    PEERS,
+    Timing,
+    contest_predictions,
+    exported_peer,
+    memory_of,
+    network_call,
+    network_multiply_adds,
+    parts,
+    peer_multiply_adds,
+)
+from detector.visualize import plot_receptive_fields
+from launch import CONF, launch, options, plain
 
 log = logging.getLogger(__name__)
-SUBJECTS = ("peers",)
 
 
 def main(config: DictConfig) -> None:
     if config.what not in SUBJECTS:
         raise InputError(f"what={config.what}; there is: {', '.join(SUBJECTS)}.")
-    results = list(tqdm(peers(config), total=6, desc="contests"))
-    rows = [result.to_dict() for result in results]
-    log.info("%s\n%s", machine(), render(results))
+    SUBJECTS[config.what](config)
+
+
+def benchmark_peers(config: DictConfig) -> None:
+    results = list(tqdm(peers(config), total=6, desc="contests", disable=None))
+    log.info("%s\n%s", machine(), render_peers(results))
     if config.out:
+        rows = [result.to_dict() for result in results]
         write_json(config.out, {"machine": machine(), "turns": config.turns, "contests": rows})
         log.info("%s", config.out)
 
@@ -55,15 +88,209 @@ def peers(config: DictConfig) -> Iterator[Contest]:
         yield training_contest(spec, values["augment"], index, config.turns)
 
 
-def render(results: list[Contest]) -> str:
+def render_peers(results: list[Contest]) -> str:
     table = Table("what", "ours, ms", "torchvision, ms", "times faster")
     for row in (result.to_dict() for result in results):
         table.add_row(str(row["name"]), *(f"{row[key]:.{digits}f}" for key, digits in
                       (("ours_ms", 1), ("peer_ms", 1), ("ratio", 2))))  # fmt: skip
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return text_of(table, width=100)
 
+
+def benchmark_backbones(config: DictConfig) -> None:
+    entries = {name: yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text()) for name in chosen(config.only)}
+    rows = [
+        describe(name, entry, with_field=config.receptive_field)
+        for name, entry in tqdm(entries.items(), desc="cost and receptive field", disable=None)
+    ]
+    networks: dict[str, Any] = {
+        row.name: (build_classifier(entries[row.name], CLASSES), row.image_size) for row in rows
+    }
+    if not config.only:  # for its speed alone: it is no backbone
+        rows.append(alexnet_row())
+        networks["alexnet"] = (torchvision.models.alexnet(weights=None), 224)
+    times = time_classifiers(networks, config.turns, lambda turns, title: tqdm(turns, desc=title, disable=None))
+    for row in rows:
+        row.milliseconds = times[row.name]
+    log.info("%s\n%s\n%s", machine(), render_backbones(rows), render_deviations(rows))
+    if config.out:
+        write_survey(rows, Path(str(config.out)))
+
+
+def chosen(only: Iterable[str] | None) -> list[str]:
+    """Names of files of conf/backbone/; all where none are given, but those that only take a model's name."""
+    known = options(CONF, "backbone")
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise InputError(f"only={unknown}: no such backbone; there is {', '.join(known)}.")
+    return list(only) if only else [name for name in known if name not in ("timm", "torchvision")]
+
+
+def benchmark_predict(config: DictConfig) -> None:
+    if not config.ckpt:
+        raise InputError("ckpt is missing: python tools/benchmark.py predict ckpt=RUN_DIR/best.ckpt")
+    image = read_image(config.source) if config.source else generated_picture()
+    threads = list(config.threads or range(1, (os.cpu_count() or 1) + 1))
+    exports, budgets = list(config.exports), list(config.budgets)
+    timings = contest_predictions(
+        config.ckpt, image, threads=threads, turns=config.turns, exports=exports, budgets=budgets,
+        progress=lambda turns, title: tqdm(turns, desc=title, disable=None),
+    )  # fmt: skip
+    torch.set_num_threads(threads[-1])
+    detector = Detector.load(config.ckpt, "cpu")
+    spent = parts(detector, image, config.turns)
+    memory = memory_of({"torch": config.ckpt} | {Path(path).name: path for path in exports}, image.shape[:2])
+    efficiency = per_multiply_add(detector, timings, image, config) if config.peers_exported else []
+    size = f"one picture of {image.shape[1]} x {image.shape[0]}, short side {detector.preprocessing.short_side}"
+    log.info("%s; %s\n%s", machine(), size, render_predictions(timings, spent, memory, efficiency, threads[-1]))
+    if config.out:
+        rows = [timing.to_dict() for timing in timings]
+        content = {"machine": machine(), "picture": size, "turns": config.turns, "contestants": rows}
+        write_json(config.out, content | {"parts_ms": spent, "peak_memory_mb": memory, "per_multiply_add": efficiency})
+        log.info("%s", config.out)
+
+
+def generated_picture() -> np.ndarray:
+    """The first drawn scene of 640 x 480."""
+    scenes = (render_scene(seed, size=640).image for seed in itertools.count())
+    return next(image for image in scenes if image.shape[:2] == (480, 640))
+
+
+def per_multiply_add(
+    detector: Detector, timings: list[Timing], image: np.ndarray, config: DictConfig
+) -> list[dict[str, Any]]:
+    """Milliseconds per thousand million multiply-adds, of our exports and of torchvision's detectors in OpenVINO."""
+    number = max(timing.threads for timing in timings)
+    calls: dict[str, Any] = {f"{name} (OpenVINO)": exported_peer(name, image, number) for name in PEERS}
+    costs = {f"{name} (OpenVINO)": peer_multiply_adds(name, image) for name in PEERS}
+    for path in config.exports:
+        calls[Path(path).name] = network_call(path, image, number)
+        costs[Path(path).name] = network_multiply_adds(detector, image)
+    times = take_turns(calls, tqdm(range(WARM_UP + config.turns), desc="exported networks", disable=None))
+    return [
+        {"name": name, "ms": 1000 * statistics.median(seconds), "multiply_adds": costs[name]}
+        for name, seconds in times.items()
+    ]
+
+
+def render_predictions(
+    timings: list[Timing],
+    spent: dict[str, float],
+    memory: dict[str, float],
+    efficiency: list[dict[str, Any]],
+    threads: int,
+) -> str:
+    table = Table("what", "threads", "p50, ms", "p90, ms", "p99, ms", box=box.MARKDOWN)
+    for timing in timings:
+        table.add_row(
+            timing.name, str(timing.threads), *(f"{timing.percentile(share):.1f}" for share in (0.5, 0.9, 0.99))
+        )
+    pieces = Table(f"part (torch, {threads} threads)", "ms", box=box.MARKDOWN)
+    for part, milliseconds in spent.items():
+        pieces.add_row(part, f"{milliseconds:.2f}")
+    peaks = Table("peak memory of a process", "MB", box=box.MARKDOWN)
+    for name, megabytes in memory.items():
+        peaks.add_row(name, f"{megabytes:.0f}")
+    tables = [table, pieces, peaks]
+    if efficiency:
+        rates = Table("network alone", "ms", "multiply-adds, G", "ms per G", box=box.MARKDOWN)
+        for row in efficiency:
+            cost = row["multiply_adds"] / 1e9
+            rates.add_row(row["name"], f"{row['ms']:.1f}", f"{cost:.3f}", f"{row['ms'] / cost:.1f}")
+        tables.append(rates)
+    return "\n".join(text_of(piece, width=110) for piece in tables)
+
+
+HEADS = (
+    "backbone", "input", "parameters, M", "multiply-adds, M", "published, M", "deviation", "MAC, M",
+    "multiply-adds at 800x1200, G", "field of a block", "field of c5, px", "effective, px",
+    "batch 1, ms", "batch 8, ms",
+)  # fmt: skip
+
+
+def render_backbones(rows: list[Row]) -> str:
+    """A Markdown table."""
+    table = Table(box=box.MARKDOWN)
+    for place, head in enumerate(HEADS):
+        table.add_column(head, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        block = max(row.field.blocks.values(), default=None) if row.field else None
+        table.add_row(
+            row.name, str(row.image_size), number(row.parameters, 2), number(row.multiply_adds, 1),
+            number(row.published, 0 if (row.published or 0) >= 10 else 1), percent(row.deviation),
+            number(row.memory_access, 1), number(row.detection_multiply_adds, 2), number(block, 0),
+            number(row.field.stages["c5"] if row.field else None, 0), number(row.effective, 0),
+            number(row.milliseconds.get(1), 1), number(row.milliseconds.get(8), 1),
+        )  # fmt: skip
+    return text_of(table, width=250)
+
+
+def render_deviations(rows: list[Row]) -> str:
+    """A line for every figure that is more than 0.5% from the published one."""
+    lines = [
+        f"- {row.name}: {percent(row.deviation)} ({row.source}). {row.note or 'Not explained.'}"
+        for row in rows
+        if row.deviation is not None and abs(row.deviation) > 0.005
+    ]
+    return "\n".join(["More than 0.5% from the published figure:", "", *lines]) if lines else ""
+
+
+def write_survey(rows: list[Row], out: Path) -> None:
+    """backbones.md, backbones.json and, where fields were measured, receptive_fields.png."""
+    write_json(out / "backbones.json", {"machine": machine(), "backbones": [row.to_dict() for row in rows]})
+    fields = {
+        row.name: (row.effective_map, row.field.stages["c5"], row.effective)
+        for row in rows
+        if row.field and row.effective and row.effective_map is not None and row.name in PICTURED
+    }
+    if fields:
+        plot_receptive_fields(fields, out / "receptive_fields.png")
+    picture = "![Receptive fields](receptive_fields.png)" if fields else ""
+    parts = (PREFACE.format(machine=machine()), render_backbones(rows), render_deviations(rows), picture)
+    with replacing(out / "backbones.md") as partial:
+        partial.write_text("\n\n".join(part.strip("\n") for part in parts if part) + "\n")
+    log.info("backbones.md and backbones.json in %s", out)
+
+
+# The backbones of table 7 at 140 M, and what they are compared with.
+PICTURED = (
+    "v2_1x",
+    "v2star_1x",
+    "xception_1x",
+    "v1_1x",
+    "mobilenet_v2_0.6x",
+    "mobilenet_v1_0.5x",
+    "resnet50",
+    "v2_0.5x",
+)
+PREFACE = """# Backbones
+
+Written by `python tools/benchmark.py backbones out=docs` on {machine}.
+
+Each row is the ImageNet classifier (1000 classes) on a backbone of `conf/backbone/` with random weights, at its input
+size: parameters, multiply-adds (convolutions and matrix products), the published multiply-adds and our deviation from
+them, memory access cost (MAC: values that convolutions and fully connected layers read and write), the multiply-adds of
+the backbone alone at 800x1200, receptive fields, and the median time of one batch, folded for inference, all networks
+taking turns. Absolute times belong to this machine: compare rows. The theoretical field is that of a block of stride 1,
+in cells of its own map, and of c5, in pixels of the image. The effective field is the side of a square as large as the
+area whose gradient exceeds 4.55% of the largest (Luo et al. 2016), with random weights at 768x768.
+"""
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f}%"
+
+
+def text_of(table: Table, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"  # type: ignore[attr-defined]
+
+
+SUBJECTS = {"peers": benchmark_peers, "backbones": benchmark_backbones, "predict": benchmark_predict}
 
 if __name__ == "__main__":
     # `benchmark.py peers` reads better than `benchmark.py what=peers`.

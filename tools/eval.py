@@ -1,19 +1,27 @@
-"""Score a checkpoint with COCO's twelve figures.
+"""Score a checkpoint, or anybody's detections, and write a report that shows where they err.
 
 python tools/eval.py ckpt=RUN_DIR/best.ckpt                     on the validation split it was trained with
 python tools/eval.py ckpt=PATH data.root=DIR data.val.annotations=annotations/test.json out=DIR
+python tools/eval.py results=detections.json annotations=instances.json images=DIR   COCO's formats, no model
 """
 
 from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from detector.training.run import evaluate
 from launch import launch, plain
 
 
 def main(config: DictConfig) -> None:
-    evaluate(plain(config))
+    # Imported here: results are scored without torch and Lightning.
+    if config.results:
+        from detector.training.reporting import evaluate_results
+
+        evaluate_results(plain(config))
+    else:
+        from detector.training.run import evaluate
+
+        evaluate(plain(config))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from detector.backbones.contract import Backbone
+from detector.backbones.external import TimmBackbone, TorchvisionBackbone
+from detector.backbones.mobilenet import MobileNetV1, MobileNetV2
+from detector.backbones.shufflenet_v1 import ShuffleNetV1
 from detector.backbones.shufflenet_v2 import ShuffleNetV2
+from detector.backbones.xception import Xception
 from detector.errors import InputError
 
 __all__ = ["BACKBONES", "Backbone", "arguments_of", "build_backbone"]
@@ -18,7 +22,15 @@ __all__ = ["BACKBONES", "Backbone", "arguments_of", "build_backbone"]
 # top, and the published figures that `tools/benchmark.py backbones` compares with.
 ABOUT = ("weights", "classifier", "published")
 
-BACKBONES: dict[str, Callable[..., Backbone]] = {"shufflenet_v2": ShuffleNetV2}
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "shufflenet_v1": ShuffleNetV1,
+    "shufflenet_v2": ShuffleNetV2,
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v2": MobileNetV2,
+    "xception": Xception,
+    "torchvision": TorchvisionBackbone,
+    "timm": TimmBackbone,
+}
 
 
 def arguments_of(entry: Mapping[str, Any]) -> dict[str, Any]:

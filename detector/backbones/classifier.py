@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
+from detector.backbones import arguments_of, build_backbone
 from detector.backbones.contract import Backbone
 from detector.backbones.layers import activation_layer
+from detector.errors import InputError
 
 
 class ImageClassifier(nn.Module):
@@ -47,3 +52,17 @@ class ImageClassifier(nn.Module):
         """Normalised float images (N, 3, H, W) -> class logits (N, num_classes)."""
         x = self.conv5(self.backbone(images)["c5"])
         return self.fc(self.dropout(x.mean((2, 3))))
+
+
+def build_classifier(entry: Mapping[str, Any], num_classes: int) -> ImageClassifier:
+    """The classifier that a file of conf/backbone/ describes, with random weights; `classifier: null` is no conv5.
+
+    Raises:
+        InputError: the backbone cannot be built, or `classifier` holds what is no argument of ImageClassifier.
+    """
+    top = entry["classifier"] or {"conv5_channels": None}
+    backbone = build_backbone(**arguments_of(entry))
+    try:
+        return ImageClassifier(backbone, num_classes=num_classes, **top)
+    except TypeError as error:
+        raise InputError(f"backbone.classifier={top}: {error}. Compare with the files in conf/backbone/.") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ class ExtraDepthwise(nn.Sequential):
 
     def train(self, mode: bool = True) -> ExtraDepthwise:
         super().train(mode)
-        self[1].eval()
+        for norm in list(self)[1:]:  # none where it is folded into the convolution
+            norm.eval()
         return self
 
 
@@ -203,8 +205,9 @@ class Stage(nn.Sequential):
         self.shuffle = shuffle
 
     def forward(self, x: Tensor) -> Tensor:
-        pair = x
-        for unit in self:
+        first, *rest = self
+        pair: Pair = first(x)
+        for unit in rest:
             pair = unit(pair)
         return interleave(*pair) if self.shuffle else torch.cat(pair, dim=1)
 
@@ -235,6 +238,11 @@ class ShuffleNetV2(Backbone):
         InputError: a value is outside what is stated above.
     """
 
+    stage1: Stage
+    stage2: Stage
+    stage3: Stage
+    stage4: Stage
+
     def __init__(
         self,
         *,
@@ -264,7 +272,7 @@ class ShuffleNetV2(Backbone):
         last, pool = activation_layer(activation), nn.MaxPool2d(3, stride=2, padding=1)
         # A rising activation and the maximum commute; in this order the activation has a quarter of the pixels.
         self.maxpool = nn.Sequential(pool, last) if activation != "hard_swish" else nn.Sequential(last, pool)
-        variant = {"extra_depthwise": extra_depthwise, "se": se, "activation": activation, "shuffle": shuffle}
+        variant: Any = {"extra_depthwise": extra_depthwise, "se": se, "activation": activation, "shuffle": shuffle}
         names = [f"stage{number}" for number in range(5 - stages, 5)]
         inputs = stem[-1]
         for name, outputs, units in zip(names, channels, repeats, strict=True):

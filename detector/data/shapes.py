@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,7 @@ STAMP = "stamp.json"
 
 
 def ensure_shapes(root: Path, *, seed: int = 0, train: int = TRAIN, val: int = VAL, size: int = SIZE) -> Path:
-    """Make the data set unless it is there already.
-
-    It is made in a folder beside `root` and moved into place when complete, so an interrupted run leaves no half of
-    it. Processes that start at once (the ranks of a distributed run) each make it; the first to finish wins, and the
-    others throw theirs away.
+    """Make the data set unless it is there already; see `make_once`.
 
     Args:
         root: where it belongs; becomes root/images/*.jpg and root/annotations/{train,val}.json.
@@ -49,15 +45,40 @@ def ensure_shapes(root: Path, *, seed: int = 0, train: int = TRAIN, val: int = V
         InputError: a parameter is out of range, root cannot be written, or root holds something else.
     """
     stamp = _stamp(seed, train, val, size)
+    return make_once(
+        root, STAMP, stamp, lambda folder: generate(folder, seed=seed, train=train, val=val, size=size), "shapes"
+    )
+
+
+def make_once(root: Path, stamp_name: str, stamp: Mapping[str, Any], make: Callable[[Path], None], name: str) -> Path:
+    """Make an embedded data set unless it is there already.
+
+    It is made in a folder beside `root` and moved into place when complete, so an interrupted run leaves no half of
+    it. Processes that start at once (the ranks of a distributed run) each make it; the first to finish wins, and the
+    others throw theirs away.
+
+    Args:
+        root: where it belongs.
+        stamp_name: the JSON file in it that holds the stamp. A folder without one is somebody else's.
+        stamp: what the data set follows from; where root's is another, it is made anew.
+        make: given an empty folder, writes data set and stamp.
+        name: of the data set, for messages.
+
+    Returns:
+        root.
+
+    Raises:
+        InputError: root cannot be written, or holds something else.
+    """
     wanted, root = root, Path(root).resolve()  # behind a link to another disk, if there is one
-    if _is_current(root, stamp):
+    if _is_current(root / stamp_name, stamp):
         return wanted
     fresh = root.with_name(f".{root.name}-{uuid.uuid4().hex[:8]}")
     try:
-        _refuse_foreign(root)
+        _refuse_foreign(root, stamp_name, name)
         fresh.mkdir(parents=True)
-        generate(fresh, seed=seed, train=train, val=val, size=size)
-        _move_into_place(fresh, root, stamp)
+        make(fresh)
+        _move_into_place(fresh, root, stamp_name, stamp)
     except OSError as error:
         raise InputError(
             f"cannot write the embedded data set to {root}: {error.strerror or error}. "
@@ -75,10 +96,10 @@ def generate(folder: Path, *, seed: int, train: int, val: int, size: int = SIZE)
     (folder / "annotations").mkdir()
     for split, count in zip(SPLITS, (train, val), strict=True):
         content = _content(split, seed)
-        for index in _progress(range(count), f"drawing shapes/{split}"):
+        for index in progress_bar(range(count), f"drawing shapes/{split}"):
             scene = render_scene(scene_seed(seed, split, index), size=size)
             name = f"{split}_{index:06d}.jpg"
-            (folder / "images" / name).write_bytes(_jpeg(scene))
+            (folder / "images" / name).write_bytes(jpeg(scene.image, scene.jpeg_quality))
             _append(content, scene, name)
         # Compact: an indented file would be twice as long, and nobody reads it.
         (folder / "annotations" / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -120,12 +141,12 @@ def _append(content: dict[str, Any], scene: Scene, name: str) -> None:
         )
 
 
-def _jpeg(scene: Scene) -> bytes:
+def jpeg(image: np.ndarray, quality: int) -> bytes:
+    """A picture, uint8 RGB (h, w, 3), as the bytes of a JPEG file."""
     import cv2
 
-    quality = [cv2.IMWRITE_JPEG_QUALITY, scene.jpeg_quality]
-    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR), quality)
-    return encoded.tobytes()
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return bytes(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
 
 
 def _stamp(seed: int, train: int, val: int, size: int) -> dict[str, int]:
@@ -137,35 +158,35 @@ def _stamp(seed: int, train: int, val: int, size: int) -> dict[str, int]:
     return {"version": VERSION, "seed": seed, "train": train, "val": val, "size": size}
 
 
-def _is_current(root: Path, stamp: dict[str, int]) -> bool:
+def _is_current(path: Path, stamp: Mapping[str, Any]) -> bool:
     try:
-        found = json.loads((root / STAMP).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return bool(found == stamp)
 
 
-def _refuse_foreign(root: Path) -> None:
-    """Nothing that this module did not make is ever replaced."""
+def _refuse_foreign(root: Path, stamp_name: str, name: str) -> None:
+    """Nothing that was not made here is ever replaced."""
     try:
         names = os.listdir(root)
     except FileNotFoundError:
         return
     except NotADirectoryError:
         names = [root.name] if root.exists() else []
-    if not names or STAMP in names:
+    if not names or stamp_name in names:
         return
     raise InputError(
-        f"{root} exists and is not an embedded shapes data set, so it is left alone. "
-        "Choose another data.root for the shapes, or move it away."
+        f"{root} exists and is not an embedded {name} data set, so it is left alone. "
+        f"Choose another data.root for the {name}, or move it away."
     )
 
 
-def _move_into_place(fresh: Path, root: Path, stamp: dict[str, int]) -> None:
+def _move_into_place(fresh: Path, root: Path, stamp_name: str, stamp: Mapping[str, Any]) -> None:
     """Rename fresh to root; where another process was faster, keep what it made."""
     old = fresh.with_name(f"{fresh.name}-old")
     for attempts_left in (2, 1, 0):
-        if _is_current(root, stamp):
+        if _is_current(root / stamp_name, stamp):
             return
         try:
             if root.exists():
@@ -180,7 +201,7 @@ def _move_into_place(fresh: Path, root: Path, stamp: dict[str, int]) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _progress(items: Iterable[int], title: str) -> Iterable[int]:
+def progress_bar(items: Iterable[int], title: str) -> Iterable[int]:
     """A progress bar where tqdm is installed and somebody watches."""
     try:
         tqdm = importlib.import_module("tqdm").tqdm

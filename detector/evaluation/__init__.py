@@ -1,5 +1,23 @@
-"""How good are the detections: COCO's figures."""
+"""How good are the detections: COCO's figures, LVIS's, and Pascal VOC's."""
 
-from detector.evaluation.coco import METRICS, evaluate, format_table, save_metrics
+from detector.evaluation.coco import (
+    LVIS_METRICS,
+    METRICS,
+    PROTOCOLS,
+    Curves,
+    evaluate,
+    evaluate_with_curves,
+    format_table,
+    save_metrics,
+)
 
-__all__ = ["METRICS", "evaluate", "format_table", "save_metrics"]
+__all__ = [
+    "LVIS_METRICS",
+    "METRICS",
+    "PROTOCOLS",
+    "Curves",
+    "evaluate",
+    "evaluate_with_curves",
+    "format_table",
+    "save_metrics",
+]

@@ -1,4 +1,4 @@
-"""Cost of a network in the papers' units: parameters and multiply-adds."""
+"""Cost of a network in the papers' units: parameters, multiply-adds, memory access cost."""
 
 from __future__ import annotations
 
@@ -28,3 +28,30 @@ def multiply_adds(module: nn.Module, *inputs: Any) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     return counter.get_total_flops() // 2
+
+
+def memory_access(module: nn.Module, *inputs: Any) -> int:
+    """Memory access cost of one forward pass in evaluation mode, in values (not bytes).
+
+    What every convolution and fully connected layer reads and writes: its input, its output and its weights. Layers
+    without weights are not counted (normalisation and activations are taken as fused into them).
+
+    Source: Ma et al. 2018, section 2, G1: hw(c1 + c2) + c1 c2 for a 1x1 convolution.
+
+    Args:
+        module: left as it is.
+        inputs: what its forward takes.
+    """
+    module = copy.deepcopy(module).eval()
+    total = 0
+
+    def count(layer: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal total
+        total += arguments[0].numel() + output.numel() + layer.get_parameter("weight").numel()
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        module(*inputs)
+    return total

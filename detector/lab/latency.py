@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,15 +43,24 @@ WARM_UP = 3
 
 def contest(name: str, ours: Callable[[], object], peer: Callable[[], object], *, turns: int) -> Contest:
     """Time two callables in alternation, WARM_UP turns of each unmeasured first."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(WARM_UP + turns):
-        for seconds, call in zip(times, (ours, peer), strict=True):
+    times = take_turns({"ours": ours, "peer": peer}, range(WARM_UP + turns))
+    return Contest(name, times["ours"], times["peer"])
+
+
+def take_turns(calls: Mapping[str, Callable[[], object]], turns: Iterable[int]) -> dict[str, list[float]]:
+    """Seconds of each callable in each turn; a turn calls them all, one after the other.
+
+    The first WARM_UP turns are not counted. `turns` may be a progress bar over a range.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in turns:
+        for name, call in calls.items():
             start = time.perf_counter()
             call()
             _wait_for_device()
             if turn >= WARM_UP:
-                seconds.append(time.perf_counter() - start)
-    return Contest(name, *times)
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
 def _wait_for_device() -> None:

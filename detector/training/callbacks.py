@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -16,23 +16,41 @@ from torch import Tensor
 
 from detector.evaluation.coco import METRICS
 from detector.files import replacing, write_json
-from detector.structures import Batch
-from detector.visualize import draw_batch, plot_curves
+from detector.visualize import plot_curves
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
 LOSSES = ("loss", "loss_rpn_objectness", "loss_rpn_box", "loss_head_class", "loss_head_box")
-COLUMNS = ("step", "epoch", "lr", *LOSSES, *METRICS)
 
 
 class History(lightning.Callback):
     """Writes metrics.csv (a row every `every` steps, and one per validation), metrics.json and curves.png.
 
     Lightning's CSVLogger starts an empty file when a run is resumed; this one goes on.
+
+    Args:
+        run_dir: where they are written.
+        every: steps between rows.
+        losses: columns of a step: what the task logs at each step.
+        metrics: columns of a validation: keys of the task's `figures`.
+        shown: those of them that the log shows; the best has the highest of the first.
     """
 
-    def __init__(self, run_dir: Path, *, every: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        every: int,
+        losses: Sequence[str] = LOSSES,
+        metrics: Sequence[str] = METRICS,
+        shown: Sequence[str] = ("AP", "AP50", "AP75"),
+    ) -> None:
         self.run_dir, self.every = run_dir, every
+        self.losses, self.shown, self.monitor = losses, shown, shown[0]
+        self.columns = ("step", "epoch", "lr", *losses, *metrics)
         self.path = run_dir / "metrics.csv"
         self.best: dict[str, Any] = {}
         self.lr = 0.0
@@ -46,7 +64,7 @@ class History(lightning.Callback):
         # A run that died wrote rows after its last checkpoint; they will be written again.
         kept = [row for row in self._read() if int(row["step"]) <= trainer.global_step]
         with replacing(self.path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
 
@@ -59,7 +77,7 @@ class History(lightning.Callback):
     def _write(self, trainer: lightning.Trainer, values: Mapping[str, Any]) -> None:
         row = {"step": trainer.global_step, "epoch": trainer.current_epoch} | dict(values)
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
+            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
 
     def on_before_optimizer_step(
         self, _: lightning.Trainer, __: lightning.LightningModule, optimizer: torch.optim.Optimizer
@@ -72,7 +90,7 @@ class History(lightning.Callback):
         step = trainer.global_step
         # A step can take several batches (trainer.accumulate): a row for the last of them.
         if trainer.is_global_zero and step % self.every == 0 and step > self.written:
-            losses = {name: f"{trainer.callback_metrics[name].item():.5g}" for name in LOSSES}
+            losses = {name: f"{trainer.callback_metrics[name].item():.5g}" for name in self.losses}
             self._write(trainer, losses | {"lr": f"{self.lr:.4g}"})
             self.written = step
 
@@ -83,12 +101,12 @@ class History(lightning.Callback):
         self._write(trainer, {key: f"{value:.6f}" for key, value in figures.items()})
         last = task.figures | {"epoch": trainer.current_epoch, "step": trainer.global_step}
         # As ModelCheckpoint decides about best.ckpt: the first of equals stays, and no figure (no objects) counts as 0.
-        if not self.best or (last["AP"] or 0.0) > (self.best["AP"] or 0.0):
+        if not self.best or (last[self.monitor] or 0.0) > (self.best[self.monitor] or 0.0):
             self.best = last
         write_json(self.run_dir / "metrics.json", {"best": self.best, "last": last})
-        if any(row["loss"] or row["AP"] for row in self._read()):
+        if any(row["loss"] or row[self.monitor] for row in self._read()):
             plot_curves(self.path, self.run_dir / "curves.png")
-        shown = ", ".join(f"{name} {figures[name]:.3f}" for name in ("AP", "AP50", "AP75") if name in figures)
+        shown = ", ".join(f"{name} {figures[name]:.3f}" for name in self.shown if name in figures)
         log.info(
             "after epoch %d of %d: %s",
             trainer.current_epoch + 1, trainer.max_epochs, shown or "no AP, the validation split has no objects",
@@ -102,15 +120,23 @@ class History(lightning.Callback):
 
 
 class FirstBatchPicture(lightning.Callback):
-    """Draws the first training batch with its boxes: what most mistakes in data and augmentation can be seen on."""
+    """Draws the first training batch as the network sees it: what most mistakes in data and augmentation show on.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: becomes run_dir/train_batch.png.
+        draw: makes a picture of a batch.
+    """
+
+    def __init__(self, run_dir: Path, draw: Callable[[Any], Image]) -> None:
         self.path: Path | None = run_dir / "train_batch.png"
+        self.draw = draw
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, task: Any, batch: Batch, _: int) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, _: lightning.LightningModule, batch: Any, __: int
+    ) -> None:
         if self.path is not None and trainer.is_global_zero:
             with replacing(self.path) as partial:
-                draw_batch(batch, task.detector.class_names).save(partial)
+                self.draw(batch).save(partial)
         self.path = None
 
 

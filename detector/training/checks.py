@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from detector.errors import InputError
+from detector.evaluation.coco import PROTOCOLS
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ NOT_NEGATIVE = Rule("a number, 0 or more", lambda value: _is_number(value) and v
 SHARE = Rule("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 BELOW_ONE = Rule("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+FOLDER = Rule(
+    "the name of a folder in data.root",
+    lambda value: isinstance(value, str | int) and not isinstance(value, bool) and value != "",
+)
 DEVICES = Rule(
     "auto, a whole number from 1, or a list of device numbers",
     lambda value: value == "auto" or COUNT.holds(value) or (bool(value) and list_of(NATURAL).holds(value)),
@@ -51,6 +56,12 @@ DEVICES = Rule(
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
 RULES: dict[str, Rule] = {
+    "metrics": one_of(*PROTOCOLS),
+    "report": Rule("false, or report.KEY=VALUE", lambda value: value is False),
+    "report.pictures": NATURAL,
+    "report.properties": NATURAL,
+    "report.proposals": NATURAL,
+    "report.doctor": NATURAL,
     "seed": NATURAL,
     "workers": NATURAL,
     "resume": FLAG,
@@ -72,6 +83,11 @@ RULES: dict[str, Rule] = {
     "data.generate.train": COUNT,
     "data.generate.val": COUNT,
     "data.generate.size": COUNT,
+    # Of pre-training: the folder of a split, which is a mapping for detection.
+    "data.train": FOLDER,
+    "data.val": FOLDER,
+    "input.size": COUNT,
+    "input.resize": COUNT,
     "input.short_side": COUNT,
     "input.long_side": COUNT,
     "train.batch_size": COUNT,
@@ -82,9 +98,11 @@ RULES: dict[str, Rule] = {
     "augment.rotate90": SHARE,
     "augment.photometric": SHARE,
     "augment.crop": SHARE,
+    "augment.colour": SHARE,
     "augment.scale": Rule(
         "two numbers [lowest, highest] above 0", lambda value: list_of(POSITIVE).holds(value) and len(value) == 2
     ),
+    "label_smoothing": BELOW_ONE,
     "optimizer.name": one_of("sgd", "adamw"),
     "optimizer.lr": POSITIVE,
     "optimizer.base_batch": or_null(COUNT),
@@ -93,7 +111,7 @@ RULES: dict[str, Rule] = {
     # A mapping has been taken apart into optimizer.lr_scales.PREFIX.
     "optimizer.lr_scales": Rule("{prefix of parameter names: factor, ...}, or null", lambda value: value is None),
     "optimizer.clip_norm": or_null(POSITIVE),
-    "schedule.kind": one_of("cosine", "steps"),
+    "schedule.kind": one_of("cosine", "linear", "steps"),
     "schedule.epochs": or_null(COUNT),
     "schedule.images": or_null(COUNT),
     "schedule.milestones": list_of(SHARE),

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from detector.data.coco import CocoIndex
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
+from detector.data.image_folder import ImageFolder, collate_images
 from detector.data.transforms import EvalTransform, TrainTransform
 from detector.errors import InputError
 from detector.preprocess import Preprocessing, canvas_size
 
 
-class EvaluationBatches(Sampler[list[int]]):
-    """This rank's share of the pictures, each exactly once over all ranks, pictures of one canvas side by side.
+def share(order: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """This rank's batches of the pictures, each picture exactly once over all ranks.
 
-    Lightning's and torch's distributed samplers pad the last round with repeated pictures, which changes mAP; this does
-    not. A rank without pictures gets one empty batch, because Lightning skips the end-of-epoch hook, and with it the
-    gathering that the other ranks wait for, on a rank without batches.
+    Lightning's and torch's distributed samplers pad the last round with repeated pictures, which changes the figures;
+    this does not. A rank without pictures gets one empty batch, because Lightning skips the end-of-epoch hook, and with
+    it the gathering that the other ranks wait for, on a rank without batches.
     """
+    ours = order[rank::world]
+    return [list(ours[i : i + batch_size]) for i in range(0, len(ours), batch_size)] or [[]]
+
+
+class EvaluationBatches(Sampler[list[int]]):
+    """This rank's share of the pictures, each exactly once over all ranks, pictures of one canvas side by side."""
 
     def __init__(self, index: CocoIndex, preprocessing: Preprocessing, batch_size: int, rank: int, world: int) -> None:
         canvases = [
             canvas_size([preprocessing.target_size(*size)]) if min(size) > 0 else (0, 0)
             for size in np.asarray(index.sizes).tolist()
         ]
-        order = sorted(range(len(index)), key=lambda i: canvases[i])[rank::world]
-        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)] or [[]]
+        self.batches = share(sorted(range(len(index)), key=lambda i: canvases[i]), batch_size, rank, world)
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
@@ -79,12 +85,8 @@ class DetectionData(lightning.LightningDataModule):
         assert self.train_index is not None
         assert self.transform is not None
         dataset = DetectionDataset(self.train_index, self.transform, cache=self.cache)
-        world, rank = self._world()
-        if len(dataset) < self.train_batch_size * world:
-            raise InputError(
-                f"The training split has {len(dataset)} pictures, fewer than one batch on each of {world} devices "
-                f"({self.train_batch_size} x {world}); lower train.batch_size."
-            )
+        world, rank = _world(self)
+        check_enough(len(dataset), self.train_batch_size, world)
         # Padding by repetition is harmless in training. Another order each epoch (Lightning calls set_epoch), and the
         # one that epoch would have had where a run is resumed: so also for one process.
         sampler: Sampler[int] = DistributedSampler(dataset, world, rank, shuffle=True, seed=self.seed)
@@ -93,25 +95,92 @@ class DetectionData(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        world, rank = self._world()
+        world, rank = _world(self)
         batches = EvaluationBatches(self.val_index, self.preprocessing, self.val_batch_size, rank, world)
         dataset = DetectionDataset(self.val_index, EvalTransform(self.preprocessing))
         return self._loader(dataset, batch_sampler=batches, collate_fn=collate_eval)
 
-    def _world(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-
     def _loader(self, dataset: DetectionDataset, **arguments: Any) -> DataLoader[Any]:
-        world, _ = self._world()
-        return DataLoader(
-            dataset,
-            num_workers=self.workers,
-            # The process group has threads of its own. A fork at the wrong moment copies a lock that one of them holds,
-            # and the worker waits for it for ever: seen in tests on a busy machine. One process forks, and so shares
-            # its cache with its workers.
-            multiprocessing_context="forkserver" if self.workers and world > 1 else None,
-            worker_init_fn=seed_worker,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **arguments,
+        return loader(dataset, self.workers, _world(self)[0], worker_init_fn=seed_worker, **arguments)
+
+
+class ClassificationData(lightning.LightningDataModule):
+    """Training and validation split of an image classification data set.
+
+    Args:
+        train, val: the pictures, with their transforms.
+        train_batch_size, val_batch_size: pictures per step and device.
+        workers: loader processes per device; 0 loads in the training process.
+        seed: of the order of the training pictures.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: ImageFolder,
+        val: ImageFolder,
+        train_batch_size: int,
+        val_batch_size: int,
+        workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.train_split, self.val_split = train, val
+        self.train_batch_size, self.val_batch_size = min(train_batch_size, len(train)), val_batch_size
+        self.workers, self.seed = workers, seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        world, rank = _world(self)
+        check_enough(len(self.train_split), self.train_batch_size, world)
+        sampler = EpochSampler(self.train_split, world, rank, shuffle=True, seed=self.seed)
+        return loader(
+            self.train_split, self.workers, world,
+            batch_size=self.train_batch_size, sampler=sampler, drop_last=True, collate_fn=collate_images,
+        )  # fmt: skip
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        world, rank = _world(self)
+        batches = share(range(len(self.val_split)), self.val_batch_size, rank, world)
+        return loader(self.val_split, self.workers, world, batch_sampler=batches, collate_fn=collate_images)
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """torch's sampler, which also tells each sample the epoch: it draws from that, and from nothing that came before.
+
+    A resumed run therefore sees what an undisturbed one would have seen, whatever the number of loader processes.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((index, self.epoch) for index in super().__iter__())
+
+
+def check_enough(pictures: int, batch_size: int, world: int) -> None:
+    """
+    Raises:
+        InputError: the training split does not fill one step.
+    """
+    if pictures < batch_size * world:
+        raise InputError(
+            f"The training split has {pictures} pictures, fewer than one batch on each of {world} devices "
+            f"({batch_size} x {world}); lower train.batch_size."
         )
+
+
+def loader(dataset: Dataset[Any], workers: int, world: int, **arguments: Any) -> DataLoader[Any]:
+    """A DataLoader for one of `world` processes, with the settings that all have in common."""
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        # The process group has threads of its own. A fork at the wrong moment copies a lock that one of them holds,
+        # and the worker waits for it for ever: seen in tests on a busy machine. One process forks, and so shares
+        # its cache with its workers.
+        multiprocessing_context="forkserver" if workers and world > 1 else None,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        **arguments,
+    )
+
+
+def _world(module: lightning.LightningDataModule) -> tuple[int, int]:
+    """Number of processes, and which this one is."""
+    return (module.trainer.world_size, module.trainer.global_rank) if module.trainer else (1, 0)

@@ -11,25 +11,34 @@ from tqdm import tqdm
 
 from detector.data.coco import CocoIndex
 from detector.deploy.runtime import ExportedDetector
+from detector.evaluation.clock import Clock
 from detector.evaluation.coco import evaluate, format_table, save_metrics
 from detector.files import write_json
 from detector.predictor import Predictor
+from detector.training.reporting import report_on_export
 from detector.training.run import evaluation_data, load_split
 
 log = logging.getLogger(__name__)
 
 
 def evaluate_export(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Score an export as conf/eval.yaml describes it; writes metrics.json and detections.json. Returns the figures."""
+    """Score an export as conf/eval.yaml describes it; writes what `run.evaluate` writes. Returns the figures."""
+    clock = Clock()
     detector = ExportedDetector.load(config["ckpt"])
     index = load_split(evaluation_data(config, detector), "val", class_names=detector.class_names)
     out = Path(str(config["out"])) if config["out"] else Path(config["ckpt"]).parent / "eval"
+    clock.book("load")
     results = find_all(detector, index, config["val"]["batch_size"])
-    figures = evaluate(results, index.annotation_file, image_ids=index.image_ids)
+    clock.book("predict")
+    figures = evaluate(results, index.annotation_file, image_ids=index.image_ids, metrics=config["metrics"])
+    clock.book("metrics")
     write_json(out / "detections.json", results)
     save_metrics(figures, out / "metrics.json")
+    clock.book("files")
     log.info("\n%s\n", format_table(figures, str(index.annotation_file)))
     log.info("metrics.json, detections.json in %s", out)
+    if config["report"]:
+        report_on_export(out, config, clock, detector, index, results, figures)
     return figures
 
 

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from detector.api import read_checkpoint
 from detector.errors import InputError
+from detector.training.checks import check_values
 
 
-def read_resumable(path: str | None) -> dict[str, Any]:
+def checked_config(
+    config: Mapping[str, Any],
+    *,
+    read: Callable[[str], dict[str, Any]] = read_checkpoint,
+    entry: str = "detector",
+    group: str = "recipe",
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The configuration with its values checked, and the checkpoint of the run that goes on with it.
+
+    Args:
+        config: as the command line gives it; with `resume`, the run's own with today's changes is returned.
+        read: reads a checkpoint.
+        entry: of a checkpoint, under which it describes itself.
+        group: of configuration files, whose choice a run keeps.
+
+    Raises:
+        InputError: a value is wrong, or the run cannot go on like this.
+    """
+    check_values(config)
+    if not config["resume"]:
+        return dict(config), None
+    checkpoint = read_resumable(config["ckpt"], read=read, entry=entry)
+    resumed = resumed_config(config, checkpoint, entry=entry, group=group)
+    check_values(resumed)
+    return resumed, checkpoint
+
+
+def read_resumable(
+    path: str | None, *, read: Callable[[str], dict[str, Any]] = read_checkpoint, entry: str = "detector"
+) -> dict[str, Any]:
     """The checkpoint of a run that can go on.
 
     Raises:
@@ -18,24 +48,26 @@ def read_resumable(path: str | None) -> dict[str, Any]:
     """
     if not path:
         raise InputError("resume=true needs the checkpoint to go on from: ckpt=RUN_DIR/last.ckpt")
-    checkpoint = read_checkpoint(path)
-    if "optimizer_states" not in checkpoint or "config" not in checkpoint["detector"]["provenance"]:
+    checkpoint = read(path)
+    if "optimizer_states" not in checkpoint or "config" not in checkpoint[entry]["provenance"]:
         raise InputError(f"'{path}' holds no optimiser state; resume from the last.ckpt of a run.")
     return checkpoint
 
 
-def resumed_config(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def resumed_config(
+    config: Mapping[str, Any], checkpoint: Mapping[str, Any], *, entry: str = "detector", group: str = "recipe"
+) -> dict[str, Any]:
     """The configuration of the run in `checkpoint`, with what the command line of today (`overrides`) changes.
 
     Raises:
         InputError: an override chooses what cannot be changed half-way.
     """
-    recorded = checkpoint["detector"]["provenance"]["config"]
+    recorded = checkpoint[entry]["provenance"]["config"]
     # The folder of the checkpoint is where the run lies now; it may have been moved.
     merged = copy.deepcopy(recorded) | {key: config[key] for key in ("ckpt", "resume", "run_dir")}
     for override in config["overrides"]:
         key = override.lstrip("+~").partition("=")[0]
-        if key == "recipe" and config["recipe_name"] == recorded["recipe_name"]:
+        if key == group and config["recipe_name"] == recorded["recipe_name"]:
             continue
         try:
             _copy_value(key.split("."), config, merged)
@@ -49,20 +81,23 @@ def resumed_config(config: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> 
     return merged
 
 
-def check_can_go_on(path: str, checkpoint: Mapping[str, Any], description: Mapping[str, Any], epochs: int) -> None:
+def check_can_go_on(
+    path: str, checkpoint: Mapping[str, Any], description: Mapping[str, Any], epochs: int, *, entry: str = "detector"
+) -> None:
     """
     Args:
         path: of the checkpoint, for messages.
         checkpoint: what is resumed.
-        description: of the detector that was built now (`Detector.describe`).
+        description: of what was built now, as the checkpoint has it (`Detector.describe`).
         epochs: where the run is to end.
+        entry: as for `checked_config`.
 
     Raises:
         InputError: nothing is left to do, or the network or the classes are not those of the checkpoint.
     """
     if checkpoint["epoch"] + 1 >= epochs:
         raise InputError(f"'{path}' has finished its {epochs} epochs; raise schedule.epochs to train longer.")
-    about = checkpoint["detector"]
+    about = checkpoint[entry]
     for part, ours in description["spec"].items():
         if ours != about["spec"].get(part):
             raise InputError(

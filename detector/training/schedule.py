@@ -12,6 +12,8 @@ from torch import nn
 
 from detector.errors import InputError
 
+KINDS = ("cosine", "linear", "steps")
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -44,12 +46,12 @@ class ScheduleSettings:
     """How the learning rate goes.
 
     Attributes:
-        kind: "cosine" (to `final_share` of the rate) or "steps" (times 0.1 at each milestone).
+        kind: "cosine" or "linear" (to `final_share` of the rate), or "steps" (times 0.1 at each milestone).
         epochs: passes over the training split; None derives them from `images`.
         images: pictures to be seen, the unit of Li et al. 2017; used when `epochs` is None.
         milestones: shares of the run at which "steps" drops.
         warmup_steps: steps of linear warm-up from `warmup_factor` to 1.
-        final_share: where the cosine ends.
+        final_share: where cosine and line end.
     """
 
     kind: str
@@ -61,8 +63,8 @@ class ScheduleSettings:
     final_share: float
 
     def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "steps"):
-            raise InputError(f"schedule.kind={self.kind}; it is 'cosine' or 'steps'.")
+        if self.kind not in KINDS:
+            raise InputError(f"schedule.kind={self.kind}; it is one of {', '.join(KINDS)}.")
         if not self.epochs and not self.images:
             raise InputError(
                 "Neither schedule.epochs nor schedule.images is set; set one, for example schedule.epochs=12."
@@ -79,8 +81,9 @@ class ScheduleSettings:
             return self.warmup_factor + (1 - self.warmup_factor) * step / warmup
         if self.kind == "steps":
             return 0.1 ** sum(step >= share * total for share in self.milestones)
-        progress = (step - warmup) / max(1, total - warmup)
-        return self.final_share + (1 - self.final_share) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        left = 1 - progress if self.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.final_share + (1 - self.final_share) * left
 
 
 def parameter_groups(network: nn.Module, settings: OptimizerSettings, lr: float) -> list[dict[str, Any]]:
@@ -91,9 +94,10 @@ def parameter_groups(network: nn.Module, settings: OptimizerSettings, lr: float)
     """
     names = [name for name, _ in network.named_parameters()]
     factors = settings.lr_scales or {}
+    parts = ", ".join(name for name, _ in network.named_children())
     for prefix in factors:
         if not any(name.startswith(prefix) for name in names):
-            raise InputError(f"optimizer.lr_scales: no parameter starts with '{prefix}': backbone, neck, rpn, head do.")
+            raise InputError(f"optimizer.lr_scales: no parameter starts with '{prefix}': {parts} do.")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
@@ -113,3 +117,17 @@ def build_optimizer(network: nn.Module, settings: OptimizerSettings, batch: int)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(settings.momentum, 0.999))
     raise InputError(f"optimizer.name={settings.name}; it is 'sgd' or 'adamw'.")
+
+
+def configure(trainer: Any, network: nn.Module, optimizer: OptimizerSettings, schedule: ScheduleSettings) -> Any:
+    """What `configure_optimizers` of a Lightning module returns: the rate follows the real batch and length of the run.
+
+    Args:
+        trainer: Lightning's; its data module has a `train_batch_size`, per device.
+        network: what is trained.
+    """
+    batch = trainer.datamodule.train_batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    built = build_optimizer(network, optimizer, batch)
+    total = int(trainer.estimated_stepping_batches)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(built, lambda step: schedule.factor(step, total))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -15,7 +15,8 @@ from detector.data.coco import CocoIndex
 from detector.errors import InputError
 from detector.evaluation.coco import evaluate
 from detector.structures import Batch
-from detector.training.schedule import OptimizerSettings, ScheduleSettings, build_optimizer
+from detector.training.schedule import OptimizerSettings, ScheduleSettings, configure
+from detector.training.trainer import rank, share_buffers, world_size
 
 
 class DetectionTask(lightning.LightningModule):
@@ -76,19 +77,11 @@ class DetectionTask(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.optimizer_settings is not None
         assert self.schedule is not None
-        loader = self.trainer.datamodule.train_batch_size  # type: ignore[attr-defined]
-        batch = loader * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        optimizer = build_optimizer(self.network, self.optimizer_settings, batch)
-        total, schedule = int(self.trainer.estimated_stepping_batches), self.schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return configure(self.trainer, self.network, self.optimizer_settings, self.schedule)
 
     def on_validation_epoch_start(self) -> None:
         self.results = []
-        # Ranks keep their own running statistics while they train; a checkpoint holds those of rank 0: score those.
-        if _world_size() > 1:
-            for buffer in self.network.buffers():
-                dist.broadcast(buffer.data, src=0)
+        share_buffers(self.network)
 
     def validation_step(self, batches: list[Batch], _: int) -> None:
         """One Batch per canvas size; an empty list where this rank has no picture left."""
@@ -107,9 +100,9 @@ class DetectionTask(lightning.LightningModule):
         place = {image_id: i for i, image_id in enumerate(self.val_index.image_ids)}
         self.results.sort(key=lambda row: place[row["image_id"]])
         outcome: list[Any] = [None]
-        if _rank() == 0:
+        if rank() == 0:
             outcome = [evaluate(self.results, self.val_index.annotation_file, image_ids=self.val_index.image_ids)]
-        if _world_size() > 1:
+        if world_size() > 1:
             dist.broadcast_object_list(outcome, src=0)
         self.figures = outcome[0]
         # An empty split of one size has no figure (None); the monitored ones always have a number.
@@ -129,19 +122,11 @@ def _norms(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All ranks' results on rank 0; on the others their own."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return results
-    parts: list[Any] | None = [None] * _world_size() if _rank() == 0 else None
+    parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(results, parts, dst=0)
     return [row for part in parts for row in part] if parts else results
 

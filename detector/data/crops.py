@@ -1,0 +1,112 @@
+"""The embedded classification data set: crops of the objects that scenes.py draws, a folder for each class.
+
+For pre-training a backbone where ImageNet is not at hand. The scenes have another seed than the embedded detection data
+set, so that nothing of its validation split is seen; train and val never share a scene, see shapes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from detector.data import shapes
+from detector.data.scenes import CLASS_NAMES, Scene, render_scene
+from detector.errors import InputError
+from detector.files import write_json
+from detector.preprocess import resize
+
+# Raise it with every change of what is cut out or written: an older data set on disk is then made anew.
+VERSION = 1
+SEED = 1  # shapes.py: 0
+TRAIN, VAL, SIZE = 1200, 200, 64
+STAMP = "crops.json"
+NOTHING = "nothing"
+CLASSES = (*CLASS_NAMES, NOTHING)
+# Side of a window by the longer side of the object in it: a backbone for detection should see where an object ends.
+CONTEXT = 1.3
+_NOTHING_SIDES = (24, 96)  # pixels; larger windows without an object are rare
+_TRIES = 12
+
+
+class Window(NamedTuple):
+    """A square of a scene: class name, left and top edge and side in whole pixels."""
+
+    name: str
+    x: int
+    y: int
+    side: int
+
+
+def ensure_crops(root: Path, *, seed: int = SEED, train: int = TRAIN, val: int = VAL, size: int = SIZE) -> Path:
+    """Make the data set unless it is there already; see `shapes.make_once`.
+
+    Args:
+        root: where it belongs; becomes root/{train,val}/CLASS/*.jpg.
+        seed: of the scenes; another one than the detection data set's.
+        train, val: number of scenes; each has 5 objects on average.
+        size: side of a crop in pixels.
+
+    Returns:
+        root.
+
+    Raises:
+        InputError: a parameter is out of range, root cannot be written, or root holds something else.
+    """
+    stamp = _stamp(seed, train, val, size)
+    return shapes.make_once(
+        root, STAMP, stamp, lambda folder: generate(folder, seed=seed, train=train, val=val, size=size), "crops"
+    )
+
+
+def generate(folder: Path, *, seed: int, train: int, val: int, size: int) -> None:
+    """Write the data set into an existing folder, the stamp last. Arguments as for `ensure_crops`."""
+    stamp = _stamp(seed, train, val, size)
+    for split, count in zip(shapes.SPLITS, (train, val), strict=True):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+        for index in shapes.progress_bar(range(count), f"drawing crops/{split}"):
+            scene = render_scene(shapes.scene_seed(seed, split, index))
+            for number, window in enumerate(windows(scene, _window_seed(seed, split, index))):
+                crop = scene.image[window.y : window.y + window.side, window.x : window.x + window.side]
+                data = shapes.jpeg(resize(np.ascontiguousarray(crop), size, size), scene.jpeg_quality)
+                (folder / split / window.name / f"{index:06d}_{number}.jpg").write_bytes(data)
+    write_json(folder / STAMP, stamp)
+
+
+def windows(scene: Scene, seed: np.random.SeedSequence) -> Iterator[Window]:
+    """A window around each object, and one without any object where one is found.
+
+    The windows lie inside the picture: an object at the border is off their centre, as it is for a detector.
+    """
+    height, width = scene.image.shape[:2]
+    for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+        side = min(round(CONTEXT * max(x2 - x1, y2 - y1)), height, width)
+        x = min(max(round((x1 + x2 - side) / 2), 0), width - side)
+        y = min(max(round((y1 + y2 - side) / 2), 0), height - side)
+        yield Window(CLASS_NAMES[label], x, y, side)
+    rng = np.random.default_rng(seed)
+    for _ in range(_TRIES):
+        side = int(rng.integers(*_NOTHING_SIDES, endpoint=True))
+        x, y = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+        if (scene.owner[y : y + side, x : x + side] < 0).all():
+            yield Window(NOTHING, x, y, side)
+            return
+
+
+def _window_seed(seed: int, split: str, index: int) -> np.random.SeedSequence:
+    """Of the window without an object; no scene has it."""
+    return np.random.SeedSequence(seed, spawn_key=(shapes.SPLITS.index(split), index, 1))
+
+
+def _stamp(seed: int, train: int, val: int, size: int) -> dict[str, int]:
+    if seed < 0 or train < 1 or val < 1 or size < 32:
+        raise InputError(
+            f"embedded crops: seed={seed}, train={train}, val={val}, size={size}; "
+            "seed must not be negative, train and val must be at least 1, size at least 32."
+        )
+    return {
+        "version": VERSION, "scenes": shapes.VERSION, "seed": seed, "train": train, "val": val, "size": size
+    }  # fmt: skip

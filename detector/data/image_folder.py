@@ -1,0 +1,156 @@
+"""Images for classification: a folder for each class, two splits with the same classes, views for training and scoring.
+
+The layout of torchvision's ImageFolder; the pictures are read by `detector.images`, as everywhere here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.transforms import v2
+
+from detector.errors import InputError
+from detector.images import IMAGE_SUFFIXES, read_image
+
+LAYOUT = "data.root=DIR with the pictures in DIR/train/CLASS/ and DIR/val/CLASS/"
+
+View = Callable[[Tensor], Tensor]  # uint8 RGB (3, h, w) -> uint8 RGB (3, size, size)
+
+
+class ImageBatch(NamedTuple):
+    """Pictures and their classes.
+
+    Attributes:
+        images: uint8 RGB (N, 3, H, W).
+        labels: (N,) int64, index into the class names.
+        paths: of the files, for messages.
+    """
+
+    images: Tensor
+    labels: Tensor
+    paths: tuple[str, ...]
+
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """One split: folder/CLASS/**/*.jpg and other pictures; classes in alphabetical order, hidden files left out.
+
+    A sample is (uint8 RGB (3, size, size), label, path). `folder[i]` and `folder[i, epoch]` draw their view from the
+    seed, the epoch and i alone.
+
+    Args:
+        folder: of the split.
+        view: applied to each picture each time.
+        seed: of the draws.
+
+    Raises:
+        InputError: the folder is missing, it has fewer than two classes, or one of them has no picture.
+    """
+
+    def __init__(self, folder: Path, view: View, seed: int = 0) -> None:
+        if not folder.is_dir():
+            raise InputError(f"No folder {folder} here (looked in '{folder.resolve()}'): give {LAYOUT}.")
+        super().__init__(str(folder), loader=read_image, is_valid_file=_is_picture, allow_empty=True)
+        self.view, self.seed = view, seed
+        counts = np.bincount(self.targets, minlength=len(self.classes)) if self.targets else [0] * len(self.classes)
+        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        if empty:
+            raise InputError(
+                f"{folder / empty[0]}: no picture in this class folder; expected files that end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}. Add some, or remove the folder."
+            )
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Names of the classes, and label by name; what torchvision's class asks for."""
+        folders = sorted(path.name for path in Path(directory).iterdir() if path.is_dir() and path.name[0] != ".")
+        if len(folders) < 2:
+            raise InputError(
+                f"{directory}: {len(folders)} class folders ({', '.join(folders) or 'none'}), but a classifier needs "
+                f"two or more: give {LAYOUT}."
+            )
+        return folders, {name: label for label, name in enumerate(folders)}
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, str]:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        path, label = self.samples[index]
+        image = torch.from_numpy(self.loader(path)).permute(2, 0, 1)
+        with draws((self.seed, epoch, index)):
+            return self.view(image), label, path
+
+
+def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
+    """
+    Raises:
+        InputError: a class is in one split only; the first is named.
+    """
+    for name in sorted({*train.classes} ^ {*val.classes}):
+        here, there = (train, val) if name in train.classes else (val, train)
+        raise InputError(
+            f"The classes of {train.root} and {val.root} differ: '{name}' is a folder of {here.root}, but not of "
+            f"{there.root}. Both must have the same class folders."
+        )
+
+
+def collate_images(samples: Sequence[tuple[Tensor, int, str]]) -> ImageBatch:
+    """Samples of one size to a batch; no samples, to an empty one."""
+    images = torch.stack([image for image, _, _ in samples]) if samples else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label, _ in samples], dtype=torch.int64)
+    return ImageBatch(images, labels, tuple(path for _, _, path in samples))
+
+
+def train_view(*, size: int, scale: Sequence[float], flip: float, colour: float) -> View:
+    """A random part of the picture, resized; then colours and mirroring.
+
+    Args:
+        size: side of the view in pixels.
+        scale: least and largest share of the picture's area (Szegedy et al. 2015: 0.08 to 1); the aspect ratio changes
+            by up to 4/3.
+        flip: probability of left for right.
+        colour: brightness, contrast and saturation each change by up to this share.
+
+    Raises:
+        InputError: scale is not 0 < least <= largest <= 1.
+    """
+    least, largest = scale
+    if not 0 < least <= largest <= 1:
+        raise InputError(f"augment.scale={list(scale)}: shares of a picture's area, 0 < least <= largest <= 1.")
+    steps: list[Any] = [v2.RandomResizedCrop(size, scale=(least, largest), antialias=True)]
+    if colour:
+        steps.append(v2.ColorJitter(colour, colour, colour))
+    return v2.Compose([*steps, v2.RandomHorizontalFlip(flip)])
+
+
+def eval_view(*, size: int, resize: int) -> View:
+    """The shorter side to `resize`, then the middle square of side `size`.
+
+    Raises:
+        InputError: the square is larger than the picture.
+    """
+    if resize < size:
+        raise InputError(f"input.resize={resize} is less than input.size={size}; the usual ratio is 256 to 224.")
+    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
+
+
+@contextmanager
+def draws(seed: tuple[int, ...]) -> Iterator[None]:
+    """Random numbers of the transforms from this seed; torch's own go on afterwards as if nothing had been drawn.
+
+    torchvision takes no generator. The CPU's default one alone is set: `torch.manual_seed` would set those of GPUs too.
+    """
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def _is_picture(path: str) -> bool:
+    name = Path(path).name
+    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES

@@ -1,0 +1,47 @@
+"""Whether a score of 0.7 means right in 7 cases of 10: expected calibration error and the reliability diagram."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detector.evaluation.outcomes import FOREGROUND, Outcomes
+from detector.evaluation.records import evaluator
+
+
+def calibration(outcomes: Outcomes, bins: int = 10) -> dict[str, Any]:
+    """Compare the mean score with the precision, in bins of the score; computed by hotcoco.
+
+    A detection is right where COCO's matching at IoU 0.5 says so; those that COCO ignores do not count. ECE: Guo et
+    al. 2017, section 2, over detections, as usual for detectors: objects that nothing was found for do not enter.
+
+    Args:
+        bins: of equal width, from 0 to 1; a score on an edge belongs to the bin above it.
+
+    Returns:
+        {"iou": 0.5, "count": detections,
+         "ece": mean over detections of |score - precision| of their bin, in [0, 1],
+         "mce": the largest such gap,
+         "bins": [{"low", "high", "confidence": mean score, "precision", "count"}], both None in an empty bin,
+         "per_class": {class name: ECE, None for a class without detections}.}
+    """
+    records = outcomes.records
+    figures = evaluator(records, keep=outcomes.counted, crowds=False).calibration(bins, FOREGROUND)
+    return {
+        "iou": FOREGROUND,
+        "count": int(figures["num_detections"]),
+        "ece": float(figures["ece"]),
+        "mce": float(figures["mce"]),
+        "bins": [_bin(row) for row in figures["bins"]],
+        "per_class": {name: figures["per_category"].get(name) for name in records.class_names},
+    }
+
+
+def _bin(row: dict[str, Any]) -> dict[str, Any]:
+    count = int(row["count"])
+    return {
+        "low": float(row["bin_lower"]),
+        "high": float(row["bin_upper"]),
+        "confidence": float(row["avg_confidence"]) if count else None,
+        "precision": float(row["avg_accuracy"]) if count else None,
+        "count": count,
+    }

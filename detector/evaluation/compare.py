@@ -1,0 +1,295 @@
+"""Is detector B better than A, or was it luck? The difference in AP with its interval, and the images behind it.
+
+A paired bootstrap over images (Efron and Tibshirani 1993, sections 6 and 13.3): the images are what another data set
+would have drawn anew, and both detectors are scored on the same draws, so that what makes an image hard for both
+cancels. What it does not know is how much another training run with another seed would differ.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detector.errors import InputError
+from detector.evaluation.resampling import (
+    AREAS,
+    Matches,
+    average_precision,
+    draw_images,
+    leave_one_out,
+    match_detections,
+)
+
+# The range of areas, and the IoU thresholds of 0.50:0.95, that a figure is the mean of.
+FIGURES: dict[str, tuple[str, slice]] = {
+    "AP": ("all", slice(None)),
+    "AP50": ("all", slice(0, 1)),
+    "AP75": ("all", slice(5, 6)),
+    "APs": ("small", slice(None)),
+    "APm": ("medium", slice(None)),
+    "APl": ("large", slice(None)),
+}
+CONFIDENCE = 0.95
+
+Source = Sequence[Mapping[str, Any]] | str | Path
+
+
+def compare(
+    a: Source,
+    b: Source,
+    ground_truth: Mapping[str, Any] | str | Path,
+    *,
+    image_ids: Iterable[Any] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    score_threshold: float = 0.3,
+    top: int = 20,
+) -> dict[str, Any]:
+    """Compare the detections of two detectors on the same images.
+
+    Args:
+        a, b: COCO's results format, or JSON files of it, as for `evaluation.coco.evaluate`.
+        ground_truth: a COCO annotation file or its contents.
+        image_ids: compare on these images only; None takes all.
+        draws: of the bootstrap.
+        seed: of the draws.
+        score_threshold: detections below it are not named in what changed on an image; AP counts all.
+        top: images to name, of those that became better and of those that became worse.
+
+    Returns:
+        Plain values: "figures" {name of FIGURES: difference} and "per_class" {class name: difference}, where a
+        difference is {"a", "b", "difference" (b - a), "low", "high" (95% percentile interval), "b_better" (the share
+        of draws in which b is ahead, draws without a winner counted half)}, each None where there is no object;
+        "better" and "worse": the images with the largest parts in the difference, see `_changes`; "images", "draws",
+        "seed", "score_threshold".
+
+    Raises:
+        InputError: as `evaluation.coco.evaluate`, and says whether a or b is at fault; draws or top are out of range.
+    """
+    if draws < 1 or top < 0:
+        raise InputError(f"draws={draws}, top={top}: at least 1 draw, and no negative number of images.")
+    wanted = None if image_ids is None else list(image_ids)
+    sides = [_matched(name, source, ground_truth, wanted) for name, source in (("a", a), ("b", b))]
+    count = len(sides[0].image_ids)
+    # The data set itself is the first column.
+    weights = np.concatenate((np.ones((count, 1), np.int32), draw_images(count, draws, seed)), axis=1)
+    drawn = [_precision(matches, weights) for matches in sides]
+    better, worse = _changes(sides, score_threshold, top)
+    return {
+        "images": count,
+        "draws": draws,
+        "seed": seed,
+        "score_threshold": score_threshold,
+        "figures": {
+            name: difference(*(mean_precision(side[area][:, thresholds]) for side in drawn))
+            for name, (area, thresholds) in FIGURES.items()
+        },
+        "per_class": {
+            name: difference(*(side["all"][place].mean(axis=0) for side in drawn))
+            for place, name in enumerate(sides[0].class_names)
+        },
+        "better": better,
+        "worse": worse,
+    }
+
+
+def _matched(name: str, source: Source, ground_truth: Any, image_ids: list[Any] | None) -> Matches:
+    try:
+        return match_detections(source, ground_truth, image_ids=image_ids)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _precision(matches: Matches, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """AP (K, T, S) of each class, threshold and multiset, for each range of areas."""
+    return {area: np.stack([average_precision(m, weights) for m in matches.by_class[area]]) for area in AREAS}
+
+
+def mean_precision(precision: np.ndarray) -> np.ndarray:
+    """Mean (S,) over classes and thresholds of AP (K, T, S); a class without an object, NaN, does not count."""
+    present = ~np.isnan(precision)
+    number = present.sum(axis=(0, 1))
+    total = np.where(present, precision, 0.0).sum(axis=(0, 1))
+    return np.divide(total, number, out=np.full(len(number), np.nan), where=number > 0)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
+    """b - a with its percentile interval; a, b: (1 + S,), the figure itself and then that of each draw.
+
+    Draws in which the figure does not exist (no object of a rare class was drawn) are left out.
+    """
+    if np.isnan(a[0]) or np.isnan(b[0]):
+        return dict.fromkeys(("a", "b", "difference", "low", "high", "b_better"))
+    drawn = (b - a)[1:]
+    drawn = drawn[~np.isnan(drawn)]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (None, None)
+    won = (drawn > 0).mean() + (drawn == 0).mean() / 2 if len(drawn) else None
+    values = {"a": a[0], "b": b[0], "difference": b[0] - a[0], "low": low, "high": high, "b_better": won}
+    return {key: None if value is None else float(value) for key, value in values.items()}
+
+
+def _changes(sides: Sequence[Matches], score_threshold: float, top: int) -> tuple[list[Any], list[Any]]:
+    """The images that b gains most on, and those that it loses most on.
+
+    Each: {"image_id", "change", "objects", "a", "b", "what"}. The change is the image's part of AP(b) - AP(a), see
+    `contributions`; a and b count, at IoU 0.5 and above the score threshold, the objects "found" and the "false"
+    alarms, and "placed", the mean share of the ten IoU thresholds that the found ones pass.
+    """
+    names = sides[0].class_names
+    change = contributions(sides[1], score_threshold) - contributions(sides[0], score_threshold)
+    # What others gain moves precision here too; only images that were detected differently are of interest.
+    change[(_signature(sides[0]) == _signature(sides[1])).all(axis=0)] = 0.0
+    order = np.argsort(-change, kind="stable")
+    better = [i for i in order[:top] if change[i] > 0]
+    worse = [i for i in order[::-1][:top] if change[i] < 0]
+    seen = [_Seen(side, score_threshold, {*better, *worse}) for side in sides]
+
+    def entry(i: int) -> dict[str, Any]:
+        return {
+            "image_id": sides[0].image_ids[i],
+            "change": float(change[i]),
+            "objects": sum(int(m.objects[i]) for m in sides[0].by_class["all"]),
+            "a": seen[0].summary(i),
+            "b": seen[1].summary(i),
+            "what": _in_words(seen[0], seen[1], i, names),
+        }
+
+    return [entry(i) for i in better], [entry(i) for i in worse]
+
+
+def _signature(matches: Matches) -> np.ndarray:
+    """(2K, M) numbers that are the same for two detectors where they found the same with the same scores."""
+    size = len(matches.image_ids)
+    classes = matches.by_class["all"]
+    scores = [np.bincount(m.image, weights=m.score, minlength=size) for m in classes]
+    hits = [np.bincount(m.image, weights=m.score * m.hit.sum(axis=0), minlength=size) for m in classes]
+    return np.stack(scores + hits)
+
+
+def contributions(matches: Matches, score_threshold: float) -> np.ndarray:
+    """The part (M,) that each image has in AP.
+
+    Of a class: its AP, less what the other images alone reach times their share of the objects. An image as good as the
+    others has its share of the AP, one whose objects are all missed has nothing, and one with nothing but false alarms
+    has less than nothing. Together they are AP to about a tenth of it: what 101 recalls and a running maximum give is
+    not smooth. Of classes in which an image has neither an object nor a detection above the score threshold it has no
+    part. Source: ours, after the jackknife's pseudo-values (Efron and Tibshirani 1993, section 11.5).
+    """
+    once = np.ones((len(matches.image_ids), 1), np.int32)
+    parts = np.zeros(len(matches.image_ids))
+    classes = [m for m in matches.by_class["all"] if m.objects.any()]
+    for m in classes:
+        whole, others = average_precision(m, once).mean(), np.nan_to_num(leave_one_out(m, score_threshold))
+        parts += whole - (1 - m.objects / m.objects.sum()) * others
+    return parts / max(1, len(classes))
+
+
+class _Seen:
+    """Hits and false alarms of some images above a score, by class."""
+
+    def __init__(self, matches: Matches, score_threshold: float, images: set[Any]) -> None:
+        self.found: dict[int, Counter[int]] = {i: Counter() for i in images}
+        self.false: dict[int, Counter[int]] = {i: Counter() for i in images}
+        self.passed: Counter[int] = Counter()
+        for label, m in enumerate(matches.by_class["all"]):
+            for row in np.flatnonzero((m.score >= score_threshold) & np.isin(m.image, list(images))):
+                image = int(m.image[row])
+                if m.hit[0, row]:
+                    self.found[image][label] += 1
+                    self.passed[image] += int(m.hit[:, row].sum())
+                elif m.counted[0, row]:
+                    self.false[image][label] += 1
+        self.thresholds = len(matches.by_class["all"][0].hit)
+
+    def summary(self, image: int) -> dict[str, Any]:
+        found = self.found[image].total()
+        placed = self.passed[image] / (found * self.thresholds) if found else None
+        return {"found": found, "false": self.false[image].total(), "placed": placed}
+
+
+def _in_words(a: _Seen, b: _Seen, image: int, names: Sequence[str]) -> str:
+    changes = (
+        ("found", b.found[image] - a.found[image]),
+        ("lost", a.found[image] - b.found[image]),
+        ("new false alarms", b.false[image] - a.false[image]),
+        ("false alarms gone", a.false[image] - b.false[image]),
+    )
+    parts = [
+        f"{what}: {', '.join(f'{count} {names[label]}' for label, count in sorted(counter.items()))}"
+        for what, counter in changes
+        if counter
+    ]
+    before, after = (side.summary(image)["placed"] for side in (a, b))
+    if before is not None and after is not None and abs(after - before) >= 0.05:
+        parts.append(f"boxes {'tighter' if after > before else 'looser'}")
+    return "; ".join(parts) or "scores only"
+
+
+def format_comparison(result: Mapping[str, Any], a: str, b: str, images: int = 5) -> str:
+    """What `compare` returned as text for a terminal or a Markdown page.
+
+    Args:
+        result: of `compare`.
+        a, b: names of the two.
+        images: how many of the images that changed are listed on each side.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = _table("figure", "a", "b", "b - a", "95% interval", "b better")
+    for name, row in [*result["figures"].items(), *result["per_class"].items()]:
+        interval = "-" if row["low"] is None else f"{row['low']:+.4f} .. {row['high']:+.4f}"
+        share = "-" if row["b_better"] is None else f"{row['b_better']:.1%}"
+        cells = [_number(row["a"]), _number(row["b"]), _number(row["difference"], sign=True), interval, share]
+        table.add_row(Text(name), *cells)
+    lines = [f"a: {a}", f"b: {b}", f"{result['images']} images, {result['draws']} draws", "", _text(table)]
+    for key in ("better", "worse"):
+        if rows := result[key][:images]:
+            changed: Table = _table("image", "change of AP", f"{key} in b: what changed")
+            for row in rows:
+                name = row.get("file_name") or row["image_id"]
+                changed.add_row(Text(str(name)), f"{row['change']:+.5f}", Text(row["what"]))
+            lines += ["", _text(changed)]
+    return "\n".join([*lines, "", verdict(result)])
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """The answer in a sentence."""
+    row = result["figures"]["AP"]
+    if row["low"] is None:
+        return "There is no object to find: nothing can be said."
+    span = f"AP {row['difference']:+.4f}, 95% interval {row['low']:+.4f} to {row['high']:+.4f}"
+    if row["low"] > 0:
+        return f"b is better on images like these: {span}."
+    if row["high"] < 0:
+        return f"b is worse on images like these: {span}."
+    return f"These images do not tell: {span} holds zero. More images, or a larger difference, would."
+
+
+def _table(*heads: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.MARKDOWN)
+    table.add_column(heads[0], overflow="fold")
+    for head in heads[1:]:
+        table.add_column(head, justify="left" if "what" in head else "right", overflow="fold")
+    return table
+
+
+def _text(table: Any) -> str:
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=110, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    return "-" if value is None else f"{value:{'+' if sign else ''}.4f}"

@@ -1,0 +1,121 @@
+"""What became of every detection and every object at IoU 0.5: found, or wrong in which way.
+
+The kinds are those of TIDE (Bolya et al. 2020, section 2.2) with the thresholds and the order of its released code
+(dbolya/tide, tidecv/quantify.py); the matching is COCO's, so that the correct ones are those that AP50 counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from detector.evaluation.records import Records
+
+FOREGROUND, BACKGROUND = 0.5, 0.1
+# Of a detection. ignored: inside a crowd region of its class, which COCO does not count.
+KINDS = ("correct", "ignored", "localisation", "classification", "duplicate", "background", "both")
+CORRECT, IGNORED, LOCALISATION, CLASSIFICATION, DUPLICATE, BACKGROUND_KIND, BOTH = range(len(KINDS))
+WRONG = KINDS[2:]
+# Of a truth. mistaken: not found, but a localisation or classification error is about it; missed: neither.
+STATES = ("found", "mistaken", "missed", "crowd")
+FOUND, MISTAKEN, MISSED, CROWD = range(len(STATES))
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Per detection of `records`, in its order.
+
+    Attributes:
+        records: what was judged.
+        kind: (D,) int64 index into KINDS.
+        truth: (D,) int64, the truth that the detection found, or is wrong about; -1 for ignored and background.
+        iou: (D,) float64, with that truth; 0 without one.
+    """
+
+    records: Records
+    kind: np.ndarray
+    truth: np.ndarray
+    iou: np.ndarray
+
+    @property
+    def counted(self) -> np.ndarray:
+        """Which detections COCO counts, (D,) bool."""
+        return self.kind != IGNORED
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """Which of them are errors, (D,) bool."""
+        return self.counted & (self.kind != CORRECT)
+
+    def states(self, score_threshold: float = 0.0) -> np.ndarray:
+        """What became of each truth, (G,) int64 index into STATES, by the detections of at least this score."""
+        above = self.records.scores >= score_threshold
+        states = np.full(len(self.records.truth_crowd), MISSED)
+        states[self.truth[above & ((self.kind == LOCALISATION) | (self.kind == CLASSIFICATION))]] = MISTAKEN
+        states[self.truth[above & (self.kind == CORRECT)]] = FOUND
+        states[self.records.truth_crowd] = CROWD
+        return states
+
+
+def judge(records: Records) -> Outcomes:
+    """Match as COCO does at IoU 0.5, then name each error.
+
+    A detection that matched nothing is, in this order: localisation (IoU 0.1 to 0.5 with an object of its class at
+    best), classification (0.5 with one of another class), duplicate (0.5 with one of its class that a better
+    detection has), background (at most 0.1 with anything), both (the rest). Crowd regions are no objects here.
+    """
+    kind = np.full(len(records.scores), BACKGROUND_KIND)
+    truth = np.full(len(records.scores), -1)
+    iou = np.zeros(len(records.scores))
+    for truths, found in records.per_image():
+        if truths.start == truths.stop or found.start == found.stop:
+            continue
+        kind[found], index, iou[found] = _judge_image(
+            box_iou(records.boxes[found], records.truth_boxes[truths], records.truth_crowd[truths]),
+            records.label[found, None] == records.truth_label[truths],
+            records.truth_crowd[truths],
+        )
+        truth[found] = np.where(index >= 0, index + truths.start, -1)
+    return Outcomes(records, kind, truth, iou)
+
+
+def box_iou(boxes: np.ndarray, truths: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """IoU (D, G) of xywh boxes; with a crowd region (G,), the share of the detection inside it, as in pycocotools."""
+    low = np.maximum(boxes[:, None, :2], truths[None, :, :2])
+    high = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], truths[None, :, :2] + truths[None, :, 2:])
+    intersection = (high - low).clip(min=0).prod(axis=2)
+    area, truth_area = boxes[:, 2:].prod(axis=1), truths[:, 2:].prod(axis=1)
+    union = area[:, None] + np.where(crowd, 0.0, truth_area - intersection)
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+def _judge_image(iou: np.ndarray, same: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kind, truth and IoU (D,) each, of the detections of one image, best first; IoU (D, G), same class (D, G)."""
+    matched = _match(np.where(same & ~crowd, iou, 0.0))
+    own, other = np.where(same & ~crowd, iou, 0.0), np.where(same | crowd, 0.0, iou)
+    best_own, best_other = own.max(axis=1), other.max(axis=1)
+    choices = (
+        (matched >= 0, CORRECT, matched),
+        ((np.where(same & crowd, iou, 0.0) >= FOREGROUND).any(axis=1), IGNORED, -1),
+        ((best_own >= BACKGROUND) & (best_own <= FOREGROUND), LOCALISATION, own.argmax(axis=1)),
+        (best_other >= FOREGROUND, CLASSIFICATION, other.argmax(axis=1)),
+        (best_own >= FOREGROUND, DUPLICATE, own.argmax(axis=1)),
+        (best_other <= BACKGROUND, BACKGROUND_KIND, -1),
+    )
+    conditions = [condition for condition, _, _ in choices]
+    kind = np.select(conditions, [kind for _, kind, _ in choices], BOTH)
+    truth = np.select(conditions, [truth for _, _, truth in choices], other.argmax(axis=1))
+    return kind, truth, np.where(truth >= 0, iou[np.arange(len(iou)), truth], 0.0)
+
+
+def _match(iou: np.ndarray) -> np.ndarray:
+    """COCO's greedy matching: the truth (D,) of each detection, best first, or -1. IoU (D, G), 0 where none may be."""
+    matched = np.full(len(iou), -1)
+    free = iou.copy()
+    for row in np.flatnonzero((iou >= FOREGROUND).any(axis=1)):
+        best = free.shape[1] - 1 - free[row, ::-1].argmax()  # of equal ones the last, as in pycocotools
+        if free[row, best] >= FOREGROUND:
+            matched[row] = best
+            free[:, best] = 0.0
+    return matched

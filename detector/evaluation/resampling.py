@@ -1,0 +1,250 @@
+"""COCO's AP of a data set whose images are drawn again and again: matched once, accumulated for every draw.
+
+A bootstrap draw takes M images out of M with repetition. Which object a detection finds does not depend on the other
+images of the draw, so pycocotools matches once, and a draw is a whole number for each image: how often it was taken.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detector.evaluation.columns import Found, GroundTruth
+
+# Areas of objects in square pixels, lowest and highest: pycocotools' own.
+AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+MAX_DETECTIONS = 100  # of an image and class
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+_RECALLS = np.linspace(0.0, 1.0, 101)
+# Draws that are accumulated together: few enough that a class's rows stay in the cache.
+_CHUNK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMatches:
+    """What became of the D detections of one class among M images, best score first, for one range of object areas.
+
+    Attributes:
+        image: (D,) int64, the place of its image, 0..M-1.
+        score: (D,) float64.
+        hit: (T, D) bool; it found an object that counts, at each of T IoU thresholds.
+        counted: (T, D) bool; a hit or a false alarm. The rest is ignored: in a crowd region, or of another area.
+        objects: (M,) int64, objects to be found in each image.
+    """
+
+    image: np.ndarray
+    score: np.ndarray
+    hit: np.ndarray
+    counted: np.ndarray
+    objects: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """The detections of one detector on M images, matched.
+
+    Attributes:
+        image_ids: M ids, sorted as pycocotools sorts them.
+        class_names: K names by ascending category id.
+        by_class: ClassMatches for each area of AREAS, a list of K.
+    """
+
+    image_ids: list[Any]
+    class_names: list[str]
+    by_class: dict[str, list[ClassMatches]]
+
+
+def match_detections(
+    results: Sequence[Mapping[str, Any]] | str | Path,
+    ground_truth: Mapping[str, Any] | str | Path,
+    *,
+    image_ids: Iterable[Any] | None = None,
+) -> Matches:
+    """Match detections to objects as COCO does. Arguments and errors are those of `evaluation.coco.evaluate`."""
+    truth = GroundTruth(ground_truth, image_ids)
+    found = truth.find(results)
+    classes, size = len(truth.class_names), len(truth.scored)
+    pair = found.classes * len(truth.image_ids) + found.images
+    # Most (image, class) pairs of a low score threshold hold no object, and nothing is left to match.
+    contested = np.isin(pair, truth.classes * len(truth.image_ids) + truth.images)
+    evaluator = _evaluator(truth, Found(*(column[contested] for column in found)))
+    false = _FalseAlarms(truth, Found(*(column[~contested] for column in found)))
+    by_class: dict[str, list[ClassMatches]] = {area: [] for area in AREAS}
+    for k in range(classes):
+        images = np.unique(truth.images[truth.classes == k])
+        places = np.searchsorted(truth.scored, images)
+        evaluator.ious = {(image, k): evaluator.computeIoU(image, k) for image in images.tolist()}
+        for area, limits in AREAS.items():
+            outcomes = [evaluator.evaluateImg(image, k, list(limits), MAX_DETECTIONS) for image in images.tolist()]
+            by_class[area].append(_gather(places, outcomes, size, false.of_class(k, limits)))
+    return Matches([truth.image_ids[place] for place in truth.scored], list(truth.class_names), by_class)
+
+
+class _FalseAlarms:
+    """Detections on images without an object of their class."""
+
+    def __init__(self, truth: GroundTruth, found: Found) -> None:
+        order = np.lexsort((-found.scores, found.images, found.classes))  # stable: ties stay in the results' order
+        self.classes, self.score = found.classes[order], found.scores[order]
+        self.image = np.searchsorted(truth.scored, found.images[order])
+        self.area = found.boxes[order, 2] * found.boxes[order, 3]
+        pair = self.classes * len(truth.image_ids) + self.image
+        starts = np.searchsorted(pair, pair)  # the first detection of the same image and class
+        self.kept = np.arange(len(pair)) - starts < MAX_DETECTIONS
+
+    def of_class(self, label: int, area: tuple[float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image, score and whether it counts, (D,) each, by image and there by falling score."""
+        rows = np.flatnonzero((self.classes == label) & self.kept)
+        size = self.area[rows]
+        return self.image[rows], self.score[rows], (size >= area[0]) & (size <= area[1])
+
+
+def _evaluator(truth: GroundTruth, found: Found) -> Any:
+    """pycocotools' COCOeval, ready to match one image and class: its own loop would visit all M * K of them."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def index(images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, **columns: np.ndarray) -> Any:
+        # Not COCO.loadRes: it fails on an empty list. Ids from 1: it takes a match with id 0 for no match.
+        rows = zip(*(column.tolist() for column in (images, classes, boxes, *columns.values())), strict=True)
+        names = ("image_id", "category_id", "bbox", *columns)
+        api = COCO()
+        api.dataset = {
+            "images": [{"id": place} for place in truth.scored.tolist()],
+            "categories": [{"id": place} for place in range(len(truth.class_names))],
+            "annotations": [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows, start=1)],
+        }
+        api.createIndex()
+        return api
+
+    none = np.zeros(len(found.images), np.int64)
+    areas = found.boxes[:, 2] * found.boxes[:, 3]
+    with redirect_stdout(io.StringIO()):
+        objects = index(truth.images, truth.classes, truth.boxes, area=truth.areas, iscrowd=truth.crowd.astype(int))
+        results = index(found.images, found.classes, found.boxes, area=areas, iscrowd=none, score=found.scores)
+        evaluator = COCOeval(objects, results, "bbox")
+        evaluator._prepare()  # what its evaluate() begins with
+    return evaluator
+
+
+def _gather(
+    places: np.ndarray, outcomes: list[Any], size: int, false: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> ClassMatches:
+    """All detections of a class by falling score; ties stay in the order of the images, as in pycocotools.
+
+    Args:
+        places: of the images with an object of the class.
+        outcomes: pycocotools' for each of these.
+        size: M.
+        false: image, score and whether it counts, of the detections on other images.
+    """
+    objects = np.zeros(size, np.int64)
+    objects[places] = [np.count_nonzero(np.asarray(outcome["gtIgnore"]) == 0) for outcome in outcomes]
+    false_image, false_score, false_counted = false
+    nothing = np.zeros((len(IOU_THRESHOLDS), len(false_image)), bool)
+    matched = np.concatenate([*(outcome["dtMatches"] > 0 for outcome in outcomes), nothing], axis=1)
+    alarms = np.broadcast_to(false_counted, nothing.shape)
+    counted = np.concatenate([*(outcome["dtIgnore"] == 0 for outcome in outcomes), alarms], axis=1)
+    counts = [len(outcome["dtScores"]) for outcome in outcomes]
+    image = np.concatenate((np.repeat(places, counts), false_image))
+    score = np.array([*(value for outcome in outcomes for value in outcome["dtScores"]), *false_score], np.float64)
+    by_image = np.argsort(image, kind="stable")
+    order = by_image[np.argsort(-score[by_image], kind="stable")]
+    matched, counted = matched[:, order], counted[:, order]
+    return ClassMatches(image[order], score[order], matched & counted, counted, objects)
+
+
+def average_precision(matches: ClassMatches, weights: np.ndarray) -> np.ndarray:
+    """COCO's AP of one class for each of S multisets of images.
+
+    An image taken w times counts w times, its copies next to each other where scores are equal. Precision is only
+    looked at where a hit is: at a false alarm it is lower than at the hit before, and recall is the same.
+
+    Args:
+        matches: of one class, for T thresholds and M images.
+        weights: (M, S) whole numbers, how often each multiset has each image.
+
+    Returns:
+        (T, S) float64 in [0, 1]; NaN where a multiset holds no object of the class.
+    """
+    columns = range(0, weights.shape[1], _CHUNK)
+    return np.concatenate([_chunk_precision(matches, weights[:, at : at + _CHUNK]) for at in columns], axis=1)
+
+
+def _chunk_precision(matches: ClassMatches, weights: np.ndarray) -> np.ndarray:
+    total = matches.objects @ weights  # (S,) objects to be found
+    precision = np.zeros((len(matches.hit), weights.shape[1]))
+    last = np.flatnonzero(matches.hit.any(axis=0))
+    if len(last):
+        taken = weights[matches.image[: last[-1] + 1]]  # (D, S), up to the last hit
+        counted = matches.counted[:, : len(taken)]
+        always = np.logical_and.reduce(counted, axis=0)  # nearly all that ever count: summed once for all thresholds
+        common = _Sums(taken, always)
+        for t, hit in enumerate(matches.hit):
+            at = np.flatnonzero(hit)
+            if len(at):
+                hits = np.cumsum(taken[at], axis=0)
+                so_far = common.up_to(at) + _Sums(taken, counted[t] & ~always).up_to(at)
+                precision[t] = _interpolated(hits, so_far, total)
+    precision[:, total == 0] = np.nan
+    return precision
+
+
+class _Sums:
+    """How often the chosen rows of taken (D, S) have come up to and with some place."""
+
+    def __init__(self, taken: np.ndarray, chosen: np.ndarray) -> None:
+        self.rows = np.flatnonzero(chosen)
+        self.sums = np.zeros((len(self.rows) + 1, taken.shape[1]), taken.dtype)
+        np.cumsum(taken[self.rows], axis=0, out=self.sums[1:])
+
+    def up_to(self, places: np.ndarray) -> np.ndarray:
+        return self.sums[np.searchsorted(self.rows, places, side="right")]
+
+
+def _interpolated(hits: np.ndarray, counted: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Mean over the 101 recalls of the best precision at that recall or a higher one.
+
+    Args:
+        hits, counted: (J, S) detections up to and with the j-th hit, those that are hits, and all that count.
+        total: (S,) objects.
+    """
+    best = hits / np.maximum(counted, 1)
+    best = np.maximum.accumulate(best[::-1], axis=0)[::-1]
+    recall = hits / np.maximum(total, 1)
+    nearest = np.rint(recall * 100).astype(np.intp)
+    # How many of the 101 recalls are reached, by the same comparison of floats as in pycocotools.
+    reached = nearest + (_RECALLS[nearest] <= recall)
+    newly = np.diff(reached, axis=0, prepend=0)
+    return np.einsum("js,js->s", newly, best) / len(_RECALLS)
+
+
+def draw_images(count: int, draws: int, seed: int) -> np.ndarray:
+    """(count, draws) int32: how often each image is taken when `count` are drawn with repetition, `draws` times."""
+    rng = np.random.default_rng(seed)
+    taken = rng.integers(0, count, (draws, count))
+    return np.stack([np.bincount(row, minlength=count) for row in taken], axis=1).astype(np.int32)
+
+
+def leave_one_out(matches: ClassMatches, score_threshold: float = -np.inf) -> np.ndarray:
+    """The AP of one class, mean over thresholds, without each of the M images in turn: (M,).
+
+    Only images with an object, or with a detection of at least this score, are left out in earnest; the others get the
+    AP of all images, which theirs hardly differs from.
+    """
+    size = len(matches.objects)
+    whole = average_precision(matches, np.ones((size, 1), np.int32)).mean(axis=0)
+    without = np.repeat(whole, size)
+    present = np.union1d(np.flatnonzero(matches.objects), matches.image[matches.score >= score_threshold])
+    for at in range(0, len(present), _CHUNK):
+        places = present[at : at + _CHUNK]
+        weights = np.ones((size, len(places)), np.int32)
+        weights[places, np.arange(len(places))] = 0
+        without[places] = average_precision(matches, weights).mean(axis=0)
+    return without

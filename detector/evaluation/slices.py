@@ -1,0 +1,158 @@
+"""AP on parts of a data set: by size, shape and crowding of the objects, and by properties of the pictures.
+
+As with COCO's sizes, objects outside a slice are ignored, not missed, and so are unmatched detections outside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from detector.evaluation.outcomes import Outcomes, box_iou
+from detector.evaluation.records import Quantity, Records, evaluator, existing_mean
+
+Bin = tuple[str, float, float]  # name, lowest and highest value; both belong to it
+
+# COCO's own bound for "no bound".
+_NONE = 1e5**2
+_SIDES = (0, 8, 16, 32, 64, 96, 128, 256, 512)
+COCO_SIZES: tuple[Bin, ...] = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, _NONE))
+SIDES: tuple[Bin, ...] = (
+    *((f"{low}-{high} px", low**2, high**2) for low, high in pairwise(_SIDES)),
+    (f"{_SIDES[-1]} px and more", _SIDES[-1] ** 2, _NONE),
+)
+ASPECTS: tuple[Bin, ...] = (
+    ("wide, over 3:1", 0, 1 / 3),
+    ("3:1 to 1.5:1", 1 / 3, 1 / 1.5),
+    ("about square", 1 / 1.5, 1.5),
+    ("1:1.5 to 1:3", 1.5, 3),
+    ("tall, over 1:3", 3, _NONE),
+)
+NEIGHBOURS: tuple[Bin, ...] = (("none", 0, 0), ("1", 1, 1), ("2-3", 2, 3), ("4 and more", 4, _NONE))
+OVERLAPS: tuple[Bin, ...] = (
+    ("none", 0, 0),
+    ("up to 0.1", 1e-9, 0.1),
+    ("0.1-0.3", 0.1, 0.3),
+    ("0.3-0.5", 0.3, 0.5),
+    ("0.5 and more", 0.5, 1),
+)
+OBJECTS: tuple[Bin, ...] = (("1", 1, 1), ("2-4", 2, 4), ("5-9", 5, 9), ("10-19", 10, 19), ("20 and more", 20, _NONE))
+
+
+def slices(outcomes: Outcomes, properties: Mapping[Any, Mapping[str, float]] | None = None) -> dict[str, Any]:
+    """COCO's AP and AP50 for each slice.
+
+    Slices of objects; a bin's bounds belong to it, as with COCO's sizes, so that a value on a bound is in two bins:
+        coco_size, size: area in square pixels, the file's (of the mask, in COCO); a detection's own box.
+        aspect: height / width of the box.
+        neighbours: how many other objects of any class the box touches.
+        overlap: its largest IoU with one of them.
+        A detection has the neighbours and the overlap of the object that it found or is wrong about (Outcomes.truth),
+        none where there is no such object.
+    Slices of pictures, all of their objects and detections in:
+        objects: how many a picture has, crowd regions left out.
+        brightness, contrast, sharpness, resolution: thirds of the pictures, if `properties` are given.
+
+    Args:
+        properties: what image_properties returned; pictures that it lacks are in none of its slices.
+
+    Returns:
+        {slice: [{"name", "low", "high": bounds, "images" or "truths": how many (crowd regions left out), "AP",
+        "AP50": in [0, 1], None where no object is}]}.
+    """
+    records = outcomes.records
+    width_height = records.truth_boxes[:, 2:], records.boxes[:, 2:]
+    aspect, own_aspect = ((sides[:, 1] / sides[:, 0].clip(min=1e-9)).clip(max=_NONE) for sides in width_height)
+    neighbours, overlap = _crowding(records)
+    counts = np.bincount(records.truth_image[~records.truth_crowd], minlength=len(records.image_ids))
+    return {
+        **_by_object(records, {"coco_size": COCO_SIZES, "size": SIDES}, records.truth_area, None),
+        **_by_object(records, {"aspect": ASPECTS}, aspect, own_aspect),
+        **_by_object(records, {"neighbours": NEIGHBOURS}, neighbours, _of_its_truth(outcomes, neighbours)),
+        **_by_object(records, {"overlap": OVERLAPS}, overlap, _of_its_truth(outcomes, overlap)),
+        **_by_image(records, {"objects": (OBJECTS, counts.astype(float))} | _thirds(records, properties or {})),
+    }
+
+
+def _by_object(
+    records: Records, tables: Mapping[str, tuple[Bin, ...]], values: np.ndarray, own: np.ndarray | None
+) -> dict[str, list[dict[str, Any]]]:
+    """One evaluation for all bins of all tables of a quantity."""
+    bins = [(table, *bin_) for table, rows in tables.items() for bin_ in rows]
+    scores = evaluator(records, quantity=Quantity(values, own, [(low, high) for _, _, low, high in bins]))
+    scores.accumulate()
+    precision = scores.eval["precision"][:, :, :, :, -1]  # (IoU, recall, class, bin)
+    found: dict[str, list[dict[str, Any]]] = {table: [] for table in tables}
+    for place, (table, name, low, high) in enumerate(bins):
+        inside = (values >= low) & (values <= high) & ~records.truth_crowd
+        found[table].append(
+            {"name": name, "low": low, "high": high, "truths": int(inside.sum())}
+            | {"AP": existing_mean(precision[:, :, :, place]), "AP50": existing_mean(precision[0, :, :, place])}
+        )
+    return found
+
+
+def _by_image(
+    records: Records, tables: Mapping[str, tuple[tuple[Bin, ...], np.ndarray]]
+) -> dict[str, list[dict[str, Any]]]:
+    members = {
+        (table, name, low, high): np.flatnonzero((values >= low) & (values <= high)).tolist()
+        for table, (bins, values) in tables.items()
+        for name, low, high in bins
+    }
+    figures = evaluator(records).slice_by({str(place): ids for place, ids in enumerate(members.values())})
+    found: dict[str, list[dict[str, Any]]] = {table: [] for table in tables}
+    for place, ((table, name, low, high), ids) in enumerate(members.items()):
+        scores = {key: figures[str(place)][key] for key in ("AP", "AP50")}
+        found[table].append(
+            {"name": name, "low": low, "high": high, "images": len(ids)}
+            | {key: None if value < 0 else float(value) for key, value in scores.items()}
+        )
+    return found
+
+
+def _crowding(records: Records) -> tuple[np.ndarray, np.ndarray]:
+    """Of each truth, how many others it touches and its largest IoU with one, (G,) each; 0 for crowd regions."""
+    neighbours, overlap = np.zeros(len(records.truth_crowd)), np.zeros(len(records.truth_crowd))
+    for truths, _ in records.per_image():
+        real = truths.start + np.flatnonzero(~records.truth_crowd[truths])
+        if len(real) > 1:
+            boxes = records.truth_boxes[real]
+            iou = box_iou(boxes, boxes, np.zeros(len(real), bool))
+            np.fill_diagonal(iou, 0.0)
+            neighbours[real], overlap[real] = (iou > 0).sum(axis=1), iou.max(axis=1)
+    return neighbours, overlap
+
+
+def _of_its_truth(outcomes: Outcomes, values: np.ndarray) -> np.ndarray:
+    known = outcomes.truth >= 0
+    own = np.zeros(len(known))
+    own[known] = values[outcomes.truth[known]]
+    return own
+
+
+def _thirds(
+    records: Records, properties: Mapping[Any, Mapping[str, float]]
+) -> dict[str, tuple[tuple[Bin, ...], np.ndarray]]:
+    """Bins of equally many pictures, fewer where many have the same value, and the value of each picture (M,)."""
+    known = [properties[image_id] for image_id in records.image_ids if image_id in properties]
+    tables = {}
+    for name in known[0] if known else ():
+        values = np.array([properties.get(image_id, {}).get(name, np.nan) for image_id in records.image_ids])
+        there = np.sort(values[~np.isnan(values)])
+        edges = (-np.inf, *np.quantile(there, [1 / 3, 2 / 3]).tolist(), np.inf)
+        groups = [there[(there > low) & (there <= high)] for low, high in pairwise(edges)]
+        bins = [(group[0], group[-1]) for group in groups if len(group)]
+        tables[name] = (
+            tuple((f"{_short(low)}-{_short(high)}", float(low), float(high)) for low, high in bins),
+            values,
+        )
+    return tables
+
+
+def _short(value: float) -> str:
+    """Three digits, more only before the point."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,77 @@
+"""The pictures on which a detector is worst, with each detection and object labelled, ready to be drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from detector.evaluation.outcomes import CROWD, FOUND, KINDS, STATES, Outcomes
+
+
+def worst(outcomes: Outcomes, score_threshold: float, count: int = 12) -> list[dict[str, Any]]:
+    """Rank the pictures by badness: 1 for each object that was not found, and the score of each wrong detection.
+
+    Only detections of at least the threshold count and are listed. Source of the badness: ours; a confident mistake is
+    as bad as a missed object. Equally bad pictures are in the order of their ids; flawless ones are left out.
+
+    Args:
+        count: how many pictures at most.
+
+    Returns:
+        The worst first, [{"image_id", "file_name", "badness": float,
+        "detections": [{"name": class, "bbox": xywh in pixels of the original picture, "score",
+            "kind": one of outcomes.KINDS, "iou", "truth": place in "truths" of the object that it found or is wrong
+            about, None without one}], best first,
+        "truths": [{"name": class, "bbox", "state": one of outcomes.STATES}]}].
+    """
+    records = outcomes.records
+    shown = records.scores >= score_threshold
+    states = outcomes.states(score_threshold)
+    wrong = shown & outcomes.wrong
+    unfound = records.truth_image[(states != FOUND) & (states != CROWD)]
+    images = len(records.image_ids)
+    badness = np.bincount(unfound, minlength=images) + np.bincount(
+        records.image[wrong], weights=records.scores[wrong], minlength=images
+    )
+    rows = list(records.per_image())
+    order = np.argsort(-badness, kind="stable")[:count]
+    return [
+        {
+            "image_id": records.image_ids[i],
+            "file_name": records.file_names[i],
+            "badness": float(badness[i]),
+            "detections": _detections(outcomes, rows[i][1], rows[i][0].start, shown),
+            "truths": _truths(outcomes, rows[i][0], states),
+        }
+        for i in order.tolist()
+        if badness[i] > 0
+    ]
+
+
+def _detections(outcomes: Outcomes, found: slice, first_truth: int, shown: np.ndarray) -> list[dict[str, Any]]:
+    records = outcomes.records
+    return [
+        {
+            "name": records.class_names[records.label[d]],
+            "bbox": records.boxes[d].tolist(),
+            "score": float(records.scores[d]),
+            "kind": KINDS[outcomes.kind[d]],
+            "iou": float(outcomes.iou[d]),
+            "truth": int(outcomes.truth[d] - first_truth) if outcomes.truth[d] >= 0 else None,
+        }
+        for d in range(found.start, found.stop)
+        if shown[d]
+    ]
+
+
+def _truths(outcomes: Outcomes, truths: slice, states: np.ndarray) -> list[dict[str, Any]]:
+    records = outcomes.records
+    return [
+        {
+            "name": records.class_names[records.truth_label[g]],
+            "bbox": records.truth_boxes[g].tolist(),
+            "state": STATES[states[g]],
+        }
+        for g in range(truths.start, truths.stop)
+    ]

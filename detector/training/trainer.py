@@ -1,0 +1,209 @@
+"""What every run has, whatever it trains: devices and processes, progress, the run directory, Lightning's trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from detector.errors import InputError
+from detector.files import replacing
+from detector.training.callbacks import EMA, FirstBatchPicture, History, ProgressBar, ProgressLines
+
+log = logging.getLogger(__name__)
+# The process that launches the others decides on the time; they find it here.
+RUN_TIME_VARIABLE = "DETECTOR_RUN_TIME"
+# What Lightning says about itself and not about this run; a newcomer would take it for a fault.
+NOISE = (
+    r"Checkpoint directory .* exists and is not empty",  # config.yaml is in it
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
+    r"The number of training batches .* is smaller than the logging interval",  # metrics.csv has a row per validation
+    r"The '.*_dataloader' does not have many workers",  # ours is called `workers`, and 1 keeps up on a CPU
+    r"`broadcast_buffers` is deprecated",  # torch 2.6 knows no other name for it
+    r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the figures are those of all ranks already
+)
+
+
+def build_trainer(
+    config: Mapping[str, Any],
+    device_arguments: Mapping[str, Any],
+    run_dir: Path,
+    *,
+    epochs: int,
+    best: ModelCheckpoint,
+    history: History,
+    picture: FirstBatchPicture,
+) -> lightning.Trainer:
+    """Lightning's trainer for one run.
+
+    Args:
+        config: its nodes trainer, val.every, optimizer.clip_norm, ema and resume are read.
+        device_arguments: see `devices`.
+        run_dir: where everything is written.
+        epochs: after which the run ends.
+        best: what keeps the best checkpoint; the last one is kept here.
+        history, picture: see their classes. A resumed run has its picture already.
+    """
+    callbacks: list[lightning.Callback] = [
+        best,
+        # After each epoch, scored or not.
+        ModelCheckpoint(
+            run_dir, filename="last", monitor=None, save_on_train_epoch_end=True, enable_version_counter=False
+        ),
+        history,
+        LearningRateMonitor("step"),
+        *([picture] if not config["resume"] else []),
+        *([EMA(config["ema"])] if config["ema"] else []),
+    ]
+    return lightning.Trainer(
+        **device_arguments,
+        **progress(config, callbacks),
+        max_epochs=epochs,
+        check_val_every_n_epoch=min(config["val"]["every"], epochs),
+        gradient_clip_val=config["optimizer"]["clip_norm"],
+        accumulate_grad_batches=config["trainer"]["accumulate"],
+        logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
+        log_every_n_steps=config["trainer"]["log_every"],
+        num_sanity_val_steps=0,  # its scores of an untrained network have been taken for the best elsewhere
+        use_distributed_sampler=False,  # it pads; ours do not
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+    )
+
+
+def progress(config: Mapping[str, Any], callbacks: list[lightning.Callback]) -> dict[str, Any]:
+    """Lightning's arguments for callbacks and for progress: a bar in a terminal, else lines in the log."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # advertisements, and which devices there are not
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    terminal = sys.stdout.isatty()
+    shown = ProgressBar(refresh_rate=config["trainer"]["progress_every"]) if terminal else ProgressLines()
+    return {"callbacks": [*callbacks, shown], "enable_progress_bar": terminal}
+
+
+def devices(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Lightning's device arguments; data parallel where there is more than one device."""
+    wanted = config["trainer"]
+    accelerator, nodes = wanted["accelerator"], wanted["nodes"]
+    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    devices = wanted["devices"]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes already
+        devices, nodes = _launched(wanted)
+    elif devices == "auto":
+        devices = gpus or 1
+    if accelerator in ("gpu", "cuda") and gpus == 0:
+        raise InputError("trainer.accelerator=gpu, but torch sees no GPU here; use trainer.accelerator=auto or cpu.")
+    if gpus and isinstance(devices, int) and devices > gpus:
+        raise InputError(f"trainer.devices={devices}, but there are {gpus} GPUs; lower it, or trainer.accelerator=cpu.")
+    processes = (devices if isinstance(devices, int) else len(devices)) * nodes
+    if not gpus and processes > 1:
+        # Two processes with a thread per core each would take turns spinning.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    strategy: Any = "auto"
+    if processes > 1:
+        # Buffers are made equal once, before evaluation (`share_buffers`); at every forward pass it would be a
+        # collective inside validation, where ranks have different numbers of batches.
+        strategy = DDPStrategy(broadcast_buffers=False, process_group_backend="nccl" if gpus else "gloo")
+    return {
+        "accelerator": "gpu" if gpus else "cpu",
+        "devices": devices,
+        "num_nodes": nodes,
+        "strategy": strategy,
+        "precision": wanted["precision"],
+    }
+
+
+@contextmanager
+def ranks_end_together(trainer: lightning.Trainer) -> Iterator[None]:
+    """Ranks that Lightning started end when this one, the first, fails: on GPUs they would wait half an hour for it."""
+    try:
+        yield
+    except BaseException:
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            process.kill()
+        raise
+
+
+def _launched(wanted: Mapping[str, Any]) -> tuple[int, int]:
+    """Processes per node, and nodes, as torchrun started them."""
+    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if wanted["devices"] not in ("auto", here):
+        raise InputError(
+            f"trainer.devices={wanted['devices']}, but torchrun started {here} processes; leave trainer.devices out, "
+            f"or start torchrun with --nproc-per-node {wanted['devices']}."
+        )
+    return here, everywhere // here
+
+
+def is_first_process() -> bool:
+    """Whether this process has rank 0; known before the processes have met, whoever started them."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, once they have met."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Give every rank the running statistics of rank 0, before evaluation.
+
+    Ranks keep their own while they train; a checkpoint holds those of rank 0: score those.
+    """
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer.data, src=0)
+
+
+def run_directory(config: Mapping[str, Any], above: Path = Path("runs")) -> Path:
+    """Given, or the resumed run's, or <above>/<recipe>/<backbone>/<time>. Rank 0 alone writes to it, beginning here."""
+    if config["run_dir"]:
+        run_dir = Path(str(config["run_dir"]))
+    elif config["resume"]:
+        run_dir = Path(config["ckpt"]).parent
+    else:
+        now = os.environ.setdefault(RUN_TIME_VARIABLE, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        run_dir = above / config["recipe_name"] / config["backbone_name"] / now
+    if is_first_process():
+        check_writable(run_dir)
+        with replacing(run_dir / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        log.info("run directory: %s", run_dir)
+    return run_dir
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Raises:
+        InputError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"Cannot write to '{folder}': {error.strerror or error}. Choose another run_dir= or out=."
+        ) from error

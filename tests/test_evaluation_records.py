@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import numpy as np
+import pytest
+from judged_rows import random_rows
+
+from detector.errors import InputError
+from detector.evaluation.coco import evaluate
+from detector.evaluation.records import Quantity, evaluator, existing_mean, read_records
+
+
+def test_rows_come_by_image_and_by_score_with_the_ids_of_the_data_set():
+    ground_truth = {
+        "images": [{"id": "b", "file_name": "b.png"}, {"id": "a"}, {"id": "c"}],
+        "categories": [{"id": 9, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"image_id": "c", "category_id": 2, "bbox": [1, 2, 3, 4], "iscrowd": 1},
+            {"image_id": "b", "category_id": 9, "bbox": [5, 6, 7, 8], "area": 5.0},
+        ],
+    }
+    results = [
+        {"image_id": image_id, "category_id": category_id, "bbox": [0, 0, 1, place], "score": score}
+        for place, (image_id, category_id, score) in enumerate(
+            [("c", 9, 0.25), ("b", 2, 0.5), ("c", 2, 0.75), ("c", 9, 0.25), ("a", 2, 1.0)]
+        )
+    ]
+
+    records = read_records(results, ground_truth, image_ids=["c", "b"])
+
+    assert records.image_ids == ["b", "c"]
+    assert records.file_names == ["b.png", ""]
+    assert records.class_names == ("dog", "cat")
+    assert records.truth_image.tolist() == [0, 1]
+    assert records.truth_label.tolist() == [1, 0]
+    assert records.truth_area.tolist() == [5.0, 12.0]
+    assert records.truth_crowd.tolist() == [False, True]
+    assert records.image.tolist() == [0, 1, 1, 1]
+    assert records.label.tolist() == [0, 0, 1, 1]
+    assert records.boxes[:, 3].tolist() == [1, 2, 0, 3]
+    assert list(records.per_image()) == [(slice(0, 1), slice(0, 1)), (slice(1, 2), slice(1, 4))]
+
+
+def test_the_hundred_best_of_an_image_and_class_are_kept():
+    counts = {(1, 1): 130, (1, 2): 100, (2, 1): 101, (2, 2): 3}
+    rng = np.random.default_rng(0)
+    results = [
+        {"image_id": i, "category_id": k, "bbox": [0, 0, 1, 1], "score": float(score)}
+        for (i, k), count in counts.items()
+        for score in rng.uniform(size=count)
+    ]
+    rng.shuffle(results)
+    ground_truth = {
+        "images": [{"id": 1}, {"id": 2}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [],
+    }
+
+    records = read_records(results, ground_truth)
+
+    for (i, k), count in counts.items():
+        all_scores = sorted((r["score"] for r in results if (r["image_id"], r["category_id"]) == (i, k)), reverse=True)
+        assert records.scores[(records.image == i - 1) & (records.label == k - 1)].tolist() == all_scores[:100], count
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_evaluator_gives_cocos_figures(seed: int):
+    ground_truth, results = random_rows(seed, images=20)
+    wanted = evaluate(results, ground_truth, metrics="pycocotools")
+    records = read_records(results, ground_truth)
+    own_areas = records.boxes[:, 2] * records.boxes[:, 3]
+    ranges = [(0.0, 1e10), (0.0, 1024.0), (1024.0, 9216.0), (9216.0, 1e10)]
+
+    for quantity in (None, Quantity(records.truth_area, None, ranges), Quantity(records.truth_area, own_areas, ranges)):
+        scores = evaluator(records, quantity=quantity)
+        scores.accumulate()
+        found = [existing_mean(scores.eval["precision"][:, :, :, place, -1]) for place in range(4)]
+        assert found == [pytest.approx(wanted[name]) for name in ("AP", "APs", "APm", "APl")]
+
+
+def test_without_hotcoco_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    real = builtins.__import__
+
+    def fail(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "hotcoco":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    records = read_records([], random_rows(0)[0])
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(InputError, match="pip install"):
+        evaluator(records)

@@ -1,0 +1,109 @@
+"""tools/compare.py as a process: results files, checkpoints, run directories, and two that do not belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scored_data import write_scored_data
+from tool_runner import run_tool
+
+from compare import find_side
+from detector.api import Detector
+from detector.evaluation.coco import evaluate
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path: Path, tiny_coco: Path) -> dict[str, Path]:
+    """a finds nothing of tiny_coco but a car; b finds its four objects."""
+    objects = json.loads((tiny_coco / "annotations/val.json").read_text())["annotations"]
+    rows = [{key: o[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for o in objects]
+    return {"a": write(tmp_path / "a.json", rows[1:2]), "b": write(tmp_path / "b.json", rows)}
+
+
+def test_two_results_files(tmp_path: Path, tiny_coco: Path, results: dict[str, Path]) -> None:
+    annotations = tiny_coco / "annotations/val.json"
+    outcome = run_tool(
+        "compare", f"a={results['a']}", f"b={results['b']}", f"annotations={annotations}", "draws=50", cwd=tmp_path
+    ).ok()
+    result = json.loads((tmp_path / "compare/compare.json").read_text())
+    for side in ("a", "b"):
+        assert result["figures"]["AP"][side] == pytest.approx(evaluate(results[side], annotations)["AP"], abs=1e-9)
+    assert {row["file_name"] for row in result["better"]} == {"a.png", "b.jpg", "sub/c.jpg"}
+    assert "b better" in outcome.err
+    assert "sub/c.jpg" in outcome.err
+    folder = tmp_path / "as eval.py writes it"
+    folder.mkdir()
+    results["b"].rename(folder / "detections.json")
+    found = find_side("b", folder, {})
+    assert (found.results, found.annotations) == (folder / "detections.json", None)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_and_a_run_that_has_been_scored(
+    tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is scored; of a run, the detections are taken, unless the checkpoint is newer."""
+    root = write_scored_data(tmp_path / "data", small_detector)
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    small_detector.save(run / "best.ckpt")
+    write(run / "eval/detections.json", [])
+    command = (f"a={run / 'best.ckpt'}", f"b={run}", f"data.root={root}", "draws=20", "out=out")
+    run_tool("compare", *command, cwd=tmp_path).ok()
+    row = json.loads((tmp_path / "out/compare.json").read_text())["figures"]["AP"]
+    expected = evaluate(tmp_path / "out/a/detections.json", root / "annotations/val.json")["AP"]
+    assert row["a"] == pytest.approx(expected, abs=1e-9)
+    assert expected > 0.05
+    assert row["b"] == 0
+    os.utime(run / "eval/detections.json", (0, 0))
+    run_tool("compare", *command, cwd=tmp_path).ok()
+    row = json.loads((tmp_path / "out/compare.json").read_text())["figures"]["AP"]
+    assert row["b"] == row["a"] == pytest.approx(expected, abs=1e-9)
+    # A results file beside a checkpoint is scored on the checkpoint's data.
+    run_tool("compare", f"a={tmp_path / 'out/a/detections.json'}", *command[1:], cwd=tmp_path).ok()
+
+
+def test_detections_that_were_made_on_other_data_are_noticed(
+    tmp_path: Path, tiny_coco: Path, results: dict[str, Path]
+) -> None:
+    write(tmp_path / "metrics.json", {"AP": 0.123})
+    truth = f"annotations={tiny_coco / 'annotations/val.json'}"
+    outcome = run_tool("compare", f"a={results['a']}", f"b={results['b']}", truth, "draws=5", cwd=tmp_path).ok()
+    assert "0.123 in the metrics.json" in outcome.err
+
+
+@pytest.mark.slow
+def test_two_that_do_not_belong_together(
+    tmp_path: Path, tiny_coco: Path, results: dict[str, Path], small_detector: Detector
+) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector)
+    small_detector.save(tmp_path / "best.ckpt")
+    pair = (f"a={tmp_path / 'best.ckpt'}", f"b={results['b']}", f"data.root={root}")
+    other = f"annotations={tiny_coco / 'annotations/val.json'}"
+    message = run_tool("compare", *pair, other, cwd=tmp_path).error()
+    assert "which differ" in message
+    assert str(root) in message
+    assert "b: results" in run_tool("compare", *pair, cwd=tmp_path).error()
+
+
+def test_mistakes_of_the_command_line(tmp_path: Path, tiny_coco: Path, results: dict[str, Path]) -> None:
+    files = (f"a={results['a']}", f"b={results['b']}")
+    truth = f"annotations={tiny_coco / 'annotations/val.json'}"
+    (tmp_path / "empty").mkdir()
+    for overrides, part in (
+        ((), "a is missing"),
+        (files, "annotations=FILE"),
+        ((*files, "annotations=nowhere.json"), "nowhere.json"),
+        ((files[0], "b=empty", truth), "no best.ckpt"),
+        ((files[0], "b=nowhere.ckpt", truth), "No checkpoint at 'nowhere.ckpt'"),
+    ):
+        assert part in run_tool("compare", *overrides, cwd=tmp_path).error()
