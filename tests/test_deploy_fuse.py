@@ -137,3 +137,16 @@ def test_a_normalisation_that_does_more_is_not_lost() -> None:
     with torch.no_grad():
         assert (pair(x) == 0).any()
         torch.testing.assert_close(fused(x), named(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra_depthwise", [False, True])
+def test_a_fused_backbone_can_be_put_into_evaluation_mode_again(extra_depthwise: bool) -> None:
+    """Every prediction does: V2*'s extra layer has no normalisation left then."""
+    backbone = build_backbone(
+        name="shufflenet_v2", stem_channels=8, channels=[16, 32, 64], repeats=[1, 2, 1],
+        extra_depthwise=extra_depthwise, layout="torchvision", dilate_c5=False,
+    )  # fmt: skip
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = randomise(backbone).eval()(images)["c5"], fuse(backbone).eval()(images)["c5"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -220,18 +220,27 @@ def network_call(path: str | Path, image: np.ndarray, threads: int) -> Callable[
     return lambda: exported.find(pixels, sizes)
 
 
+# Linux counts a new program's ru_maxrss from that of the process that started it; VmHWM is its own.
+_PEAK = """
+import re, resource, sys
+try:
+    kilobytes = int(re.search("VmHWM:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1])
+except OSError:
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+print(kilobytes / 1024)
+"""
+
+
 def peak_memory(code: str) -> float:
     """Peak resident memory in MB of a fresh Python process that runs `code`.
 
     Raises:
         InputError: the code fails.
     """
-    tail = "\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    outcome = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True)
+    outcome = subprocess.run([sys.executable, "-c", code + _PEAK], capture_output=True, text=True)
     if outcome.returncode:
         raise InputError(f"peak memory could not be measured: {outcome.stderr.strip().splitlines()[-1]}")
-    kilobytes = int(outcome.stdout.split()[-1])
-    return kilobytes / (1024 * 1024 if sys.platform == "darwin" else 1024)
+    return float(outcome.stdout.split()[-1])
 
 
 def memory_of(files: Mapping[str, str | Path], size: tuple[int, int]) -> dict[str, float]:
