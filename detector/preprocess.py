@@ -73,9 +73,11 @@ def canvas_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
 def pad(images: list[np.ndarray]) -> np.ndarray:
     """Stack uint8 pictures (h, w, 3) into one canvas (N, 3, H, W), each in the top left corner."""
     canvas = np.empty((len(images), *canvas_size([image.shape[:2] for image in images]), 3), np.uint8)
-    canvas[:] = PADDING
     for place, image in zip(canvas, images, strict=True):
-        place[: image.shape[0], : image.shape[1]] = image
+        height, width = image.shape[:2]
+        place[:height, :width] = image
+        place[height:] = PADDING
+        place[:height, width:] = PADDING
     return np.ascontiguousarray(canvas.transpose(0, 3, 1, 2))
 
 

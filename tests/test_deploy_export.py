@@ -224,6 +224,25 @@ def test_other_runtimes_equal_torch_at_any_batch_and_size(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("candidates", [0, 1])
+def test_a_picture_with_one_candidate_or_none(
+    small_detector: Detector, suffix: str, candidates: int, tmp_path: Path
+) -> None:
+    """A trained detector leaves hardly any candidate; an untrained one, hundreds."""
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
+    images, sizes = pictures(1, 64, 96, 0), torch.tensor([[64, 96]])
+    _, scores, _ = fuse(small_detector.network).detect(images, sizes)[0]
+    small_detector.network.head.score_threshold = float(scores[0]) + (1e-3 if candidates == 0 else -1e-4)
+    assert len(fuse(small_detector.network).detect(images, sizes)[0][1]) == candidates
+    WRITERS[suffix](small_detector, tmp_path / f"a{suffix}")
+    exported = ExportedDetector.load(tmp_path / f"a{suffix}", threads=1)
+    [(boxes, found, labels)] = exported.find(images.numpy(), sizes.numpy())
+    assert len(boxes) == len(found) == len(labels) == candidates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", WRITERS)
 def test_fixed_batch_and_size(small_detector: Detector, suffix: str, tmp_path: Path) -> None:
     if suffix == ".xml":
         pytest.importorskip("openvino")

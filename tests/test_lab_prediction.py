@@ -14,6 +14,7 @@ from detector.api import Detector
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.lab import prediction
+from detector.lab.latency import WARM_UP, take_turns
 from detector.lab.prediction import PEERS, Timing, contest_predictions, network_multiply_adds, parts, peak_memory, peer
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
@@ -102,3 +103,14 @@ def test_the_tool_prints_and_writes(tmp_path: Path, small_detector: Detector) ->
 
 def test_the_tool_needs_a_checkpoint(tmp_path: Path) -> None:
     assert "ckpt=RUN_DIR/best.ckpt" in run_tool("benchmark", "predict", cwd=tmp_path).error()
+
+
+def test_settling_calls_are_made_and_not_timed() -> None:
+    made = {"a": 0, "b": 0}
+
+    def call(name: str) -> None:
+        made[name] += 1
+
+    times = take_turns({name: lambda name=name: call(name) for name in made}, range(WARM_UP + 2), settle=3)
+    assert made == {"a": 4 * (WARM_UP + 2), "b": 4 * (WARM_UP + 2)}
+    assert [len(seconds) for seconds in times.values()] == [2, 2]

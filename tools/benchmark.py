@@ -45,6 +45,7 @@ from detector.lab.latency import WARM_UP, Contest, machine, take_turns
 from detector.lab.peers import align_contests, backbone_contests, training_contest
 from detector.lab.prediction import (
     PEERS,
+    SETTLE,
     Timing,
     contest_predictions,
     exported_peer,
@@ -165,7 +166,8 @@ def per_multiply_add(
     for path in config.exports:
         calls[Path(path).name] = network_call(path, image, number)
         costs[Path(path).name] = network_multiply_adds(detector, image)
-    times = take_turns(calls, tqdm(range(WARM_UP + config.turns), desc="exported networks", disable=None))
+    turns = tqdm(range(WARM_UP + config.turns), desc="exported networks", disable=None)
+    times = take_turns(calls, turns, settle=SETTLE)
     return [
         {"name": name, "ms": 1000 * statistics.median(seconds), "multiply_adds": costs[name]}
         for name, seconds in times.items()

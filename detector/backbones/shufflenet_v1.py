@@ -97,7 +97,7 @@ class ShuffleNetV1(Backbone):
         se: squeeze-and-excitation in every unit, reduction 16 (table 5, "2x with SE").
         shuffle: false for the ablation of table 3.
         dilate_c5: the last stage keeps stride 16 and dilates its later 3x3 convolutions instead (setting L of
-            Light-Head R-CNN): every second pixel of c5 is what it would be without.
+            Light-Head R-CNN): every second pixel of c5 is what it would be without (but for SE).
 
     Raises:
         InputError: a value is outside what is stated above.

@@ -227,7 +227,7 @@ class ShuffleNetV2(Backbone):
             the authors' code shuffles at the start of stride-1 units, which is the same up to the order of channels,
             see `authors_order`.
         dilate_c5: the last stage keeps stride 16 and dilates its later 3x3 convolutions instead (setting L of
-            Light-Head R-CNN): every second pixel of c5 is what it would be without.
+            Light-Head R-CNN): every second pixel of c5 is what it would be without (but for SE).
         se: squeeze-and-excitation at the end of every main branch (appendix, figure 2 b), see MainBranch.
         residual: units of stride 1 add the input of the main branch to its output (appendix, figure 2 a), before the
             last activation (released code, ShuffleNetV2.Large).

@@ -127,15 +127,21 @@ def keep_with_torchvision(boxes: Tensor, scores: Tensor, threshold: float, limit
     In float64, where the move costs no precision: at float32 the last of 80 classes would be off by 0.01 px. The limit
     is not needed for the result; the operator has none.
     """
-    classes, places = scores.shape[1:]
-    flat = scores.flatten()
-    candidate = (flat > 0).nonzero()[:, 0]
-    row, place = torch.div(candidate, places, rounding_mode="floor"), candidate % places
-    image = torch.div(row, classes, rounding_mode="floor")
+    rows, classes, places = scores.shape
+    flat, total = scores.flatten(), scores.numel()
+    found = (flat > 0).nonzero()[:, 0]
+    # Two more, in rows of their own that nobody asks for: torch.export takes for granted that there are two or more,
+    # and a picture with one candidate, or none, would end in an assertion.
+    extra = torch.arange(2, device=flat.device)
+    row = torch.cat((torch.div(found, places, rounding_mode="floor"), rows * classes + extra))
+    place = torch.cat((found % places, extra * 0))
+    image = torch.div(row, classes, rounding_mode="floor").clamp(max=rows - 1)
     moved = boxes.flatten(0, 1)[image * places + place].double()
     moved = moved + (row.double() * (boxes.max().double() + 1))[:, None]
-    kept = candidate[nms(moved, flat[candidate].double(), threshold)]
-    return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, kept, True).view_as(scores)
+    worth = torch.cat((flat[found].double(), extra.double() * 0))
+    kept = torch.cat((found, total + extra))[nms(moved, worth, threshold)]
+    marks = torch.zeros(total + 2, dtype=torch.bool, device=flat.device)
+    return marks.index_fill(0, kept, True)[:total].view_as(scores)
 
 
 @torch.library.custom_op("light_head_export::keep", mutates_args=())

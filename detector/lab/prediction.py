@@ -28,6 +28,7 @@ from detector.preprocess import canvas_size, pad, restore_boxes
 PEERS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large")
 # With random weights a peer would keep hundreds of boxes; above this it keeps none, and is as fast as it can be.
 PEER_THRESHOLD = 0.3
+SETTLE = 3  # predictions before each that is timed, see `take_turns`
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def contest_predictions(
         for number in threads:
             torch.set_num_threads(number)
             calls = _contestants(ckpt, image, number, exports, budgets)
-            times = take_turns(calls, progress(range(WARM_UP + turns), f"{number} threads"))
+            times = take_turns(calls, progress(range(WARM_UP + turns), f"{number} threads"), settle=SETTLE)
             timings += [Timing(name, number, seconds) for name, seconds in times.items()]
     finally:
         torch.set_num_threads(before)
