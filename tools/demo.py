@@ -43,6 +43,7 @@ def main() -> None:
     print(
         f"\nTraining took {seconds / 60:.1f} minutes. Everything lies in {RUN_DIR}:\n"
         "  best.ckpt, last.ckpt       the detector\n"
+        "  eval/report.html           why it errs: open it in a browser\n"
         "  eval/metrics.json          the table above; eval/detections.json in COCO's results format\n"
         "  predictions/*.png          held-out pictures with boxes\n"
         "  curves.png, metrics.csv    how training went; train_batch.png: what it saw\n"
