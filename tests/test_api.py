@@ -40,7 +40,7 @@ def folder(tmp_path: Path, pictures: list[np.ndarray]) -> Path:
     return tmp_path / "pictures"
 
 
-def same(found: list[Detections], expected: list[Detections], *, tolerance: float = 0.0) -> None:
+def assert_same(found: list[Detections], expected: list[Detections], *, tolerance: float = 0.0) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert a.labels.tolist() == b.labels.tolist()
@@ -52,7 +52,7 @@ def same(found: list[Detections], expected: list[Detections], *, tolerance: floa
 def test_save_and_load_predict_the_same(small_detector: Detector, pictures: list[np.ndarray], tmp_path: Path) -> None:
     small_detector.save(tmp_path / "a.ckpt")
     loaded = Detector.load(tmp_path / "a.ckpt", "cpu", fused=False)
-    same(loaded.predict(pictures, score_threshold=0), small_detector.predict(pictures, score_threshold=0))
+    assert_same(loaded.predict(pictures, score_threshold=0), small_detector.predict(pictures, score_threshold=0))
     assert loaded.class_names == ("cat", "dog", "bird")
     assert loaded.preprocessing == Preprocessing(64, 96)
     assert loaded.provenance == {"epoch": 3}
@@ -69,7 +69,7 @@ def test_fused_equals_unfused(small_detector: Detector, pictures: list[np.ndarra
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.network.modules())
     expected = small_detector.predict(pictures, score_threshold=0.05)
     assert sum(map(len, expected)) > 20
-    same(fused.predict(pictures, score_threshold=0.05), expected, tolerance=1e-4)
+    assert_same(fused.predict(pictures, score_threshold=0.05), expected, tolerance=1e-4)
     with pytest.raises(InputError, match="fused=False"):
         fused.save(tmp_path / "b.ckpt")
     assert not (tmp_path / "b.ckpt").exists()
@@ -225,19 +225,19 @@ def test_every_kind_of_source_agrees(small_detector: Detector, pictures: list[np
     expected = predict(pictures)
     assert len(expected) == len(pictures)
     assert min(map(len, expected)) > 0
-    same(predict(folder), expected)
-    same(predict(str(folder)), expected)
-    same(predict([folder]), expected)
-    same(predict(paths), expected)
-    same(predict(tuple(map(str, paths))), expected)
-    same(predict([Image.fromarray(picture) for picture in pictures]), expected)
-    same(predict([picture[..., ::-1] for picture in pictures], bgr=True), expected)
-    same(predict([torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]), expected)
-    same(predict([torch.from_numpy(picture / 255.0).permute(2, 0, 1) for picture in pictures]), expected)
-    same(predict([paths[0], pictures[1], Image.fromarray(pictures[2])]), expected[:3], tolerance=1e-4)
+    assert_same(predict(folder), expected)
+    assert_same(predict(str(folder)), expected)
+    assert_same(predict([folder]), expected)
+    assert_same(predict(paths), expected)
+    assert_same(predict(tuple(map(str, paths))), expected)
+    assert_same(predict([Image.fromarray(picture) for picture in pictures]), expected)
+    assert_same(predict([picture[..., ::-1] for picture in pictures], bgr=True), expected)
+    assert_same(predict([torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures]), expected)
+    assert_same(predict([torch.from_numpy(picture / 255.0).permute(2, 0, 1) for picture in pictures]), expected)
+    assert_same(predict([paths[0], pictures[1], Image.fromarray(pictures[2])]), expected[:3], tolerance=1e-4)
     for single in (paths[0], str(paths[0]), pictures[0], Image.fromarray(pictures[0])):
         assert isinstance(predict(single), list)
-        same(predict(single), expected[:1], tolerance=1e-4)
+        assert_same(predict(single), expected[:1], tolerance=1e-4)
     assert [found.path for found in predict(folder)] == list(map(str, paths))
     assert predict(pictures[0])[0].path is None
     assert predict([]) == []
@@ -263,7 +263,7 @@ def test_results_are_sorted_and_inside_the_picture(small_detector: Detector, pic
 
 def test_score_threshold_only_leaves_out(small_detector: Detector, pictures: list[np.ndarray]) -> None:
     everything = small_detector.predict(pictures, score_threshold=0)
-    same(small_detector.predict(pictures, score_threshold=0.4), [found.above(0.4) for found in everything])
+    assert_same(small_detector.predict(pictures, score_threshold=0.4), [found.above(0.4) for found in everything])
     assert 0 < sum(len(found.above(0.4)) for found in everything) < sum(map(len, everything))
 
 
@@ -273,9 +273,9 @@ def test_batch_size_and_batch_mates_change_nothing(
 ) -> None:
     alone = [small_detector.predict(picture, score_threshold=0.01)[0] for picture in pictures]
     found = small_detector.predict(pictures, score_threshold=0.01, batch_size=batch_size)
-    same(found, alone, tolerance=1e-4)
+    assert_same(found, alone, tolerance=1e-4)
     backwards = small_detector.predict(pictures[::-1], score_threshold=0.01, batch_size=batch_size)
-    same(backwards[::-1], alone, tolerance=1e-4)
+    assert_same(backwards[::-1], alone, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (700, 2), (3000, 20)])
@@ -339,11 +339,11 @@ def test_prediction_is_in_evaluation_mode_without_gradients(
     expected = small_detector.predict(pictures, score_threshold=0)
     small_detector.network.train()
     before = {key: value.clone() for key, value in small_detector.network.state_dict().items()}
-    same(small_detector.predict(pictures, score_threshold=0), expected)
+    assert_same(small_detector.predict(pictures, score_threshold=0), expected)
     assert all(torch.equal(value, before[key]) for key, value in small_detector.network.state_dict().items())
 
 
 def test_module_level_load_and_predict(small_detector: Detector, folder: Path, tmp_path: Path) -> None:
     small_detector.save(tmp_path / "a.ckpt")
     expected = package.load(tmp_path / "a.ckpt", "cpu").predict(folder, score_threshold=0.1)
-    same(package.predict(folder, ckpt=tmp_path / "a.ckpt", device="cpu", score_threshold=0.1), expected)
+    assert_same(package.predict(folder, ckpt=tmp_path / "a.ckpt", device="cpu", score_threshold=0.1), expected)

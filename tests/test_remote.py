@@ -132,7 +132,7 @@ def serve() -> Iterator[Callable[..., tuple[str, list[str]]]]:
         server.server_close()
 
 
-def refused(url: str, *parts: str, **options: object) -> None:
+def assert_refused(url: str, *parts: str, **options: object) -> None:
     with pytest.raises(InputError) as error:
         fetch(url, **options)  # type: ignore[arg-type]
     assert [part for part in parts if part not in str(error.value)] == [], str(error.value)
@@ -165,13 +165,13 @@ def test_hosts_that_are_not_public_are_refused(monkeypatch: pytest.MonkeyPatch, 
         raise AssertionError("connected")
 
     monkeypatch.setattr(remote, "_dial", dial)
-    refused(f"http://{host}:1/a.jpg", host)
-    refused(f"https://{host}/a.jpg", host)
+    assert_refused(f"http://{host}:1/a.jpg", host)
+    assert_refused(f"https://{host}/a.jpg", host)
 
 
 def test_a_server_here_is_not_even_asked(serve: Callable) -> None:
     root, seen = serve()
-    refused(f"{root}/whole", "127.0.0.1", "allow_private=True")
+    assert_refused(f"{root}/whole", "127.0.0.1", "allow_private=True")
     assert seen == []
 
 
@@ -188,7 +188,7 @@ def answer(*addresses: str) -> list[tuple]:
 
 def test_every_address_of_a_name_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer("8.8.8.8", "10.1.2.3"))
-    refused("http://both.example/a.jpg", "both.example", "10.1.2.3")
+    assert_refused("http://both.example/a.jpg", "both.example", "10.1.2.3")
 
 
 def test_the_name_is_asked_once_and_the_checked_address_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_the_name_is_asked_once_and_the_checked_address_is_called(monkeypatch: p
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers.pop(0))
     monkeypatch.setattr(remote, "_dial", dial)
-    refused("http://rebind.example/a.jpg", "rebind.example", "refused")
+    assert_refused("http://rebind.example/a.jpg", "rebind.example", "refused")
     assert dialled == [("8.8.8.8", 80)]
     assert len(answers) == 1
 
@@ -211,13 +211,13 @@ def test_redirects_are_checked_like_the_first_address(serve: Callable, monkeypat
     targets = {"file": "file:///etc/passwd", "ftp": "ftp://127.0.0.1/a", "other": "//127.0.0.2:9/a", "data": "data:,a"}
     root, _ = serve(targets)
     for name in ("file", "ftp", "data"):
-        refused(f"{root}/to/{name}", targets[name], "http and https", allow_private=True)
-    refused(f"{root}/hops/9", "more than 5 redirects", allow_private=True)
-    refused(f"{root}/nowhere", "redirects to nowhere", allow_private=True)
+        assert_refused(f"{root}/to/{name}", targets[name], "http and https", allow_private=True)
+    assert_refused(f"{root}/hops/9", "more than 5 redirects", allow_private=True)
+    assert_refused(f"{root}/nowhere", "redirects to nowhere", allow_private=True)
     # As if this server were a public one: its own address passes, the next one does not.
     real = remote.is_public
     monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1" or real(address))
-    refused(f"{root}/to/other", "127.0.0.2", "allow_private=True")
+    assert_refused(f"{root}/to/other", "127.0.0.2", "allow_private=True")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_redirects_are_checked_like_the_first_address(serve: Callable, monkeypat
     ],
 )
 def test_addresses_that_are_none(url: str, part: str) -> None:
-    refused(url, part)
+    assert_refused(url, part)
     with pytest.raises(InputError) as error:
         fetch(url)
     assert "secret" not in str(error.value)
@@ -244,30 +244,30 @@ def test_addresses_that_are_none(url: str, part: str) -> None:
 
 def test_bodies_that_are_not_taken(serve: Callable) -> None:
     root, _ = serve()
-    refused(f"{root}/whole", "larger than 0.001 MB", max_bytes=1000, allow_private=True)
-    refused(f"{root}/endless", "larger than 1 MB", max_bytes=1_000_000, allow_private=True)
-    refused(f"{root}/short", "cut short, 100 of 1000", allow_private=True)
-    refused(f"{root}/zipped", "compresses", allow_private=True)
-    refused(f"{root}/empty", "empty", allow_private=True)
-    refused(f"{root}/nonsense", "cannot be downloaded", allow_private=True)
-    refused(f"{root}/missing", "404", allow_private=True)
+    assert_refused(f"{root}/whole", "larger than 0.001 MB", max_bytes=1000, allow_private=True)
+    assert_refused(f"{root}/endless", "larger than 1 MB", max_bytes=1_000_000, allow_private=True)
+    assert_refused(f"{root}/short", "cut short, 100 of 1000", allow_private=True)
+    assert_refused(f"{root}/zipped", "compresses", allow_private=True)
+    assert_refused(f"{root}/empty", "empty", allow_private=True)
+    assert_refused(f"{root}/nonsense", "cannot be downloaded", allow_private=True)
+    assert_refused(f"{root}/missing", "404", allow_private=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    refused(f"http://127.0.0.1:{port}/a.jpg", "cannot be downloaded", allow_private=True)
+    assert_refused(f"http://127.0.0.1:{port}/a.jpg", "cannot be downloaded", allow_private=True)
 
 
 @pytest.mark.parametrize("path", ["drip/body", "drip/header", "silent"])
 def test_slow_servers_end_at_the_time_limit(serve: Callable, path: str) -> None:
     root, _ = serve()
     start = time.monotonic()
-    refused(f"{root}/{path}", "not there after 0.5 s", timeout=0.5, allow_private=True)
+    assert_refused(f"{root}/{path}", "not there after 0.5 s", timeout=0.5, allow_private=True)
     assert 0.4 < time.monotonic() - start < 2
 
 
 def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2) or [])
     start = time.monotonic()
-    refused("http://slow.example/a.jpg", "not there after 0.3 s", timeout=0.3)
+    assert_refused("http://slow.example/a.jpg", "not there after 0.3 s", timeout=0.3)
     assert time.monotonic() - start < 1.5
 
 
@@ -290,15 +290,15 @@ def test_certificates_are_checked(serve: Callable, certificate: Path, monkeypatc
     context.load_cert_chain(certificate)
     plain, _ = serve()
     root, seen = serve({"plain": f"{plain}/whole"}, context)
-    refused(f"{root}/whole", "no safe connection", allow_private=True)
+    assert_refused(f"{root}/whole", "no safe connection", allow_private=True)
     assert seen == []
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))  # what a user does with a certificate of the company
     assert fetch(f"{root}/whole", allow_private=True) == BODY
-    refused(f"{root}/to/plain", "not encrypted", allow_private=True)
-    refused(f"{root}/drip/body", "not there after 0.5 s", timeout=0.5, allow_private=True)
-    refused(root.replace("127.0.0.1", "localhost"), "no safe connection", allow_private=True)
+    assert_refused(f"{root}/to/plain", "not encrypted", allow_private=True)
+    assert_refused(f"{root}/drip/body", "not there after 0.5 s", timeout=0.5, allow_private=True)
+    assert_refused(root.replace("127.0.0.1", "localhost"), "no safe connection", allow_private=True)
 
 
 def test_a_server_without_tls(serve: Callable) -> None:
     root, _ = serve()
-    refused(root.replace("http", "https"), "no safe connection", timeout=2.0, allow_private=True)
+    assert_refused(root.replace("http", "https"), "no safe connection", timeout=2.0, allow_private=True)

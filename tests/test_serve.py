@@ -117,7 +117,7 @@ def post(client: TestClient, data: bytes | None = None, *, form: dict[str, Any] 
     return client.post(f"/predict{query}", files=files, data=form or {})
 
 
-def refused(response: Any, status: int, *parts: str) -> None:
+def assert_refused(response: Any, status: int, *parts: str) -> None:
     """A message in JSON, with this status and these parts."""
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
@@ -173,7 +173,7 @@ def test_every_promised_format(ruler: TestClient, kind: str) -> None:
 def test_no_other_format(ruler: TestClient, kind: str) -> None:
     """Pillow reads them, and many more, some with the help of other programs."""
     Image.open(io.BytesIO(encoded(noise(20, 30), kind))).load()
-    refused(post(ruler, encoded(noise(20, 30), kind)), 422, "Not a picture of a known format")
+    assert_refused(post(ruler, encoded(noise(20, 30), kind)), 422, "Not a picture of a known format")
 
 
 def test_animations_give_their_first_frame_and_exif_turns(client: TestClient, small_detector: Detector) -> None:
@@ -230,7 +230,7 @@ def test_a_detector_without_a_choice_of_proposals_says_so() -> None:
         assert client.get("/info").json()["options"]["max_proposals"] is None
         operation = client.get("/schema").json()["paths"]["/predict"]["post"]
         assert [option["name"] for option in operation["parameters"]] == ["score_threshold", "classes"]
-        refused(post(client, query="?max_proposals=3"), 422, "max_proposals cannot be set")
+        assert_refused(post(client, query="?max_proposals=3"), 422, "max_proposals cannot be set")
         assert len(post(client).json()["scores"]) == 7
 
 
@@ -265,7 +265,7 @@ def test_a_detector_without_a_choice_of_proposals_says_so() -> None:
     ],
 )
 def test_options_that_cannot_be(ruler: TestClient, query: str, parts: list[str]) -> None:
-    refused(post(ruler, query=f"?{query}"), 422, *parts)
+    assert_refused(post(ruler, query=f"?{query}"), 422, *parts)
 
 
 @pytest.mark.parametrize(
@@ -278,11 +278,13 @@ def test_nothing_that_a_request_names_is_opened(
     picture.write_bytes(encoded(noise()))
     monkeypatch.chdir(tmp_path)
     for content in (text, str(picture), picture.name, picture.as_uri()):
-        refused(post(ruler, content.encode()), 422, "Not a picture")
-        refused(ruler.post("/predict", content=content.encode(), headers={"Content-Type": "image/png"}), 422)
+        assert_refused(post(ruler, content.encode()), 422, "Not a picture")
+        assert_refused(ruler.post("/predict", content=content.encode(), headers={"Content-Type": "image/png"}), 422)
         # As a field, as a file's name, and as the address.
-        refused(ruler.post("/predict", files={"other": ("a", b"b")}, data={"image": content}), 400, "no file 'image'")
-        refused(ruler.post("/predict", files={"image": (content, b"")}), 422, "empty")
+        assert_refused(
+            ruler.post("/predict", files={"other": ("a", b"b")}, data={"image": content}), 400, "no file 'image'"
+        )
+        assert_refused(ruler.post("/predict", files={"image": (content, b"")}), 422, "empty")
         assert ruler.get("/" + content.lstrip("/")).status_code in (200, 404)
         assert "class Detector" not in ruler.get(f"/..%2f{content}").text
     assert ruler.get("/page.html").status_code == 404
@@ -290,21 +292,23 @@ def test_nothing_that_a_request_names_is_opened(
 
 
 def test_requests_without_a_picture(ruler: TestClient) -> None:
-    refused(ruler.post("/predict"), 422, "empty")
-    refused(ruler.post("/predict", files={"picture": ("a.png", b"x")}), 400, "no file 'image'")
-    refused(ruler.post("/predict", json={"image": "x"}), 415, "application/json", "multipart/form-data")
-    refused(ruler.post("/predict", data={"image": "x"}), 415)
+    assert_refused(ruler.post("/predict"), 422, "empty")
+    assert_refused(ruler.post("/predict", files={"picture": ("a.png", b"x")}), 400, "no file 'image'")
+    assert_refused(ruler.post("/predict", json={"image": "x"}), 415, "application/json", "multipart/form-data")
+    assert_refused(ruler.post("/predict", data={"image": "x"}), 415)
     two = [("image", ("a.png", encoded(noise()))), ("image", ("b.png", encoded(noise())))]
-    refused(ruler.post("/predict", files=two), 400)
+    assert_refused(ruler.post("/predict", files=two), 400)
     form = {"Content-Type": "multipart/form-data"}
-    refused(ruler.post("/predict", content=b"--x", headers=form), 400)
-    refused(ruler.post("/predict", content=b"?", headers={"Content-Type": "multipart/form-data; boundary=x"}), 400)
+    assert_refused(ruler.post("/predict", content=b"--x", headers=form), 400)
+    assert_refused(
+        ruler.post("/predict", content=b"?", headers={"Content-Type": "multipart/form-data; boundary=x"}), 400
+    )
     for charset in ("utf-7", "punycode", "idna", "unicode_escape", "utf-16", "rot13", "no-such"):
         content = b'--x\r\nContent-Disposition: form-data; name="+2AA-"\r\n\r\n\\ud800\r\n--x--\r\n'
         headers = {"Content-Type": f"multipart/form-data; charset={charset}; boundary=x"}
-        refused(ruler.post("/predict", content=content, headers=headers), 415)
-    refused(ruler.get("/predict"), 405)
-    refused(ruler.get("/nothing"), 404)
+        assert_refused(ruler.post("/predict", content=content, headers=headers), 415)
+    assert_refused(ruler.get("/predict"), 405)
+    assert_refused(ruler.get("/nothing"), 404)
     assert post(ruler).status_code == 200
 
 
@@ -319,17 +323,17 @@ def png(width: int, height: int, data: bytes = b"", *, extra: bytes = b"") -> by
 
 
 def test_too_large(ruler: TestClient) -> None:
-    refused(post(ruler, b"x" * 200_001), 413, "0.2 MB")
+    assert_refused(post(ruler, b"x" * 200_001), 413, "0.2 MB")
 
     def chunks() -> Iterator[bytes]:
         yield from [b"x" * 50_000] * 5
 
     # Of unknown length: it is counted while it comes.
-    refused(ruler.post("/predict", content=chunks(), headers={"Content-Type": "image/png"}), 413, "0.2 MB")
-    refused(post(ruler, encoded(np.zeros((250, 401, 3), np.uint8))), 413, "401 x 250", "0.1 million")
+    assert_refused(ruler.post("/predict", content=chunks(), headers={"Content-Type": "image/png"}), 413, "0.2 MB")
+    assert_refused(post(ruler, encoded(np.zeros((250, 401, 3), np.uint8))), 413, "401 x 250", "0.1 million")
     assert post(ruler, encoded(np.zeros((250, 400, 3), np.uint8))).status_code == 200
-    refused(post(ruler, png(30_000, 30_000)), 413)  # above Pillow's own limit
-    refused(post(ruler, png(2**31 - 1, 2**31 - 1)), 413)
+    assert_refused(post(ruler, png(30_000, 30_000)), 413)  # above Pillow's own limit
+    assert_refused(post(ruler, png(2**31 - 1, 2**31 - 1)), 413)
     # A small file that unpacks to 100 MB: more than its header announces is never unpacked.
     bomb = zlib.compress(bytes(100_000_000), 9)
     assert len(bomb) < 200_000
@@ -386,7 +390,7 @@ def test_an_error_of_ours_is_logged_and_not_told() -> None:
     with client_of(BrokenRuler()) as client:
         for _ in range(LIMITS.queue + 2):  # and no place is lost
             response = post(client)
-            refused(response, 500)
+            assert_refused(response, 500)
             assert "secret" not in response.text
             assert "default-src 'none'" in response.headers["Content-Security-Policy"]
 
@@ -398,7 +402,7 @@ def test_an_error_of_ours_is_logged_and_not_told() -> None:
     "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[", "localhost.evil"]
 )
 def test_on_the_loopback_other_names_are_refused(ruler: TestClient, host: str) -> None:
-    refused(ruler.get("/info", headers={"Host": host}), 421, "does not answer to")
+    assert_refused(ruler.get("/info", headers={"Host": host}), 421, "does not answer to")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:8000", "LOCALHOST", "[::1]:9"])
@@ -418,7 +422,7 @@ def test_loopback_addresses() -> None:
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:9999", "http://["])
 def test_pages_of_other_sites_are_refused(ruler: TestClient, origin: str) -> None:
-    refused(ruler.post("/predict", content=b"", headers={"Origin": origin}), 403)
+    assert_refused(ruler.post("/predict", content=b"", headers={"Origin": origin}), 403)
     assert "access-control-allow-origin" not in ruler.get("/info").headers
     own = ruler.post("/predict", content=encoded(noise()), headers={"Origin": LOOPBACK, "Content-Type": "image/png"})
     assert own.status_code == 200
@@ -480,7 +484,7 @@ def test_a_full_queue_is_told_to_come_back() -> None:
         begun = time.monotonic()
         for _ in range(20):
             response = post(client, b"?")
-            refused(response, 503, "full")
+            assert_refused(response, 503, "full")
             assert int(response.headers["Retry-After"]) >= 1
         assert client.get("/health").status_code == 200
         assert time.monotonic() - begun < 5
@@ -495,7 +499,7 @@ def test_a_wait_has_an_end_and_what_was_given_up_is_not_done() -> None:
     with client_of(predictor, Limits(queue=3, timeout=0.3)) as client:
         answers = [future.result(10) for future in in_background(lambda: post(client), 3)]
         for response in answers:
-            refused(response, 503, "No answer within 0.3 s")
+            assert_refused(response, 503, "No answer within 0.3 s")
         # The one that has the network keeps its place until it has ended; the two others' are free.
         more = [future.result(10).status_code for future in in_background(lambda: post(client), 2)]
         assert more == [503, 503]

@@ -1,9 +1,9 @@
 """Post-training quantization to int8: an ONNX file with QuantizeLinear and DequantizeLinear, standard operators.
 
-Weights have a scale per output channel. With one scale per layer ShuffleNet V2 collapses: the embedded data's AP fell
-from 0.373 to 0.137. Its depthwise kernels, normalisation folded in, differ in range from channel to channel. In float
-stay the first convolution (pixels are as fine as int8 already), RPN's outputs, the class and box outputs, and all that
-follows them: coordinates need more than 256 values.
+Weights have a scale per output channel: with one scale per layer ShuffleNet V2 collapses (Tencent/ncnn, issue 571),
+because its depthwise kernels, normalisation folded in, differ in range from channel to channel. In float stay the first
+convolution (pixels are as fine as int8 already), RPN's outputs, the class and box outputs, and all that follows them:
+coordinates need more than 256 values.
 """
 
 from __future__ import annotations
