@@ -76,7 +76,7 @@ def test_graph_equals_detect(
             images, sizes = pictures(count, height, width), torch.tensor([[height - 5, width - 9]] * count)
             expected = network.detect(images, sizes)
             for any_size in (True, False):
-                outputs = DetectionGraph(network, keep, any_size=any_size)(images, sizes)
+                outputs = DetectionGraph(network, keep, any_size=any_size)(images.permute(0, 2, 3, 1), sizes)
                 limit = min(network.head.max_detections, 3 * network.rpn.test_limits.after_nms)
                 assert outputs[0].shape[0] == count
                 assert outputs[0].shape[1] <= limit

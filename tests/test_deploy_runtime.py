@@ -119,7 +119,8 @@ def rewritten(source: Path, target: Path, **properties: str | None) -> Path:
     [
         ({"format": "other"}, "no export of this project"),
         ({"format": None}, "no export of this project"),
-        ({"version": "99"}, "export version 99; this package reads up to 1"),
+        ({"version": "99"}, "export version 99; this package reads 2: update it"),
+        ({"version": "1"}, "export version 1; this package reads 2: export the checkpoint again"),
         ({"class_names": None}, "is damaged: its metadata"),
         ({"class_names": "["}, "is damaged: its metadata"),
         ({"preprocessing": '{"short_side": 9}'}, "is damaged: its metadata"),
@@ -195,7 +196,7 @@ def test_results_are_cut_at_the_count_and_batches_at_the_files_own() -> None:
 
     def run(images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
         seen.append(len(images))
-        assert images.shape[2:] == (64, 96)
+        assert images.shape == (1, 64, 96, 3)
         scores = np.array([[0.9, 0.4, 0.0]], np.float32)
         boxes = np.array([[[0, 0, 10, 20], [5, 5, 9, 9], [0, 0, 0, 0]]], np.float32)
         return [boxes, scores, np.array([[1, 0, -1]]), np.array([2])]

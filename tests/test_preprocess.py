@@ -90,7 +90,7 @@ def test_pad_keeps_every_pixel_and_fills_the_rest() -> None:
     padded = pad(images)
     assert padded.shape == (2, 3, 64, 64)
     assert padded.dtype == np.uint8
-    assert padded.flags["C_CONTIGUOUS"]
+    assert padded.transpose(0, 2, 3, 1).flags["C_CONTIGUOUS"]  # as pictures lie in memory
     for plane, image in zip(padded, images, strict=True):
         height, width = image.shape[:2]
         assert np.array_equal(plane[:, :height, :width], image.transpose(2, 0, 1))
@@ -168,6 +168,37 @@ def test_pictures_are_resized_in_one_place_only() -> None:
     assert "preprocess.py" in found
 
 
-def test_the_resize_is_opencvs() -> None:
-    image = picture(50, 70)
-    assert np.array_equal(resize(image, 25, 31), cv2.resize(image, (31, 25), interpolation=cv2.INTER_AREA))
+@pytest.mark.parametrize(
+    ("original", "target", "how"),
+    [
+        ((50, 70), (26, 40), cv2.INTER_LINEAR),
+        ((50, 70), (25, 40), cv2.INTER_AREA),
+        ((50, 70), (80, 100), cv2.INTER_LINEAR),
+        ((53, 71), (20, 27), cv2.INTER_AREA),  # no whole number divides the sides
+    ],
+)
+def test_a_resize_in_one_step_is_opencvs(original: tuple[int, int], target: tuple[int, int], how: int) -> None:
+    image = picture(*original)
+    assert np.array_equal(resize(image, *target), cv2.resize(image, target[::-1], interpolation=how))
+
+
+@pytest.mark.parametrize("whole", [2, 3, 5])
+def test_shrinking_by_a_whole_number_averages_squares(whole: int) -> None:
+    image = picture(8 * whole, 11 * whole)
+    mean = image.reshape(8, whole, 11, whole, 3).astype(np.float64).mean(axis=(1, 3))
+    assert np.abs(resize(image, 8, 11) - mean).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("target", [(90, 150), (70, 117), (40, 66), (36, 60), (19, 31), (12, 20), (200, 333)])
+@pytest.mark.parametrize("original", [(120, 200), (119, 199), (96, 160)])
+def test_a_resize_moves_nothing(original: tuple[int, int], target: tuple[int, int]) -> None:
+    """A ramp stays the same ramp, measured in shares of the picture, whichever steps a size takes."""
+    for axis in (0, 1):
+        places = [(np.arange(sides[axis]) + 0.5) / sides[axis] for sides in (original, target)]
+        ramps = [np.expand_dims(250 * place, (1 - axis, 2)) for place in places]
+        image = np.broadcast_to(ramps[0].round().astype(np.uint8), (*original, 3))
+        found = resize(np.ascontiguousarray(image), *target).astype(np.float64)
+        inside = np.abs(places[1] - 0.5) < 0.48  # where it grows, the outermost pixels repeat
+        error = np.abs(found - ramps[1]).take(np.flatnonzero(inside), axis=axis)
+        assert error.max() < 1.5  # two roundings; a shift by half a pixel would be 250 / (2 * 120)
+        assert np.abs(error.mean()) < 0.6

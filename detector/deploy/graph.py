@@ -43,14 +43,14 @@ class DetectionGraph(nn.Module):
         """Find objects.
 
         Args:
-            images: uint8 RGB (N, 3, H, W).
+            images: uint8 RGB (N, H, W, 3), as pictures lie in memory.
             image_sizes: int64 (N, 2), height and width inside the padding.
 
         Returns:
             boxes (N, D, 4) xyxy in pixels of the padded input, scores (N, D), labels (N, D) int64 and counts (N,)
             int64, best first; D is `max_detections`. Past the count: zeros, and labels -1.
         """
-        rpn_map, head_map = self.network.features(images)
+        rpn_map, head_map = self.network.features(images.permute(0, 3, 1, 2))
         rois, valid = self._propose(*self._rpn(rpn_map), image_sizes)
         output = self.network.head(head_map, rois)
         return self._final(output.class_logits, output.box_deltas, rois, valid, image_sizes)

@@ -12,7 +12,7 @@ from detector.errors import InputError
 from detector.preprocess import PADDING, STRIDE, Preprocessing
 
 FORMAT = "light-head-detector-export"
-VERSION = 1
+VERSION = 2  # 1 took pictures as (N, 3, H, W)
 # The folder of our keys in OpenVINO's rt_info, and the file of them inside a .pt2.
 SECTION = "light_head_detector"
 # Beside `format`; each holds JSON.
@@ -51,6 +51,7 @@ class ExportInfo:
                 **self.preprocessing.to_dict(),
                 # For readers without this package: what its code does.
                 "colour_order": "RGB",
+                "layout": "NHWC",
                 "value_range": [0, 255],
                 "stride": STRIDE,
                 "padding": PADDING,
@@ -68,7 +69,7 @@ class ExportInfo:
         """Read what `to_properties` wrote.
 
         Raises:
-            InputError: not an export of this project, or of a newer version, or damaged; the message names the file.
+            InputError: not an export of this project, or of another version, or damaged; the message names the file.
         """
         if properties.get("format") != FORMAT:
             raise InputError(
@@ -78,9 +79,10 @@ class ExportInfo:
         try:
             # Other tools add keys of their own.
             values = {key: json.loads(properties[key]) for key in KEYS}
-            if values["version"] > VERSION:
+            if values["version"] != VERSION:
+                remedy = "update it" if values["version"] > VERSION else "export the checkpoint again"
                 raise InputError(
-                    f"'{path}' has export version {values['version']}; this package reads up to {VERSION}: update it."
+                    f"'{path}' has export version {values['version']}; this package reads {VERSION}: {remedy}."
                 )
             sides = {key: values["preprocessing"][key] for key in ("short_side", "long_side")}
             given = values["input"]

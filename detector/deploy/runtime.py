@@ -23,7 +23,7 @@ from detector.errors import InputError
 from detector.predictor import Found, Predictor
 from detector.preprocess import PADDING, Preprocessing
 
-# images, image_sizes -> boxes, scores, labels, counts: see DetectionGraph.forward.
+# images (N, H, W, 3), image_sizes -> boxes, scores, labels, counts: see DetectionGraph.forward.
 Run: TypeAlias = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
 INPUTS = ("images", "image_sizes")
 OUTPUTS = ("boxes", "scores", "labels", "counts")
@@ -85,6 +85,7 @@ class ExportedDetector(Predictor):
     def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
         """See `Predictor.find`."""
         images = on_canvas(images, self.info.canvas or np.maximum(images.shape[2:], self._smallest))
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))  # as `pad` has them in memory already
         step = self.info.batch or len(images)
         found: list[Found] = []
         for start in range(0, len(images), step):
@@ -120,14 +121,14 @@ def fitted(preprocessing: Preprocessing, canvas: tuple[int, int] | None) -> Prep
 
 
 def on_canvas(images: np.ndarray, canvas: Any) -> np.ndarray:
-    """Pad uint8 (N, 3, H, W) right and bottom to a canvas (height, width) that is no smaller."""
+    """Pad uint8 (N, 3, H, W) right and bottom to a canvas (height, width) that is no smaller; in memory as `pad`."""
     height, width = map(int, canvas)
     if images.shape[2:] == (height, width):
         return images
-    padded = np.empty((len(images), 3, height, width), np.uint8)
-    padded[:] = np.array(PADDING, np.uint8)[:, None, None]
-    padded[:, :, : images.shape[2], : images.shape[3]] = images
-    return padded
+    padded = np.empty((len(images), height, width, 3), np.uint8)
+    padded[:] = PADDING
+    padded[:, : images.shape[2], : images.shape[3]] = images.transpose(0, 2, 3, 1)
+    return padded.transpose(0, 3, 1, 2)
 
 
 def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
@@ -177,13 +178,17 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
         options["INFERENCE_NUM_THREADS"] = threads
     if device.upper().partition(".")[0] not in {name.partition(".")[0] for name in core.available_devices}:
         raise _no_device(device, "OpenVINO")
-    compiled = core.compile_model(model, device.upper(), options)
+    return info, openvino_run(core.compile_model(model, device.upper(), options)), (0, 0)
+
+
+def openvino_run(compiled: Any) -> Run:
+    """How an openvino.CompiledModel of ours is called."""
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
         found = compiled(dict(zip(INPUTS, (images, image_sizes), strict=True)), share_inputs=True)
         return [found[name] for name in OUTPUTS]
 
-    return info, run, (0, 0)
+    return run
 
 
 def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
@@ -206,7 +211,7 @@ def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInf
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            outputs = module(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(image_sizes))
+            outputs = module(torch.from_numpy(images), torch.from_numpy(image_sizes))
         return [output.numpy() for output in outputs]
 
     return info, run, SMALLEST_TORCH_CANVAS
