@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detector.build import build_network
-from detector.deploy.fuse import fuse
+from detector.deploy.fuse import fuse, multiply_pointwise
 from detector.errors import InputError
 from detector.files import replacing
 from detector.light_head_rcnn import LightHeadRCNN
@@ -81,6 +81,7 @@ class Detector(Predictor):
             ) from error
         if fused:
             detector.network, detector.fused = fuse(detector.network), True
+            multiply_pointwise(detector.network)
         return detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def describe(self) -> dict[str, Any]:

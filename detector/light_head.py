@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from detector.boxes import clip_boxes, decode_boxes, encode_boxes
 from detector.errors import InputError
@@ -24,7 +24,7 @@ from detector.structures import Batch
 BINS = 7
 # Deltas are learned in units of these: Girshick 2015 (Fast R-CNN), released code.
 BOX_STD = (0.1, 0.1, 0.2, 0.2)
-# Candidates per final box that NMS looks at first.
+# Candidates per final box that NMS looks at in one go.
 FEW = 4
 
 
@@ -33,6 +33,7 @@ class LargeSeparableConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, mid_channels: int, kernel_size: int) -> None:
         super().__init__()
+        self.kernel_size = kernel_size
         column, row = (kernel_size, 1), (1, kernel_size)
         self.column_row = self._branch(in_channels, mid_channels, out_channels, column, row)
         self.row_column = self._branch(in_channels, mid_channels, out_channels, row, column)
@@ -232,18 +233,29 @@ class LightHead(nn.Module):
     def _final(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """NMS by class over boxes (P, K, 4) and scores (P, K): see `detect`.
 
-        Suppression depends on better boxes alone, so the best few decide by themselves if enough of them survive; only
-        if they do not are more looked at. An untrained network has P * K candidates, a trained one some tens.
+        Only what was kept suppresses, so the best few decide by themselves if enough of them survive; if not, the next
+        few join the survivors. A trained network has some tens of candidates, an untrained one P * K.
         """
         sides = (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1)
         possible = (scores > self.score_threshold) & (sides > 1e-2)
         ranked = torch.where(possible, scores, -1.0).flatten()
         boxes, total = boxes.reshape(-1, 4), int(possible.sum())
-        count = FEW * self.max_detections
-        while True:
-            best, index = ranked.topk(min(count, total))
-            label = index % self.num_classes
-            keep = batched_nms(boxes[index], best, label, self.nms_threshold)[: self.max_detections]
-            if len(keep) == self.max_detections or count >= total:
-                return boxes[index[keep]], best[keep], label[keep]
-            count *= 4
+        few = FEW * self.max_detections
+        kept = ranked.new_zeros(0, dtype=torch.int64)
+        for start in range(0, total, few):
+            following = ranked.topk(min(start + few, total)).indices[start:]
+            index = torch.cat((kept, following))
+            kept = index[suppress_by_class(boxes[index], ranked[index], index % self.num_classes, self.nms_threshold)]
+            if len(kept) >= self.max_detections:
+                break
+        kept = kept[: self.max_detections]
+        return boxes[kept], ranked[kept], kept % self.num_classes
+
+
+def suppress_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """Places (D,) of the boxes (M, 4) that survive NMS among those of their own label, best first.
+
+    Classes are moved apart, as torchvision's batched_nms does, but in float64, where the move costs no precision.
+    """
+    boxes = boxes.double()
+    return nms(boxes + (labels * (boxes.amax() + 1))[:, None], scores.double(), threshold)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from detector.backbones import build_backbone
-from detector.deploy.fuse import fuse
+from detector.deploy.fuse import Pointwise, fuse, merge_branches, multiply_pointwise
+from detector.light_head import LargeSeparableConv
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -150,3 +151,45 @@ def test_a_fused_backbone_can_be_put_into_evaluation_mode_again(extra_depthwise:
     with torch.no_grad():
         expected, got = randomise(backbone).eval()(images)["c5"], fuse(backbone).eval()(images)["c5"]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_four_linear_convolutions_as_one() -> None:
+    torch.manual_seed(0)
+    thin = LargeSeparableConv(12, 10, mid_channels=7, kernel_size=1).double()
+    for layer in thin.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.bias)
+    x = torch.randn(2, 12, 5, 6, dtype=torch.float64)
+    merged = merge_branches(thin)
+    assert sum(isinstance(layer, nn.Conv2d) for layer in merged.modules()) == 1
+    with torch.no_grad():
+        assert (thin(x) == 0).any()
+        torch.testing.assert_close(merged(x), thin(x), rtol=1e-12, atol=1e-12)
+
+
+def test_products_in_place_of_pointwise_convolutions() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(6, 8, 1, bias=False),
+        nn.Conv2d(8, 8, 1, groups=2),
+        nn.Conv2d(8, 8, 1, stride=2),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Sequential(nn.Conv2d(8, 5, 1)),
+    ).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 6, 9, 11)
+    expected = layers(x)
+    before = layers.state_dict()
+    multiply_pointwise(layers)
+    assert [isinstance(layer, Pointwise) for layer in (*layers[:4], layers[4][0])] == [True, False, False, False, True]
+    assert all(torch.equal(value, before[key]) for key, value in layers.state_dict().items())
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        torch.testing.assert_close(layers(x.contiguous(memory_format=memory_format)), expected)
+    out = layers[0](x.contiguous(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_product_is_exported_as_a_convolution() -> None:
+    layer = Pointwise(nn.Conv2d(6, 8, 1))
+    program = torch.export.export(layer, (torch.randn(1, 6, 4, 4),))
+    assert "aten.conv2d" in str(program.graph)
+    assert "aten.linear" not in str(program.graph)

@@ -139,7 +139,7 @@ class DownsamplingUnit(nn.Module):
         activation: str, shuffle: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        half = outputs // 2
+        self.outputs, half = outputs, outputs // 2
         projected = inputs if layout == "paper" else half
         self.branch1 = nn.Sequential(*depthwise(inputs, stride=stride), *pointwise(inputs, projected, activation))
         self.extra = ExtraDepthwise(inputs, dilation=1) if extra_depthwise else nn.Identity()
