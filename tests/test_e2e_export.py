@@ -75,19 +75,23 @@ def test_a_worse_export_gives_exit_code_1(checkpoint: Path, tmp_path: Path) -> N
 
 def test_all_formats_in_a_folder(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
     overrides = ["format=all", "out=exports", "check.images=2", "check.max_drop={float32: 100, int8: 100}"]
     run_tool("export", f"ckpt={checkpoint}", *overrides, "calibration_images=6", cwd=tmp_path, timeout=600).ok()
     names = sorted(path.name for path in (tmp_path / "exports").iterdir())
-    assert names == ["best.bin", "best.check.json", "best.int8.onnx", "best.onnx", "best.pt2", "best.xml"]
+    assert names == [
+        "best.bin", "best.check.json", "best.int8.bin", "best.int8.onnx", "best.int8.xml", "best.onnx", "best.pt2",
+        "best.xml",
+    ]  # fmt: skip
     rows = json.loads((tmp_path / "exports" / "best.check.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["torch", "onnx", "openvino", "torch_export", "int8"]
+    assert [row["name"] for row in rows] == ["torch", "onnx", "openvino", "torch_export", "int8", "int8_onnx"]
     assert all(row["passed"] for row in rows)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["format=tflite"], "format=tflite; there is onnx, openvino, torch_export, int8 and all"),
+        (["format=tflite"], "format=tflite; there is onnx, openvino, torch_export, int8, int8_onnx and all"),
         (["size=256"], "size=256; expected dynamic, or height x width"),
         (["size=100x96"], "multiples of 32"),
         (["batch=4"], "batch=4; expected 1 or dynamic"),

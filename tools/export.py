@@ -1,8 +1,14 @@
 """Write a checkpoint for other runtimes, then compare what they find with what torch finds.
 
 python tools/export.py ckpt=RUN_DIR/best.ckpt                      best.onnx beside the checkpoint
-python tools/export.py ckpt=RUN_DIR/best.ckpt format=all           best.onnx, best.xml + .bin, best.pt2, the int8 one
+python tools/export.py ckpt=RUN_DIR/best.ckpt format=all           every format, each compared with the checkpoint
 python tools/export.py ckpt=PATH format=int8 calibration=FOLDER    pictures like those that it will see
+
+    onnx           best.onnx                    ONNX Runtime, and nearly everything else
+    openvino       best.xml, best.bin           the fastest in float on a CPU
+    torch_export   best.pt2                     torch without this package's network code
+    int8           best.int8.xml, best.int8.bin OpenVINO in int8, quantized by NNCF: the fastest
+    int8_onnx      best.int8.onnx               ONNX Runtime in int8, for where there is no OpenVINO
 
 Exit code 1 when an export is worse than `check.max_drop` allows, or differs from torch.
 """
@@ -13,7 +19,8 @@ import io
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +35,7 @@ from detector.api import Detector
 from detector.data.coco import CocoIndex
 from detector.deploy.export import export_onnx, export_openvino, export_torch
 from detector.deploy.parity import AGREEING_IOU, AGREEING_SCORE, CONFIDENT, REFERENCE, OnCanvas, Row, judge, take_turns
-from detector.deploy.quantize import export_int8
+from detector.deploy.quantize import Accuracy, export_int8, export_int8_onnx
 from detector.deploy.runtime import ExportedDetector
 from detector.errors import InputError
 from detector.evaluation.coco import evaluate
@@ -41,7 +48,13 @@ from launch import launch, plain
 
 log = logging.getLogger(__name__)
 # Format -> how its file ends.
-FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch_export": ".pt2", "int8": ".int8.onnx"}
+FORMATS = {
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "torch_export": ".pt2",
+    "int8": ".int8.xml",
+    "int8_onnx": ".int8.onnx",
+}
 FAILED = 1
 
 
@@ -55,12 +68,13 @@ def main(config: DictConfig) -> None:
     index = validation_pictures(values, detector) if values["check"] else None
     for name in formats:
         log.info("%s: %s", name, places[name])
-        if name == "int8":
-            pictures = list(itertools.islice(calibration_pictures(values, detector), values["calibration_images"]))
-            export_int8(detector, places[name], pictures, batch=batch, canvas=canvas)
-        else:
-            write = {"onnx": export_onnx, "openvino": export_openvino, "torch_export": export_torch}[name]
-            write(detector, places[name], batch=batch, canvas=canvas)
+        write = WRITERS[name]
+        if precision_of(name) == "int8":
+            pictures = itertools.islice(calibration_pictures(values, detector), values["calibration_images"])
+            write = partial(write, pictures=list(pictures))
+        if name == "int8" and index is not None and values["accuracy_control"]:
+            write = partial(write, accuracy=accuracy_on(index, values["check"]["max_drop"]["int8"]))
+        write(detector, places[name], batch=batch, canvas=canvas)
     if index is None:
         return
     rows = check(values, detector if canvas is None else OnCanvas(detector, canvas), places, index)
@@ -71,6 +85,36 @@ def main(config: DictConfig) -> None:
     if failed:
         print(f"failed: {'. '.join(failed)}.", file=sys.stderr)
         sys.exit(FAILED)
+
+
+WRITERS: dict[str, Callable[..., object]] = {
+    "onnx": export_onnx,
+    "openvino": export_openvino,
+    "torch_export": export_torch,
+    "int8": export_int8,
+    "int8_onnx": export_int8_onnx,
+}
+
+
+def precision_of(name: str) -> str:
+    return "int8" if name.startswith("int8") else "float32"
+
+
+def accuracy_on(index: CocoIndex, max_drop: float) -> Accuracy:
+    def measure(exported: ExportedDetector, numbers: Sequence[int]) -> float:
+        found = [exported.predict_images([index.read(number)], [None])[0] for number in numbers]
+        return average_precision(index, found, numbers) or 0.0
+
+    return Accuracy(measure, len(index), max_drop)
+
+
+def average_precision(index: CocoIndex, found: Sequence[Detections], numbers: Sequence[int]) -> float | None:
+    """AP of what was found in the pictures of these numbers; None where they hold no object."""
+    images = [index.image_ids[number] for number in numbers]
+    pairs = zip(found, images, strict=True)
+    results = [row for detections, image in pairs for row in detections.to_coco(image, index.category_ids)]
+    figure: float | None = evaluate(results, index.annotation_file, image_ids=images)["AP"]
+    return figure
 
 
 def chosen_formats(given: Any) -> list[str]:
@@ -137,19 +181,11 @@ def check(values: dict[str, Any], reference: Predictor, places: dict[str, Path],
     pictures = tqdm(map(index.read, range(len(index))), total=len(index), unit="picture", disable=None)
     files = {REFERENCE: Path(values["ckpt"]).stat().st_size}
     files |= {name: sum(part.stat().st_size for part in parts_of(path)) for name, path in places.items()}
-    precisions = {name: "int8" if name == "int8" else "float32" for name in contestants}
-
-    def average_precision(found: Sequence[Detections]) -> float | None:
-        pairs = zip(found, index.image_ids, strict=True)
-        results = [row for detections, image in pairs for row in detections.to_coco(image, index.category_ids)]
-        figure: float | None = evaluate(results, index.annotation_file, image_ids=index.image_ids)["AP"]
-        return figure
-
     return judge(
         take_turns(contestants, pictures),
-        average_precision,
+        lambda found: average_precision(index, found, range(len(index))),
         files=files,
-        precisions=precisions,
+        precisions={name: precision_of(name) for name in contestants},
         max_drop=values["check"]["max_drop"],
     )
 

@@ -1,25 +1,34 @@
-"""Post-training quantization to int8: an ONNX file with QuantizeLinear and DequantizeLinear, standard operators.
+"""Post-training quantization to int8: OpenVINO's by NNCF, and ONNX Runtime's own, in QuantizeLinear, DequantizeLinear.
 
-Weights have a scale per output channel: with one scale per layer ShuffleNet V2 collapses (Tencent/ncnn, issue 571),
-because its depthwise kernels, normalisation folded in, differ in range from channel to channel. In float stay the first
-convolution (pixels are as fine as int8 already), RPN's outputs, the class and box outputs, and all that follows them:
-coordinates need more than 256 values.
+The first is the faster one by far (README, results). Weights have a scale per output channel in both: with one scale
+per layer ShuffleNet V2 collapses (Tencent/ncnn, issue 571), because its depthwise kernels, normalisation folded in,
+differ in range from channel to channel. In float stay the first convolution (pixels are as fine as int8 already), RPN's
+outputs, the class and box outputs, and everything about boxes: coordinates need more than 256 values.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detector.deploy.export import check_onnx, export_onnx, set_onnx_properties, with_precision
+from detector.deploy.export import (
+    check_onnx,
+    export_onnx,
+    openvino_model,
+    save_openvino,
+    set_onnx_properties,
+    unreported,
+    with_precision,
+)
 from detector.deploy.metadata import ExportInfo
-from detector.deploy.runtime import INPUTS, fitted, on_canvas
+from detector.deploy.runtime import INPUTS, ExportedDetector, fitted, on_canvas, openvino_run
 from detector.errors import InputError
 from detector.files import replacing
 from detector.preprocess import pad
@@ -27,7 +36,24 @@ from detector.preprocess import pad
 if TYPE_CHECKING:
     from detector.api import Detector
 
-LAYERS = ("Conv", "MatMul", "Gemm")
+# Names of the operators with weights, in ONNX and OpenVINO.
+LAYERS = ("Conv", "MatMul", "Gemm", "Convolution", "GroupConvolution")
+NO_PICTURES = "int8 needs pictures to calibrate on; give a folder of some hundreds."
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What NNCF's accuracy control goes by: it returns layers to float, the most harmful first, until it is content.
+
+    Attributes:
+        measure: average precision, 0 to 1, of a detector on some of the pictures, given by their numbers.
+        pictures: how many there are.
+        max_drop: points (0 to 100) that int8 may be worse.
+    """
+
+    measure: Callable[[ExportedDetector, Sequence[int]], float]
+    pictures: int
+    max_drop: float
 
 
 def export_int8(
@@ -37,15 +63,61 @@ def export_int8(
     *,
     batch: int | None = None,
     canvas: tuple[int, int] | None = None,
+    accuracy: Accuracy | None = None,
 ) -> ExportInfo:
-    """Write an .onnx in int8.
+    """Write OpenVINO IR in int8, an .xml and a .bin beside it.
 
     Args:
         detector: on any device.
-        path: ends in .onnx.
+        path: ends in .xml.
         pictures: uint8 RGB (h, w, 3), like those that the detector will see; some hundreds fix the ranges. They are
             preprocessed here.
         batch, canvas: see `export_onnx`.
+        accuracy: None: quantize and leave it at that.
+
+    Raises:
+        InputError: no picture, or nncf, openvino or what ONNX needs is not installed.
+    """
+    nncf = _import_nncf()
+    model, info = openvino_model(detector, batch=batch, canvas=canvas)
+    samples = _samples(pictures, info)
+    options = {
+        "subset_size": len(samples),
+        "ignored_scope": nncf.IgnoredScope(names=sorted(float_nodes(openvino_nodes(model))), validate=False),
+    }
+    with _quiet(nncf):
+        if accuracy is None:
+            quantized = nncf.quantize(model, nncf.Dataset(samples), **options)
+        else:
+            quantized = nncf.quantize_with_accuracy_control(
+                model,
+                nncf.Dataset(samples),
+                nncf.Dataset(range(accuracy.pictures)),
+                _validation(accuracy, info, Path(path)),
+                max_drop=accuracy.max_drop / 100,
+                **options,
+            )
+    info = with_precision(info, "int8", calibration_pictures=len(samples), nncf=nncf.__version__)
+    save_openvino(quantized, info, path)
+    return info
+
+
+def _validation(accuracy: Accuracy, info: ExportInfo, path: Path) -> Callable[[Any, Iterable[int]], tuple[float, None]]:
+    def validate(compiled: Any, numbers: Iterable[int]) -> tuple[float, None]:
+        return accuracy.measure(ExportedDetector(info, openvino_run(compiled), path), list(numbers)), None
+
+    return validate
+
+
+def export_int8_onnx(
+    detector: Detector,
+    path: str | Path,
+    pictures: Iterable[np.ndarray],
+    *,
+    batch: int | None = None,
+    canvas: tuple[int, int] | None = None,
+) -> ExportInfo:
+    """Write an .onnx in int8, for where there is no OpenVINO. Arguments as of `export_int8`; path ends in .onnx.
 
     Raises:
         InputError: no picture, or onnx or onnxruntime is not installed.
@@ -54,9 +126,7 @@ def export_int8(
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         info = export_onnx(detector, source, batch=batch, canvas=canvas)
-        samples = [_sample(picture, info) for picture in pictures]
-        if not samples:
-            raise InputError("int8 needs pictures to calibrate on; give a folder of some hundreds.")
+        samples = _samples(pictures, info)
         with _without_advice():
             quantization.quantize_static(
                 str(source),
@@ -64,7 +134,7 @@ def export_int8(
                 _reader(quantization, samples),
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(LAYERS),
-                nodes_to_exclude=float_layers(_load(source).graph),
+                nodes_to_exclude=sorted(float_nodes(onnx_nodes(_load(source).graph))),
                 per_channel=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
@@ -80,53 +150,93 @@ def export_int8(
     return info
 
 
-def float_layers(graph: Any) -> list[str]:
-    """Names of the layers of a detector's ONNX graph that stay in float."""
-    made_by = {name: node for node in graph.node for name in node.output}
-    layers = [node for node in graph.node if node.op_type in LAYERS]
-    sampling = next(node for node in graph.node if node.op_type == "GridSample")
-    # RoIs come from the RPN's two outputs: the first layers that one meets on the way up from the sampling grid.
-    kept = {layers[0].name} | {node.name for node in _layers_above(sampling.input[1], made_by)}
-    after = [node for node in layers if _depends(node, sampling.output[0], made_by)]
-    # Of the layers that follow the sampling, those that depend on another: all but the hidden one.
-    kept |= {
-        node.name for node in after if any(_depends(node, other.output[0], made_by) for other in after if other != node)
-    }
-    return sorted(kept)
+@dataclass(frozen=True)
+class Node:
+    """A step of a graph.
+
+    Attributes:
+        kind: the operator.
+        sources: names of the nodes whose results it takes, in order; what no node makes is left empty.
+    """
+
+    kind: str
+    sources: tuple[str, ...]
 
 
-def _layers_above(name: str, made_by: dict[str, Any]) -> list[Any]:
-    found, waiting, seen = [], [name], set()
-    while waiting:
-        current = waiting.pop()
-        node = made_by.get(current)
-        if node is None or current in seen:
-            continue
-        seen.add(current)
-        if node.op_type in LAYERS:
-            found.append(node)
-        else:
-            waiting += node.input
+def onnx_nodes(graph: Any) -> dict[str, Node]:
+    """The nodes of an ONNX graph by name, each after its sources."""
+    made_by = {output: node.name for node in graph.node for output in node.output}
+    return {node.name: Node(node.op_type, tuple(made_by.get(name, "") for name in node.input)) for node in graph.node}
+
+
+def openvino_nodes(model: Any) -> dict[str, Node]:
+    """The nodes of an openvino.Model by name, each after its sources."""
+    found = {}
+    for node in model.get_ordered_ops():
+        sources = (place.get_source_output().get_node().get_friendly_name() for place in node.inputs())
+        found[node.get_friendly_name()] = Node(node.get_type_name(), tuple(sources))
     return found
 
 
-def _depends(node: Any, on: str, made_by: dict[str, Any]) -> bool:
-    waiting, seen = list(node.input), set()
+def float_nodes(nodes: Mapping[str, Node]) -> set[str]:
+    """Names of the nodes of a detector's graph that stay in float."""
+    layers = [name for name, node in nodes.items() if node.kind in LAYERS]
+    sampling = next(name for name, node in nodes.items() if node.kind == "GridSample")
+    # RoIs come from the RPN's two outputs: the first layers that one meets on the way up from the sampling grid.
+    outputs = _layers_above(nodes[sampling].sources[1], nodes)
+    geometry = _below(outputs, nodes)
+    # Of the layers that follow the sampling, the one that depends on no other: the hidden one.
+    after = [name for name in layers if name in _below({sampling}, nodes)]
+    hidden = {name for name in after if not any(name in _below({other}, nodes) for other in after if other != name)}
+    return {layers[0]} | _above(layers[0], nodes) | geometry - hidden
+
+
+def _layers_above(name: str, nodes: Mapping[str, Node]) -> set[str]:
+    found, waiting, seen = set(), [name], set()
     while waiting:
-        name = waiting.pop()
-        if name == on:
-            return True
-        if name in seen or name not in made_by:
+        current = waiting.pop()
+        if current in seen or current not in nodes:
             continue
-        seen.add(name)
-        waiting += made_by[name].input
-    return False
+        seen.add(current)
+        if nodes[current].kind in LAYERS:
+            found.add(current)
+        else:
+            waiting += nodes[current].sources
+    return found
+
+
+def _above(name: str, nodes: Mapping[str, Node]) -> set[str]:
+    """All that a node depends on."""
+    found: set[str] = set()
+    waiting = list(nodes[name].sources)
+    while waiting:
+        current = waiting.pop()
+        if current in nodes and current not in found:
+            found.add(current)
+            waiting += nodes[current].sources
+    return found
+
+
+def _below(names: set[str], nodes: Mapping[str, Node]) -> set[str]:
+    """These nodes and all that depend on them."""
+    found = set(names)
+    for name, node in nodes.items():
+        if found.intersection(node.sources):
+            found.add(name)
+    return found
+
+
+def _samples(pictures: Iterable[np.ndarray], info: ExportInfo) -> list[dict[str, np.ndarray]]:
+    samples = [_sample(picture, info) for picture in pictures]
+    if not samples:
+        raise InputError(NO_PICTURES)
+    return samples
 
 
 def _sample(picture: np.ndarray, info: ExportInfo) -> dict[str, np.ndarray]:
     resized = fitted(info.preprocessing, info.canvas)(picture)
     images = pad([resized])
-    images = on_canvas(images, info.canvas or images.shape[2:])
+    images = on_canvas(images, info.canvas or images.shape[2:]).transpose(0, 2, 3, 1)
     return dict(zip(INPUTS, (images, np.array([resized.shape[:2]], np.int64)), strict=True))
 
 
@@ -153,6 +263,27 @@ def _load(path: Path) -> Any:
     import onnx
 
     return onnx.load(path)
+
+
+def _import_nncf() -> Any:
+    try:
+        with unreported():  # its reporter is made on import
+            import nncf
+    except ImportError as error:
+        raise InputError("nncf is not installed: pip install 'light-head-detector[int8]'.") from error
+    return nncf
+
+
+@contextmanager
+def _quiet(nncf: Any) -> Iterator[None]:
+    """Its progress bars stay; its notes on every node that is left in float are what was asked for."""
+    logger = logging.getLogger("nncf")
+    before = logger.level
+    nncf.set_log_level(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _import_quantization() -> Any:
