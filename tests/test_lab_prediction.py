@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import pickle
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +20,17 @@ from detector.api import Detector
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.lab import prediction
-from detector.lab.latency import WARM_UP, take_turns
+from detector.lab.latency import WARM_UP
 from detector.lab.prediction import PEERS, Timing, contest_predictions, network_multiply_adds, parts, peak_memory, peer
+from detector.lab.processes import take_turns_apart
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 
 
 def test_percentiles_by_hand() -> None:
-    timing = Timing("x", 2, [i / 1000 for i in range(101)])
-    assert timing.to_dict() == pytest.approx({"name": "x", "threads": 2, "p50_ms": 50, "p90_ms": 90, "p99_ms": 99})
+    timing = Timing("x", 2, [i / 1000 for i in range(101)], 0.5)
+    percentiles = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
+    assert timing.to_dict() == pytest.approx({"name": "x", "threads": 2, **percentiles, "times_of_torch": 0.5})
 
 
 def test_parts_are_those_of_a_prediction(small_detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,18 +58,73 @@ def test_all_contestants_take_turns_with_every_number_of_threads(
 ) -> None:
     small_detector.save(tmp_path / "d.ckpt")
     monkeypatch.setattr(prediction, "peer", lambda name: torch.nn.Identity())
-    before, shown = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: asked.append(number))
+    asked: list[int] = []
+    shown = []
 
-    def progress(turns: object, title: str) -> object:
-        shown.append((title, torch.get_num_threads()))
+    def progress(turns: range, title: str) -> range:
+        shown.append(title)
         return turns
 
+    def in_this_process(makers: dict[str, Any], turns: range, *, settle: int) -> dict[str, list[float]]:
+        assert (len(turns), settle) == (WARM_UP + 2, prediction.SETTLE)
+        for maker in pickle.loads(pickle.dumps(makers)).values():
+            assert maker()() is not None
+        return {name: [2.0, 9.0] if name == "torch" else [3.0, 9.0] for name in makers}
+
+    monkeypatch.setattr(prediction, "take_turns_apart", in_this_process)
     timings = contest_predictions(tmp_path / "d.ckpt", IMAGE, threads=[1, 2], turns=2, budgets=[5], progress=progress)
-    assert shown == [("1 threads", 1), ("2 threads", 2)]
-    assert torch.get_num_threads() == before
+    assert shown == ["1 thread", "2 threads"]
+    assert asked == [1] * 4 + [2] * 4
     names = ["torch", "torch, 5 proposals", *(f"torchvision {name}" for name in PEERS)]
     assert [(timing.threads, timing.name) for timing in timings] == [(n, name) for n in (1, 2) for name in names]
-    assert all(len(timing.seconds) == 2 for timing in timings)
+    assert [timing.share for timing in timings[:2]] == [1, 1.25]
+
+
+def _sleeper(milliseconds: float) -> Any:
+    calls = [0]
+
+    def call() -> None:
+        calls[0] += 1
+        time.sleep(milliseconds / 1000 if calls[0] % 3 == 0 else 0)  # two calls settle, the third is timed
+
+    return call
+
+
+def _broken(where: str) -> Any:
+    if where == "made":
+        raise ValueError("cannot be made")
+
+    def call() -> None:
+        if where == "ended":
+            os._exit(3)
+        raise ValueError("cannot be called")
+
+    return call
+
+
+def test_contestants_run_in_processes_of_their_own() -> None:
+    makers = {"a": partial(_sleeper, 5), "b": partial(_sleeper, 20)}
+    times = take_turns_apart(makers, range(WARM_UP + 4), settle=2)
+    assert [len(seconds) for seconds in times.values()] == [4, 4]
+    assert all(0.005 <= seconds < 0.02 for seconds in times["a"])
+    assert all(seconds >= 0.02 for seconds in times["b"])
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("made", "b: ValueError: cannot be made"),
+        ("called", "b: ValueError: cannot be called"),
+        ("ended", "b: .* code 3"),
+    ],
+)
+def test_a_contestant_that_fails_is_named(where: str, message: str) -> None:
+    makers = {"a": partial(_sleeper, 1), "b": partial(_broken, where)}
+    with pytest.raises(InputError, match=message):
+        take_turns_apart(makers, range(WARM_UP + 1), settle=0)
+    assert not multiprocessing.active_children()
 
 
 def test_multiply_adds_grow_with_the_canvas(small_detector: Detector) -> None:
@@ -103,14 +166,3 @@ def test_the_tool_prints_and_writes(tmp_path: Path, small_detector: Detector) ->
 
 def test_the_tool_needs_a_checkpoint(tmp_path: Path) -> None:
     assert "ckpt=RUN_DIR/best.ckpt" in run_tool("benchmark", "predict", cwd=tmp_path).error()
-
-
-def test_settling_calls_are_made_and_not_timed() -> None:
-    made = {"a": 0, "b": 0}
-
-    def call(name: str) -> None:
-        made[name] += 1
-
-    times = take_turns({name: lambda name=name: call(name) for name in made}, range(WARM_UP + 2), settle=3)
-    assert made == {"a": 4 * (WARM_UP + 2), "b": 4 * (WARM_UP + 2)}
-    assert [len(seconds) for seconds in times.values()] == [2, 2]

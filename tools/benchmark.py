@@ -41,16 +41,14 @@ from detector.errors import InputError
 from detector.files import replacing, write_json
 from detector.images import read_image
 from detector.lab.backbones import CLASSES, Row, alexnet_row, describe, time_classifiers
-from detector.lab.latency import WARM_UP, Contest, machine, take_turns
+from detector.lab.latency import Contest, machine
 from detector.lab.peers import align_contests, backbone_contests, training_contest
 from detector.lab.prediction import (
     PEERS,
-    SETTLE,
     Timing,
+    contest_networks,
     contest_predictions,
-    exported_peer,
     memory_of,
-    network_call,
     network_multiply_adds,
     parts,
     peer_multiply_adds,
@@ -109,7 +107,7 @@ def benchmark_backbones(config: DictConfig) -> None:
     if not config.only:  # for its speed alone: it is no backbone
         rows.append(alexnet_row())
         networks["alexnet"] = (torchvision.models.alexnet(weights=None), 224)
-    times = time_classifiers(networks, config.turns, lambda turns, title: tqdm(turns, desc=title, disable=None))
+    times = time_classifiers(networks, config.turns, bar)
     for row in rows:
         row.milliseconds = times[row.name]
     log.info("%s\n%s\n%s", machine(), render_backbones(rows), render_deviations(rows))
@@ -134,7 +132,7 @@ def benchmark_predict(config: DictConfig) -> None:
     exports, budgets = list(config.exports), list(config.budgets)
     timings = contest_predictions(
         config.ckpt, image, threads=threads, turns=config.turns, exports=exports, budgets=budgets,
-        progress=lambda turns, title: tqdm(turns, desc=title, disable=None),
+        progress=bar,
     )  # fmt: skip
     torch.set_num_threads(threads[-1])
     detector = Detector.load(config.ckpt, "cpu")
@@ -161,17 +159,17 @@ def per_multiply_add(
 ) -> list[dict[str, Any]]:
     """Milliseconds per thousand million multiply-adds, of our exports and of torchvision's detectors in OpenVINO."""
     number = max(timing.threads for timing in timings)
-    calls: dict[str, Any] = {f"{name} (OpenVINO)": exported_peer(name, image, number) for name in PEERS}
     costs = {f"{name} (OpenVINO)": peer_multiply_adds(name, image) for name in PEERS}
-    for path in config.exports:
-        calls[Path(path).name] = network_call(path, image, number)
-        costs[Path(path).name] = network_multiply_adds(detector, image)
-    turns = tqdm(range(WARM_UP + config.turns), desc="exported networks", disable=None)
-    times = take_turns(calls, turns, settle=SETTLE)
+    costs |= {Path(path).name: network_multiply_adds(detector, image) for path in config.exports}
+    times = contest_networks(image, list(config.exports), threads=number, turns=config.turns, progress=bar)
     return [
         {"name": name, "ms": 1000 * statistics.median(seconds), "multiply_adds": costs[name]}
         for name, seconds in times.items()
     ]
+
+
+def bar(turns: Iterable[int], title: str) -> Iterable[int]:
+    return tqdm(turns, desc=title, disable=None)
 
 
 def render_predictions(
@@ -181,11 +179,10 @@ def render_predictions(
     efficiency: list[dict[str, Any]],
     threads: int,
 ) -> str:
-    table = Table("what", "threads", "p50, ms", "p90, ms", "p99, ms", box=box.MARKDOWN)
+    table = Table("what", "threads", "p50, ms", "p90, ms", "p99, ms", "times torch", box=box.MARKDOWN)
     for timing in timings:
-        table.add_row(
-            timing.name, str(timing.threads), *(f"{timing.percentile(share):.1f}" for share in (0.5, 0.9, 0.99))
-        )
+        times = [f"{timing.percentile(share):.1f}" for share in (0.5, 0.9, 0.99)]
+        table.add_row(timing.name, str(timing.threads), *times, f"{timing.share:.2f}")
     pieces = Table(f"part (torch, {threads} threads)", "ms", box=box.MARKDOWN)
     for part, milliseconds in spent.items():
         pieces.add_row(part, f"{milliseconds:.2f}")

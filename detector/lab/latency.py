@@ -47,22 +47,16 @@ def contest(name: str, ours: Callable[[], object], peer: Callable[[], object], *
     return Contest(name, times["ours"], times["peer"])
 
 
-def take_turns(
-    calls: Mapping[str, Callable[[], object]], turns: Iterable[int], *, settle: int = 0
-) -> dict[str, list[float]]:
+def take_turns(calls: Mapping[str, Callable[[], object]], turns: Iterable[int]) -> dict[str, list[float]]:
     """Seconds of each callable in each turn; a turn calls them all, one after the other.
 
     Args:
         calls: by name.
         turns: a range, or a progress bar over one; the first WARM_UP are not counted.
-        settle: calls that are not timed before each that is: contestants with thread pools of their own leave threads
-            that spin for a while, and would slow down whoever comes next.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in turns:
         for name, call in calls.items():
-            for _ in range(settle):
-                call()
             start = time.perf_counter()
             call()
             _wait_for_device()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torchvision
 from torch import Tensor, nn
 
 from detector.api import Detector
+from detector.deploy.export import convert_for_openvino
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.lab.cost import multiply_adds
-from detector.lab.latency import WARM_UP, take_turns
+from detector.lab.latency import WARM_UP
+from detector.lab.processes import Maker, take_turns_apart
 from detector.loading import load
 from detector.predictor import input_scale
 from detector.preprocess import canvas_size, pad, restore_boxes
@@ -28,7 +31,8 @@ from detector.preprocess import canvas_size, pad, restore_boxes
 PEERS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large")
 # With random weights a peer would keep hundreds of boxes; above this it keeps none, and is as fast as it can be.
 PEER_THRESHOLD = 0.3
-SETTLE = 3  # predictions before each that is timed, see `take_turns`
+SETTLE = 3  # predictions before each that is timed, see `take_turns_apart`
+TORCH = "torch"
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class Timing:
     Attributes:
         name, threads: who and how.
         seconds: of each turn.
+        share: its time divided by that of the checkpoint in torch: the median over the turns.
     """
 
     name: str
     threads: int
     seconds: list[float]
+    share: float
 
     def percentile(self, share: float) -> float:
         """Milliseconds that this share of the turns took at most."""
@@ -50,7 +56,8 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         p50, p90, p99 = (self.percentile(share) for share in (0.5, 0.9, 0.99))
-        return {"name": self.name, "threads": self.threads, "p50_ms": p50, "p90_ms": p90, "p99_ms": p99}
+        times = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "times_of_torch": self.share}
+        return {"name": self.name, "threads": self.threads, **times}
 
 
 def contest_predictions(
@@ -63,50 +70,45 @@ def contest_predictions(
     budgets: Sequence[int] = (),
     progress: Callable[[Iterable[int], str], Iterable[int]] = lambda turns, _: turns,
 ) -> list[Timing]:
-    """From a picture in memory to its boxes, all contestants taking turns.
+    """From a picture in memory to its boxes, all contestants taking turns, each in a process of its own.
 
     Args:
         ckpt: a checkpoint, in torch, folded.
         image: uint8 RGB (h, w, 3).
-        threads: numbers to try; torch's own setting comes back afterwards.
+        threads: numbers to try.
         turns: of each, after WARM_UP that are not counted.
         exports: files of tools/export.py.
         budgets: numbers of proposals that the checkpoint is run with too.
         progress: given the turns and a title, the turns again, for example a progress bar.
+
+    Raises:
+        InputError: a contestant fails.
     """
     timings = []
-    before = torch.get_num_threads()
-    try:
-        for number in threads:
-            torch.set_num_threads(number)
-            calls = _contestants(ckpt, image, number, exports, budgets)
-            times = take_turns(calls, progress(range(WARM_UP + turns), f"{number} threads"), settle=SETTLE)
-            timings += [Timing(name, number, seconds) for name, seconds in times.items()]
-    finally:
-        torch.set_num_threads(before)
+    for number in threads:
+        makers: dict[str, Maker] = {TORCH: partial(_torch_call, ckpt, image, number)}
+        makers |= {
+            f"{TORCH}, {budget} proposals": partial(_torch_call, ckpt, image, number, max_proposals=budget)
+            for budget in budgets
+        }
+        makers |= {Path(path).name: partial(_export_call, path, image, number) for path in exports}
+        makers |= {f"torchvision {name}": partial(_peer_call, name, image, number) for name in PEERS}
+        title = f"{number} thread" + "s" * (number > 1)
+        times = take_turns_apart(makers, progress(range(WARM_UP + turns), title), settle=SETTLE)
+        for name, seconds in times.items():
+            share = statistics.median(own / base for own, base in zip(seconds, times[TORCH], strict=True))
+            timings.append(Timing(name, number, seconds, share))
     return timings
 
 
-def _contestants(
-    ckpt: str | Path, image: np.ndarray, threads: int, exports: Sequence[str | Path], budgets: Sequence[int]
-) -> dict[str, Callable[[], object]]:
+def _torch_call(ckpt: str | Path, image: np.ndarray, threads: int, **options: Any) -> Callable[[], object]:
+    torch.set_num_threads(threads)
     detector = Detector.load(ckpt, "cpu")
-    calls: dict[str, Callable[[], object]] = {"torch": lambda: detector.predict(image)}
-    for budget in budgets:
-        calls[f"torch, {budget} proposals"] = _with_budget(detector, image, budget)
-    for path in exports:
-        exported = load(path, threads=threads)
-        calls[Path(path).name] = _predicting(exported, image)
-    for name in PEERS:
-        calls[f"torchvision {name}"] = _peer_call(peer(name), image)
-    return calls
+    return lambda: detector.predict(image, **options)
 
 
-def _with_budget(detector: Any, image: np.ndarray, budget: int) -> Callable[[], object]:
-    return lambda: detector.predict(image, max_proposals=budget)
-
-
-def _predicting(detector: Any, image: np.ndarray) -> Callable[[], object]:
+def _export_call(path: str | Path, image: np.ndarray, threads: int) -> Callable[[], object]:
+    detector = load(path, threads=threads)
     return lambda: detector.predict(image)
 
 
@@ -120,7 +122,10 @@ def peer(name: str) -> nn.Module:
     return model
 
 
-def _peer_call(model: nn.Module, image: np.ndarray) -> Callable[[], object]:
+def _peer_call(name: str, image: np.ndarray, threads: int) -> Callable[[], object]:
+    torch.set_num_threads(threads)
+    model = peer(name)
+
     @torch.inference_mode()
     def call() -> object:
         return model([_tensor(image)])
@@ -186,17 +191,26 @@ def peer_multiply_adds(name: str, image: np.ndarray) -> int:
     return multiply_adds(peer(name), [_tensor(image)])
 
 
-def exported_peer(name: str, image: np.ndarray, threads: int) -> Callable[[], object]:
-    """A torchvision detector in OpenVINO, as an OpenVINO export of ours runs: float32, for latency.
+def contest_networks(
+    image: np.ndarray,
+    exports: Sequence[str | Path],
+    *,
+    threads: int,
+    turns: int,
+    progress: Callable[[Iterable[int], str], Iterable[int]] = lambda turns, _: turns,
+) -> dict[str, list[float]]:
+    """Seconds of networks alone: our exports on a picture that is resized and padded already, and torchvision's
+    detectors in OpenVINO, as an OpenVINO export of ours runs: float32, for latency, a fixed size.
 
     Raises:
-        InputError: openvino is not installed.
+        InputError: a contestant fails; openvino is not installed.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise InputError("openvino is not installed: pip install 'light-head-detector[openvino]'.") from error
+    makers: dict[str, Maker] = {f"{name} (OpenVINO)": partial(_exported_peer, name, image, threads) for name in PEERS}
+    makers |= {Path(path).name: partial(_network_call, path, image, threads) for path in exports}
+    return take_turns_apart(makers, progress(range(WARM_UP + turns), "exported networks"), settle=SETTLE)
 
+
+def _exported_peer(name: str, image: np.ndarray, threads: int) -> Callable[[], object]:
     class OneImage(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -207,14 +221,15 @@ def exported_peer(name: str, image: np.ndarray, threads: int) -> Callable[[], ob
             return found["boxes"], found["scores"], found["labels"]
 
     pixels = _tensor(image)
-    model = openvino.convert_model(OneImage(), example_input=pixels)
+    model = convert_for_openvino(OneImage(), example_input=pixels)
+    import openvino
+
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(model, "CPU", options)
-    return lambda: compiled(_tensor(image).numpy())
+    compiled, values = openvino.Core().compile_model(model, "CPU", options), pixels.numpy()
+    return lambda: compiled(values, share_inputs=True)
 
 
-def network_call(path: str | Path, image: np.ndarray, threads: int) -> Callable[[], object]:
-    """An export on a picture that is resized and padded already: its network's time alone."""
+def _network_call(path: str | Path, image: np.ndarray, threads: int) -> Callable[[], object]:
     exported: Any = load(path, threads=threads)
     resized = exported.preprocessing(image)
     pixels, sizes = pad([resized]), np.array([resized.shape[:2]], np.int64)
@@ -253,6 +268,6 @@ def memory_of(files: Mapping[str, str | Path], size: tuple[int, int]) -> dict[st
         for name, path in files.items()
     }
     for name in PEERS:
-        code = f"from detector.lab.prediction import peer, _peer_call; _peer_call(peer({name!r}), image)()"
+        code = f"from detector.lab.prediction import _peer_call; _peer_call({name!r}, image, 1)()"
         found[f"torchvision {name}"] = peak_memory(picture + code)
     return found
