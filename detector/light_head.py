@@ -227,11 +227,11 @@ class LightHead(nn.Module):
         """The final boxes of each image, best first: (D, 4) xyxy in pixels of the padded input, (D,) scores, labels."""
         scores = output.class_logits.softmax(dim=-1)[..., :-1] * proposals.valid[..., None]  # (N, P, K)
         boxes = decode_boxes(output.box_deltas * self.box_std, proposals.boxes[:, :, None])  # (N, P, B, 4)
-        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).view_as(boxes).expand(-1, -1, self.num_classes, -1)
+        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).view_as(boxes)
         return [self._final(*image) for image in zip(boxes, scores, strict=True)]
 
     def _final(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """NMS by class over boxes (P, K, 4) and scores (P, K): see `detect`.
+        """NMS by class over boxes (P, B, 4) and scores (P, K): see `detect`.
 
         Only what was kept suppresses, so the best few decide by themselves if enough of them survive; if not, the next
         few join the survivors. A trained network has some tens of candidates, an untrained one P * K.
@@ -239,17 +239,21 @@ class LightHead(nn.Module):
         sides = (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1)
         possible = (scores > self.score_threshold) & (sides > 1e-2)
         ranked = torch.where(possible, scores, -1.0).flatten()
-        boxes, total = boxes.reshape(-1, 4), int(possible.sum())
+        total = int(possible.sum())
+        # Candidate i is class i % K of RoI i // K, whose boxes are for all classes, or one for each.
+        boxes, per_box = boxes.flatten(0, 1), self.num_classes // boxes.shape[1]
         few = FEW * self.max_detections
         kept = ranked.new_zeros(0, dtype=torch.int64)
         for start in range(0, total, few):
             following = ranked.topk(min(start + few, total)).indices[start:]
             index = torch.cat((kept, following))
-            kept = index[suppress_by_class(boxes[index], ranked[index], index % self.num_classes, self.nms_threshold)]
+            kept = index[
+                suppress_by_class(boxes[index // per_box], ranked[index], index % self.num_classes, self.nms_threshold)
+            ]
             if len(kept) >= self.max_detections:
                 break
         kept = kept[: self.max_detections]
-        return boxes[kept], ranked[kept], kept % self.num_classes
+        return boxes[kept // per_box], ranked[kept], kept % self.num_classes
 
 
 def suppress_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:

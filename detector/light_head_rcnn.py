@@ -56,7 +56,7 @@ class LightHeadRCNN(nn.Module):
         output = self.head(head_map, rois.boxes)
         return losses | self.head.losses(output, rois, matches, batch)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def detect(
         self, images: Tensor, image_sizes: Tensor, max_proposals: int | None = None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -29,8 +29,8 @@ class Slice(NamedTuple):
     stop: int
 
 
-class SlicedStage(nn.Sequential):
-    """A Stage whose units read slices: the same maps with their channels in another order, `order`.
+class SlicedStage(nn.Module):
+    """A Stage whose branches read slices: the same map with its channels in another order.
 
     Attributes:
         order: (C,) int64; channel p of the result is channel order[p] of the Stage's.
@@ -42,26 +42,28 @@ class SlicedStage(nn.Sequential):
             stage: its normalisation folded; shuffling, and without residuals, whose two terms need one order. Its
                 parts become parts of this, their weights reordered.
         """
-        super().__init__(*stage)
+        super().__init__()
         first, *units = stage
         assert isinstance(first, DownsamplingUnit)
+        self.first = first
+        self.branches = nn.ModuleList(_branch(unit) for unit in units)
         self.reads, orders = plan(first.outputs // 2, len(units))
         self.order = orders[-1]
-        for unit, order in zip(units, orders[:-1], strict=True):
-            reorder_inputs(_branch(unit), order)
+        for branch, order in zip(self.branches, orders[:-1], strict=True):
+            reorder_inputs(branch, order)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *units = self
-        made = list(first(x))
-        for unit, slices in zip(units, self.reads[:-1], strict=True):
-            extra, main = _branch(unit)
-            made.append(main(extra(_concatenate(made, slices))))
+        made = list(self.first(x))
+        for branch, slices in zip(self.branches, self.reads[:-1], strict=True):
+            made.append(branch(_concatenate(made, slices)))
         return _concatenate(made, self.reads[-1])
 
 
-def _branch(unit: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _branch(unit: nn.Module) -> nn.Sequential:
+    """The layers of a unit's main branch, one after the other: of a small map, every call of a module counts."""
     assert isinstance(unit, Unit | DownsamplingUnit)
-    return unit.extra, unit.branch2
+    layers = _flat((unit.extra, unit.branch2))
+    return nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Identity)))
 
 
 def _concatenate(made: Sequence[Tensor], slices: Sequence[Slice]) -> Tensor:
