@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from detector.backbones import BACKBONES, Backbone
 from detector.backbones.classifier import build_classifier
-from detector.deploy.fuse import fuse
+from detector.deploy.fuse import fuse, multiply_pointwise
 
 # A light one of every family; the others are the same code, wider and deeper, and run with the slow tests.
 LIGHT = {
@@ -138,9 +138,13 @@ def test_folded_for_inference_it_gives_the_same(name: str) -> None:
     backbone = settle(build(name))
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        expected, got = backbone(images), fuse(backbone)(images)
+        folded = fuse(backbone)
+        expected, got = backbone(images), folded(images)
+        multiply_pointwise(folded)
+        products = folded(images)
     for key in FEATURES:
         assert relative_error(got[key], expected[key]) < 1e-4
+        assert relative_error(products[key], expected[key]) < 1e-4
 
 
 def test_stages_cover_it_in_order(name: str) -> None:
