@@ -13,7 +13,7 @@ from PIL import Image
 
 import detector as package
 from detector.api import Detector
-from detector.deploy import export
+from detector.deploy import export, runtime
 from detector.deploy.metadata import ExportInfo
 from detector.deploy.runtime import ExportedDetector, FittedPreprocessing, fitted, is_export, on_canvas
 from detector.errors import InputError
@@ -208,3 +208,34 @@ def test_results_are_cut_at_the_count_and_batches_at_the_files_own() -> None:
     assert [detections.names for detections in found] == [["b", "a"]] * 3
     # The picture went in at half its size.
     assert found[0].boxes.tolist() == [[0, 0, 20, 40], [10, 10, 18, 18]]
+
+
+def test_shapes_that_come_often_get_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "OFTEN", 2)
+    monkeypatch.setattr(runtime, "SPECIALISED", 1)
+    compiled = []
+
+    def compile_for(shape: tuple[int, ...]) -> runtime.Run:
+        compiled.append(shape)
+        return lambda images, sizes: [images + 1]
+
+    run = runtime.specialised(lambda images, sizes: [images], compile_for)
+    a, b, sizes = np.zeros((1, 32, 64, 3)), np.zeros((1, 64, 32, 3)), np.zeros((1, 2))
+    assert [float(run(a, sizes)[0].max()) for _ in range(5)] == [0, 0, 1, 1, 1]
+    assert [float(run(b, sizes)[0].max()) for _ in range(5)] == [0] * 5  # no place left
+    assert compiled == [(1, 32, 64, 3)]
+
+
+@pytest.mark.slow
+def test_an_own_graph_finds_the_same(small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(runtime, "OFTEN", 1)
+    export.export_openvino(small_detector, tmp_path / "a.xml")
+    exported = ExportedDetector.load(tmp_path / "a.xml", threads=1)
+    rng = np.random.default_rng(0)
+    pictures = [np.kron(rng.integers(0, 256, (8, 12, 3), np.uint8), np.ones((8, 8, 1), np.uint8)) for _ in range(2)]
+    first = exported.predict(pictures, score_threshold=0)
+    for _ in range(3):
+        for one, other in zip(first, exported.predict(pictures, score_threshold=0), strict=True):
+            assert len(one) == len(other) > 0
+            np.testing.assert_allclose(other.scores, one.scores, atol=1e-4)

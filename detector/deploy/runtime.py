@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ INPUTS = ("images", "image_sizes")
 OUTPUTS = ("boxes", "scores", "labels", "counts")
 # A map of one row or column has another memory layout; torch.export guards against it.
 SMALLEST_TORCH_CANVAS = (64, 64)
+# Calls with one shape of images before OpenVINO compiles for it, and for how many shapes it may: see `specialised`.
+OFTEN, SPECIALISED = 50, 4
 
 
 class ExportedDetector(Predictor):
@@ -178,7 +181,37 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
         options["INFERENCE_NUM_THREADS"] = threads
     if device.upper().partition(".")[0] not in {name.partition(".")[0] for name in core.available_devices}:
         raise _no_device(device, "OpenVINO")
-    return info, openvino_run(core.compile_model(model, device.upper(), options)), (0, 0)
+    run = openvino_run(core.compile_model(model, device.upper(), options))
+    if info.batch and info.canvas:
+        return info, run, (0, 0)
+
+    def compile_for(shape: tuple[int, ...]) -> Run:
+        fixed = model.clone()
+        fixed.reshape(dict(zip(INPUTS, (list(shape), [shape[0], 2]), strict=True)))
+        return openvino_run(core.compile_model(fixed, device.upper(), options))
+
+    return info, specialised(run, compile_for), (0, 0)
+
+
+def specialised(run: Run, compile_for: Callable[[tuple[int, ...]], Run]) -> Run:
+    """`run`, but a graph of its own for each of a few shapes of images that come often: those of a camera or a video.
+
+    OpenVINO works out every shape anew in each call where they may change: a fifth to a half of its time. Compiling
+    takes it some tenths of a second, so a shape has to come OFTEN first.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    own: dict[tuple[int, ...], Run] = {}
+
+    def call(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
+        shape = images.shape
+        if shape not in own:
+            seen[shape] += 1
+            if seen[shape] <= OFTEN or len(own) == SPECIALISED:
+                return run(images, image_sizes)
+            own[shape] = compile_for(shape)
+        return own[shape](images, image_sizes)
+
+    return call
 
 
 def openvino_run(compiled: Any) -> Run:
