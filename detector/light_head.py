@@ -239,21 +239,29 @@ class LightHead(nn.Module):
         sides = (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1)
         possible = (scores > self.score_threshold) & (sides > 1e-2)
         ranked = torch.where(possible, scores, -1.0).flatten()
-        total = int(possible.sum())
-        # Candidate i is class i % K of RoI i // K, whose boxes are for all classes, or one for each.
-        boxes, per_box = boxes.flatten(0, 1), self.num_classes // boxes.shape[1]
+        boxes, total = boxes.flatten(0, 1), int(possible.sum())
         few = FEW * self.max_detections
-        kept = ranked.new_zeros(0, dtype=torch.int64)
-        for start in range(0, total, few):
-            following = ranked.topk(min(start + few, total)).indices[start:]
-            index = torch.cat((kept, following))
-            kept = index[
-                suppress_by_class(boxes[index // per_box], ranked[index], index % self.num_classes, self.nms_threshold)
-            ]
+        kept = self._survivors(ranked.topk(min(few, total)).indices, boxes, ranked)
+        if len(kept) < self.max_detections and few < total:
+            kept = self._survivors(ranked.topk(total).indices, boxes, ranked)
+        per_box = len(ranked) // len(boxes)
+        return boxes[kept // per_box], ranked[kept], kept % self.num_classes
+
+    def _survivors(self, order: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
+        """Which of the candidates in this order (M,), best first, survive NMS by class; at most max_detections.
+
+        Candidate i is class i % K of RoI i // K, and has a box for all classes or one for each.
+        """
+        per_box = len(scores) // len(boxes)
+        few = FEW * self.max_detections
+        kept = order[:0]
+        for start in range(0, len(order), few):
+            index = torch.cat((kept, order[start : start + few]))
+            chosen = boxes[index // per_box], scores[index], index % self.num_classes
+            kept = index[suppress_by_class(*chosen, self.nms_threshold)]
             if len(kept) >= self.max_detections:
                 break
-        kept = kept[: self.max_detections]
-        return boxes[kept // per_box], ranked[kept], kept % self.num_classes
+        return kept[: self.max_detections]
 
 
 def suppress_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:

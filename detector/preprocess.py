@@ -54,9 +54,10 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize uint8 (h, w, 3) to (height, width, 3): area average by a whole number, then bilinear.
 
     Bilinear alone drops pixels where it shrinks to half or less, and small objects with them. An area average drops
-    nothing, but by a fraction it takes OpenCV six times as long (640x480 to 427x320: 1.5 ms), a tenth of a prediction;
-    and below half, where each pixel still counts, AP is the same to 0.1 points. So: the largest whole number that
-    divides both sides first; and an average by a fraction only where none comes near enough. Source: ours.
+    nothing, but by a fraction it takes OpenCV six times as long (640x480 to 427x320: 1.5 ms, a tenth of a prediction);
+    and where more than half of a side is left, every pixel counts in both, and AP is the same to 0.1 points. So: the
+    largest whole number that divides both sides first; an average by a fraction only where none comes near enough.
+    Source: ours.
     """
     import cv2
 

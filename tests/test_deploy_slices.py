@@ -17,6 +17,7 @@ from detector.build import build_network
 from detector.deploy.fuse import fuse
 from detector.deploy.slices import SlicedStage, pass_by_slices, plan, reorder_inputs
 from detector.light_head_rcnn import LightHeadRCNN
+from detector.neck import ContextEnhancement
 
 
 def naive_reads(half: int, units: int) -> list[list[tuple[int, int]]]:
@@ -96,6 +97,16 @@ def test_stages_that_need_their_order_keep_shuffling(small_spec: dict[str, Any],
     with torch.inference_mode():
         for one, other in zip(outputs(network, pixels), outputs(fused, pixels), strict=True):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
+class TunedNeck(ContextEnhancement):
+    """Somebody's own, which may read the maps in other places."""
+
+
+def test_with_an_unknown_neck_channels_keep_their_order(small_spec: dict[str, Any]) -> None:
+    network = build_network(small_spec | {"backbone": SHUFFLENET}, 3)
+    network.neck.__class__ = TunedNeck
+    assert not any(isinstance(part, SlicedStage) for part in fuse(network).modules())
 
 
 def test_other_backbones_are_left_alone(small_spec: dict[str, Any]) -> None:

@@ -27,8 +27,8 @@ def fuse(module: Module) -> Module:
     `backbones.external`). Weights are laid out as channels_last. The copy is in evaluation mode and its parameters ask
     for no gradient; the original is left as it is.
 
-    A whole detector also loses its shuffles (`pass_by_slices`), a thin map made by 1x1 kernels becomes one convolution,
-    and every other 1x1 convolution a `Pointwise`.
+    A whole detector also loses its shuffles (`pass_by_slices`), and a thin map made by 1x1 kernels becomes one
+    convolution.
     """
     fused = copy.deepcopy(module).eval().requires_grad_(False)
     for part in list(fused.modules()):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from detector.backbones.shufflenet_v2 import DownsamplingUnit, ShuffleNetV2, Stage, Unit
 from detector.light_head_rcnn import LightHeadRCNN
-from detector.neck import ContextEnhancement
+from detector.neck import ContextEnhancement, NoNeck
 
 
 class Slice(NamedTuple):
@@ -103,8 +103,8 @@ def _runs(channels: np.ndarray, half: int) -> list[Slice]:
 def reorder_inputs(layers: nn.Module | Iterable[nn.Module], order: Tensor) -> None:
     """Let a chain of layers take its channels in this order: channel p of the new input is channel order[p].
 
-    Reaches through depthwise convolutions, identities and activations down to the first convolution that mixes
-    channels, and changes its weights in place.
+    Reaches through depthwise convolutions and identities down to the first convolution that mixes channels, and changes
+    their weights in place.
 
     Raises:
         TypeError: some other layer comes before.
@@ -133,9 +133,12 @@ def _flat(layers: nn.Module | Iterable[nn.Module]) -> Iterable[nn.Module]:
 
 
 def pass_by_slices(network: LightHeadRCNN) -> None:
-    """Give a folded network SlicedStages where it shuffles, in place; what reads their maps is reordered with them."""
+    """Give a folded network SlicedStages where it shuffles, in place; what reads their maps is reordered with them.
+
+    With a neck that is not known here, nothing is done: it would read channels in an order that it does not expect.
+    """
     backbone = network.backbone
-    if not isinstance(backbone, ShuffleNetV2):
+    if not isinstance(backbone, ShuffleNetV2) or type(network.neck) not in (NoNeck, ContextEnhancement):
         return
     names = [name for name, part in backbone.named_children() if isinstance(part, Stage)]
     for number, name in enumerate(names):
