@@ -33,7 +33,6 @@ class LargeSeparableConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, mid_channels: int, kernel_size: int) -> None:
         super().__init__()
-        self.kernel_size = kernel_size
         column, row = (kernel_size, 1), (1, kernel_size)
         self.column_row = self._branch(in_channels, mid_channels, out_channels, column, row)
         self.row_column = self._branch(in_channels, mid_channels, out_channels, row, column)

@@ -11,7 +11,7 @@ import numpy as np
 
 from detector.errors import InputError
 from detector.preprocess import Preprocessing, group_by_canvas, pad, restore_boxes
-from detector.sources import Picture, Reading, read_pictures
+from detector.sources import Picture, Reading, is_count, read_pictures
 from detector.structures import Detections
 from detector.tiles import Found, Tiling, merge_flipped, merge_tiles, mirror_boxes
 
@@ -39,12 +39,12 @@ class Options:
     allow_private: bool = False
 
     def __post_init__(self) -> None:
-        if not _is_count(self.batch_size):
+        if not is_count(self.batch_size):
             raise InputError(f"batch_size={self.batch_size}; expected a whole number, 1 or more.")
         threshold = self.score_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise InputError(f"score_threshold={threshold}; expected a number from 0 to 1.")
-        if self.max_proposals is not None and not _is_count(self.max_proposals):
+        if self.max_proposals is not None and not is_count(self.max_proposals):
             raise InputError(f"max_proposals={self.max_proposals}; expected a whole number, 1 or more, or None.")
         if self.on_error not in ON_ERROR:
             raise InputError(f"on_error={self.on_error!r}; expected one of {', '.join(ON_ERROR)}.")
@@ -277,7 +277,3 @@ def _label(given: Any, class_names: Sequence[str]) -> int:
         return int(given)
     known = ", ".join(f"{index}: {name}" for index, name in enumerate(class_names))
     raise InputError(f"classes: there is no {given!r}; this detector knows {known}.")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

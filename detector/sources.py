@@ -58,9 +58,9 @@ class Reading:
     allow_private: bool = False
 
     def __post_init__(self) -> None:
-        if not _is_count(self.every):
+        if not is_count(self.every):
             raise InputError(f"every={self.every}; expected a whole number, 1 or more.")
-        if self.max_pixels is not None and not _is_count(self.max_pixels):
+        if self.max_pixels is not None and not is_count(self.max_pixels):
             raise InputError(f"max_pixels={self.max_pixels}; expected a whole number, 1 or more, or None.")
 
 
@@ -224,5 +224,6 @@ def _count_item(item: Any, every: int) -> int | None:
     return count_frames(item, every=every) if is_video(item) else 1
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether an option is a whole number, 1 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

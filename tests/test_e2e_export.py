@@ -63,6 +63,28 @@ def test_export_checks_itself_and_is_scored_like_the_checkpoint(checkpoint: Path
     assert (tmp_path / "b" / "detections.json").is_file()
 
 
+def test_what_a_smaller_budget_of_proposals_costs(checkpoint: Path, tmp_path: Path) -> None:
+    run_tool("eval", f"ckpt={checkpoint}", "max_proposals=2", "report=false", "workers=0", cwd=tmp_path).ok()
+    found = json.loads((checkpoint.parent / "eval" / "detections.json").read_text())
+    shapes = tmp_path / "shapes"
+    described = json.loads((shapes / "annotations" / "val.json").read_text())
+    detector = Detector.load(checkpoint, "cpu")
+    expected = [
+        row
+        for entry in described["images"]
+        for row in detector.predict(shapes / "images" / entry["file_name"], max_proposals=2, score_threshold=0)[
+            0
+        ].to_coco(entry["id"], [category["id"] for category in described["categories"]])
+    ]
+    assert 0 < len(found) == len(expected) <= 2 * len(NAMES) * len(described["images"])
+    ranked = [sorted(row["score"] for row in rows) for rows in (found, expected)]
+    assert ranked[0] == pytest.approx(ranked[1], abs=1e-4)
+    exported = tmp_path / "a.onnx"
+    exported.write_bytes(b"")
+    outcome = run_tool("eval", f"ckpt={exported}", "max_proposals=2", cwd=tmp_path)
+    assert "an export's number of proposals is fixed" in outcome.error()
+
+
 def test_a_worse_export_gives_exit_code_1(checkpoint: Path, tmp_path: Path) -> None:
     # No export is ten points better than its checkpoint.
     overrides = [f"ckpt={checkpoint}", "check.images=3", "check.max_drop.float32=-10", "batch=1", "size=96x96"]

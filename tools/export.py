@@ -16,7 +16,6 @@ Exit code 1 when an export is worse than `check.max_drop` allows, or differs fro
 from __future__ import annotations
 
 import io
-import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -66,12 +65,13 @@ def main(config: DictConfig) -> None:
     detector = Detector.load(values["ckpt"], "cpu")
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
     index = validation_pictures(values, detector) if values["check"] else None
+    pictures: list[np.ndarray] = []
     for name in formats:
         log.info("%s: %s", name, places[name])
         write = WRITERS[name]
         if precision_of(name) == "int8":
-            pictures = itertools.islice(calibration_pictures(values, detector), values["calibration_images"])
-            write = partial(write, pictures=list(pictures))
+            pictures = pictures or list(calibration_pictures(values, detector))
+            write = partial(write, pictures=pictures)
         if name == "int8" and index is not None and values["accuracy_control"]:
             write = partial(write, accuracy=accuracy_on(index, values["check"]["max_drop"]["int8"]))
         write(detector, places[name], batch=batch, canvas=canvas)

@@ -38,8 +38,9 @@ def fuse(module: Module) -> Module:
             _fold(part)
     if isinstance(fused, LightHeadRCNN):
         pass_by_slices(fused)
-        if isinstance(fused.head.thin, LargeSeparableConv) and fused.head.thin.kernel_size == 1:
-            fused.head.thin = merge_branches(fused.head.thin)  # type: ignore[assignment]
+        thin = fused.head.thin
+        if isinstance(thin, LargeSeparableConv) and _is_pointwise(thin.column_row[0]):
+            fused.head.thin = merge_branches(thin)  # type: ignore[assignment]
     return fused.to(memory_format=torch.channels_last)
 
 
@@ -104,7 +105,7 @@ def _take_in_relus(layers: nn.Sequential) -> None:
             del layers[index + 1]
 
 
-def _is_pointwise(layer: nn.Conv2d) -> bool:
+def _is_pointwise(layer: Any) -> bool:
     geometry = layer.kernel_size, layer.stride, layer.padding
     return geometry == ((1, 1), (1, 1), (0, 0)) and layer.groups == 1
 

@@ -179,41 +179,25 @@ def openvino_nodes(model: Any) -> dict[str, Node]:
 
 
 def float_nodes(nodes: Mapping[str, Node]) -> set[str]:
-    """Names of the nodes of a detector's graph that stay in float."""
+    """Names of the nodes of a detector's graph that stay in float; `nodes` come each after its sources."""
     layers = [name for name, node in nodes.items() if node.kind in LAYERS]
     sampling = next(name for name, node in nodes.items() if node.kind == "GridSample")
     # RoIs come from the RPN's two outputs: the first layers that one meets on the way up from the sampling grid.
-    outputs = _layers_above(nodes[sampling].sources[1], nodes)
-    geometry = _below(outputs, nodes)
-    # Of the layers that follow the sampling, the one that depends on no other: the hidden one.
-    after = [name for name in layers if name in _below({sampling}, nodes)]
-    hidden = {name for name in after if not any(name in _below({other}, nodes) for other in after if other != name)}
-    return {layers[0]} | _above(layers[0], nodes) | geometry - hidden
+    rpn_outputs = _above(nodes[sampling].sources[1], nodes, stop_at=LAYERS).intersection(layers)
+    sampled = _below({sampling}, nodes)
+    hidden = next(name for name in layers if name in sampled)  # classes and boxes depend on it
+    return _above(layers[0], nodes) | _below(rpn_outputs, nodes) - {hidden}
 
 
-def _layers_above(name: str, nodes: Mapping[str, Node]) -> set[str]:
-    found, waiting, seen = set(), [name], set()
-    while waiting:
-        current = waiting.pop()
-        if current in seen or current not in nodes:
-            continue
-        seen.add(current)
-        if nodes[current].kind in LAYERS:
-            found.add(current)
-        else:
-            waiting += nodes[current].sources
-    return found
-
-
-def _above(name: str, nodes: Mapping[str, Node]) -> set[str]:
-    """All that a node depends on."""
+def _above(name: str, nodes: Mapping[str, Node], stop_at: Sequence[str] = ()) -> set[str]:
+    """A node and all that it depends on, but for what lies above nodes of the kinds in `stop_at`."""
     found: set[str] = set()
-    waiting = list(nodes[name].sources)
+    waiting = [name]
     while waiting:
         current = waiting.pop()
         if current in nodes and current not in found:
             found.add(current)
-            waiting += nodes[current].sources
+            waiting += () if nodes[current].kind in stop_at else nodes[current].sources
     return found
 
 

@@ -62,6 +62,7 @@ RULES: dict[str, Rule] = {
     "report.properties": NATURAL,
     "report.proposals": NATURAL,
     "report.doctor": NATURAL,
+    "max_proposals": or_null(COUNT),
     "seed": NATURAL,
     "workers": NATURAL,
     "resume": FLAG,

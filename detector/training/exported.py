@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from detector.data.coco import CocoIndex
 from detector.deploy.runtime import ExportedDetector
+from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.evaluation.coco import evaluate, format_table, save_metrics
 from detector.files import write_json
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 
 def evaluate_export(config: Mapping[str, Any]) -> dict[str, Any]:
     """Score an export as conf/eval.yaml describes it; writes what `run.evaluate` writes. Returns the figures."""
+    if config["max_proposals"]:
+        raise InputError(
+            f"max_proposals={config['max_proposals']}: an export's number of proposals is fixed; score the checkpoint."
+        )
     clock = Clock()
     detector = ExportedDetector.load(config["ckpt"])
     index = load_split(evaluation_data(config, detector), "val", class_names=detector.class_names)

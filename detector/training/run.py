@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,10 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
         return evaluate_export(config)
     device_arguments = devices(config)
     detector = Detector.load(config["ckpt"], device="cpu")  # Lightning moves it to this process's device
+    if config["max_proposals"]:
+        rpn = detector.network.rpn
+        budget = min(config["max_proposals"], rpn.test_limits.after_nms)
+        rpn.test_limits = replace(rpn.test_limits, after_nms=budget)
     data_config = evaluation_data(config, detector)
     index = load_split(data_config, "val", class_names=detector.class_names)
     out = Path(str(config["out"])) if config["out"] else Path(config["ckpt"]).parent / "eval"
