@@ -5,9 +5,9 @@ python tools/export.py ckpt=RUN_DIR/best.ckpt format=all           every format,
 python tools/export.py ckpt=PATH format=int8 calibration=FOLDER    pictures like those that it will see
 
     onnx           best.onnx                    ONNX Runtime, and nearly everything else
-    openvino       best.xml, best.bin           the fastest in float on a CPU
+    openvino       best.xml, best.bin           the fastest in float on a CPU, with size=HxW
     torch_export   best.pt2                     torch without this package's network code
-    int8           best.int8.xml, best.int8.bin OpenVINO in int8, quantized by NNCF: the fastest
+    int8           best.int8.xml, best.int8.bin OpenVINO in int8, by NNCF: the fastest, with size=HxW
     int8_onnx      best.int8.onnx               ONNX Runtime in int8, for where there is no OpenVINO
 
 Exit code 1 when an export is worse than `check.max_drop` allows, or differs from torch.
