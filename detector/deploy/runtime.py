@@ -196,7 +196,7 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
 def specialised(run: Run, compile_for: Callable[[tuple[int, ...]], Run]) -> Run:
     """`run`, but a graph of its own for each of a few shapes of images that come often: those of a camera or a video.
 
-    OpenVINO works out every shape anew in each call where they may change: a fifth to a half of its whole time. Compiling
+    OpenVINO works out every shape anew in each call where they may change: a fifth to a half of its time. Compiling
     takes it some tenths of a second, so a shape has to come OFTEN first.
     """
     seen: Counter[tuple[int, ...]] = Counter()
