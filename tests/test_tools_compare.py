@@ -47,7 +47,6 @@ def test_two_results_files(tmp_path: Path, tiny_coco: Path, results: dict[str, P
     assert (found.results, found.annotations) == (folder / "detections.json", None)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_and_a_run_that_has_been_scored(
     tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +80,6 @@ def test_detections_that_were_made_on_other_data_are_noticed(
     assert "0.123 in the metrics.json" in outcome.err
 
 
-@pytest.mark.slow
 def test_two_that_do_not_belong_together(
     tmp_path: Path, tiny_coco: Path, results: dict[str, Path], small_detector: Detector
 ) -> None:

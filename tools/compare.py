@@ -80,7 +80,8 @@ def find_side(name: str, path: Path, values: Mapping[str, Any]) -> Side:
     index = load_split(evaluation_data(values, detector), "val", class_names=detector.class_names)
     if results is None:
         folder = Path(str(values["out"])) / name
-        evaluate(dict(values) | {"ckpt": checkpoint, "out": folder, "metrics": "coco", "report": False})
+        fixed = {"metrics": "coco", "report": False, "max_proposals": None}
+        evaluate(dict(values) | fixed | {"ckpt": checkpoint, "out": folder})
         results = folder / "detections.json"
     return Side(results, index.annotation_file, index.image_ids)
 
