@@ -39,6 +39,9 @@ def test_the_plan_names_every_channel_that_is_read_and_no_other(half: int, units
         listed = [(source, c) for source, start, stop in slices for c in range(start, stop)]
         assert [expected[p] for p in order] == listed
         assert len({source for source, _, _ in slices}) == len(slices)  # one slice of each tensor
+    # One reader has every channel: a tensor can be split once for all.
+    read = [(source, c) for slices in reads for source, start, stop in slices for c in range(start, stop)]
+    assert sorted(read) == [(source, c) for source in range(2 + units) for c in range(half)]
 
 
 def sharp(network: nn.Module) -> Any:
