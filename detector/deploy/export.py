@@ -89,7 +89,7 @@ def export_onnx(
     Raises:
         InputError: onnx or onnxscript is not installed.
     """
-    _check_installed()
+    import_onnx()
     info = export_info(detector, batch, canvas)
     program = trace(detector, keep_for_onnx, info)
     with _quiet():
@@ -137,8 +137,9 @@ def export_openvino(
     """Write OpenVINO IR, an .xml and a .bin beside it, float32.
 
     Raises:
-        InputError: openvino, or what ONNX needs, is not installed.
+        InputError: openvino, or what ONNX needs, is not installed; the path ends otherwise.
     """
+    check_openvino_path(path)
     model, info = openvino_model(detector, batch=batch, canvas=canvas)
     save_openvino(model, info, path)
     return info
@@ -148,7 +149,7 @@ def openvino_model(
     detector: Detector, *, batch: int | None = None, canvas: tuple[int, int] | None = None
 ) -> tuple[Any, ExportInfo]:
     """The detector as an openvino.Model, by way of ONNX."""
-    _import_openvino()
+    import_openvino()
     with tempfile.TemporaryDirectory() as folder:
         info = export_onnx(detector, Path(folder) / "detector.onnx", batch=batch, canvas=canvas)
         return convert_for_openvino(Path(folder) / "detector.onnx"), info
@@ -160,12 +161,17 @@ def convert_for_openvino(source: Any, **options: Any) -> Any:
     Raises:
         InputError: openvino is not installed.
     """
-    openvino = _import_openvino()
+    openvino = import_openvino()
     with unreported():
         return openvino.convert_model(source, **options)
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
+    """The module openvino.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import openvino
     except ImportError as error:
@@ -187,13 +193,17 @@ def unreported() -> Iterator[None]:
             os.environ["CI"] = before
 
 
+def check_openvino_path(path: str | Path) -> None:
+    """Before the minutes that an export may take. Raises InputError where the name is not that of an OpenVINO file."""
+    if Path(path).suffix != ".xml":
+        raise InputError(f"'{path}': an OpenVINO export ends in .xml; its .bin is written beside it.")
+
+
 def save_openvino(model: Any, info: ExportInfo, path: str | Path) -> None:
     """Write both files complete or not at all; the .xml knows the .bin that belongs to it."""
     import openvino
 
     path = Path(path)
-    if path.suffix != ".xml":
-        raise InputError(f"'{path}': an OpenVINO export ends in .xml; its .bin is written beside it.")
     for key, value in info.to_properties().items():
         model.set_rt_info(value, [SECTION, key])
     with replacing(path) as partial:
@@ -232,7 +242,12 @@ def _keep_in_onnx(boxes: Any, scores: Any, threshold: float, limit: int) -> Any:
     return op.Greater(op.ScatterND(marks, chosen, ones), op.Constant(value_float=0.0))
 
 
-def _check_installed() -> None:
+def import_onnx() -> None:
+    """What writing ONNX takes.
+
+    Raises:
+        InputError: onnx or onnxscript is not installed.
+    """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401  # torch's exporter needs it

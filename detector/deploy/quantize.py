@@ -20,6 +20,7 @@ import numpy as np
 
 from detector.deploy.export import (
     check_onnx,
+    check_openvino_path,
     export_onnx,
     openvino_model,
     save_openvino,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 # Names of the operators with weights, in ONNX and OpenVINO.
 LAYERS = ("Conv", "MatMul", "Gemm", "Convolution", "GroupConvolution")
+# Likewise, of those that look at a tensor's shape only.
+SIZES = ("Shape", "ShapeOf")
 NO_PICTURES = "int8 needs pictures to calibrate on; give a folder of some hundreds."
 
 
@@ -46,12 +49,13 @@ class Accuracy:
     """What NNCF's accuracy control goes by: it returns layers to float, the most harmful first, until it is content.
 
     Attributes:
-        measure: average precision, 0 to 1, of a detector on some of the pictures, given by their numbers.
+        measure: average precision, 0 to 1, of a detector on some of the pictures, given by their numbers; of all of
+            them, and of each.
         pictures: how many there are.
         max_drop: points (0 to 100) that int8 may be worse.
     """
 
-    measure: Callable[[ExportedDetector, Sequence[int]], float]
+    measure: Callable[[ExportedDetector, Sequence[int]], tuple[float, list[float]]]
     pictures: int
     max_drop: float
 
@@ -76,16 +80,17 @@ def export_int8(
         accuracy: None: quantize and leave it at that.
 
     Raises:
-        InputError: no picture, or nncf, openvino or what ONNX needs is not installed.
+        InputError: no picture, a path that ends otherwise, or nncf, openvino or what ONNX needs is not installed.
     """
-    nncf = _import_nncf()
+    nncf = import_nncf()
+    check_openvino_path(path)
     model, info = openvino_model(detector, batch=batch, canvas=canvas)
     samples = _samples(pictures, info)
     options = {
         "subset_size": len(samples),
         "ignored_scope": nncf.IgnoredScope(names=sorted(float_nodes(openvino_nodes(model))), validate=False),
     }
-    with _quiet(nncf):
+    with quiet(nncf):
         if accuracy is None:
             quantized = nncf.quantize(model, nncf.Dataset(samples), **options)
         else:
@@ -102,9 +107,11 @@ def export_int8(
     return info
 
 
-def _validation(accuracy: Accuracy, info: ExportInfo, path: Path) -> Callable[[Any, Iterable[int]], tuple[float, None]]:
-    def validate(compiled: Any, numbers: Iterable[int]) -> tuple[float, None]:
-        return accuracy.measure(ExportedDetector(info, openvino_run(compiled), path), list(numbers)), None
+def _validation(
+    accuracy: Accuracy, info: ExportInfo, path: Path
+) -> Callable[[Any, Iterable[int]], tuple[float, list[float]]]:
+    def validate(compiled: Any, numbers: Iterable[int]) -> tuple[float, list[float]]:
+        return accuracy.measure(ExportedDetector(info, openvino_run(compiled), path), list(numbers))
 
     return validate
 
@@ -122,7 +129,7 @@ def export_int8_onnx(
     Raises:
         InputError: no picture, or onnx or onnxruntime is not installed.
     """
-    quantization = _import_quantization()
+    quantization = import_quantization()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         info = export_onnx(detector, source, batch=batch, canvas=canvas)
@@ -182,8 +189,9 @@ def float_nodes(nodes: Mapping[str, Node]) -> set[str]:
     """Names of the nodes of a detector's graph that stay in float; `nodes` come each after its sources."""
     layers = [name for name, node in nodes.items() if node.kind in LAYERS]
     sampling = next(name for name, node in nodes.items() if node.kind == "GridSample")
-    # RoIs come from the RPN's two outputs: the first layers that one meets on the way up from the sampling grid.
-    rpn_outputs = _above(nodes[sampling].sources[1], nodes, stop_at=LAYERS).intersection(layers)
+    # RoIs come from the RPN's two outputs: the first layers that one meets on the way up from the sampling grid. The
+    # sizes of maps go into it too.
+    rpn_outputs = _above(nodes[sampling].sources[1], nodes, stop_at=(*LAYERS, *SIZES)).intersection(layers)
     sampled = _below({sampling}, nodes)
     hidden = next(name for name in layers if name in sampled)  # classes and boxes depend on it
     return _above(layers[0], nodes) | _below(rpn_outputs, nodes) - {hidden}
@@ -249,7 +257,12 @@ def _load(path: Path) -> Any:
     return onnx.load(path)
 
 
-def _import_nncf() -> Any:
+def import_nncf() -> Any:
+    """The module nncf, which reports nothing to its makers.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         with unreported():  # its reporter is made on import
             import nncf
@@ -259,7 +272,7 @@ def _import_nncf() -> Any:
 
 
 @contextmanager
-def _quiet(nncf: Any) -> Iterator[None]:
+def quiet(nncf: Any) -> Iterator[None]:
     """Its progress bars stay; its notes on every node that is left in float are what was asked for."""
     logger = logging.getLogger("nncf")
     before = logger.level
@@ -270,7 +283,12 @@ def _quiet(nncf: Any) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _import_quantization() -> Any:
+def import_quantization() -> Any:
+    """The module onnxruntime.quantization.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         from onnxruntime import quantization
     except ImportError as error:
