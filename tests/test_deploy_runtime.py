@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from detector.deploy.metadata import ExportInfo
 from detector.deploy.runtime import ExportedDetector, FittedPreprocessing, fitted, is_export, on_canvas
 from detector.errors import InputError
 from detector.preprocess import PADDING, Preprocessing
+from detector.structures import Detections
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -226,16 +228,56 @@ def test_shapes_that_come_often_get_a_graph_of_their_own(monkeypatch: pytest.Mon
     assert compiled == [(1, 32, 64, 3)]
 
 
+def noise(height: int, width: int, seed: int) -> np.ndarray:
+    cells = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return np.kron(cells, np.ones((8, 8, 1), np.uint8))
+
+
+def assert_the_same(one: Detections, other: Detections) -> None:
+    assert len(one) == len(other) > 0
+    assert one.labels.tolist() == other.labels.tolist()
+    np.testing.assert_allclose(other.scores, one.scores, atol=1e-4)
+    np.testing.assert_allclose(other.boxes, one.boxes, atol=1e-2)
+
+
 @pytest.mark.slow
 def test_an_own_graph_finds_the_same(small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino")
+    openvino = pytest.importorskip("openvino")
     monkeypatch.setattr(runtime, "OFTEN", 1)
+    compiled = []
+    monkeypatch.setattr(
+        openvino.Core,
+        "compile_model",
+        lambda self, model, *rest, plain=openvino.Core.compile_model: (
+            compiled.append(str(model.inputs[0].partial_shape)) or plain(self, model, *rest)
+        ),
+    )
     export.export_openvino(small_detector, tmp_path / "a.xml")
     exported = ExportedDetector.load(tmp_path / "a.xml", threads=1)
-    rng = np.random.default_rng(0)
-    pictures = [np.kron(rng.integers(0, 256, (8, 12, 3), np.uint8), np.ones((8, 8, 1), np.uint8)) for _ in range(2)]
-    first = exported.predict(pictures, score_threshold=0)
-    for _ in range(3):
-        for one, other in zip(first, exported.predict(pictures, score_threshold=0), strict=True):
-            assert len(one) == len(other) > 0
-            np.testing.assert_allclose(other.scores, one.scores, atol=1e-4)
+    pictures = [noise(64, 96, seed) for seed in range(2)]
+    runs = [exported.predict(pictures, score_threshold=0) for _ in range(4)]
+    assert len(compiled) == 2
+    assert compiled[1] == "[2,64,96,3]"
+    for later in runs[1:]:
+        for one, other in zip(runs[0], later, strict=True):
+            assert_the_same(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.xml", "a.onnx", "a.pt2"])
+def test_threads_share_an_export(
+    small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Every call gets the boxes of its own picture, also while graphs for the two sizes are being compiled."""
+    if name == "a.xml":
+        pytest.importorskip("openvino")
+    monkeypatch.setattr(runtime, "OFTEN", 20)
+    writer = {"a.xml": export.export_openvino, "a.onnx": export.export_onnx, "a.pt2": export.export_torch}[name]
+    writer(small_detector, tmp_path / name)
+    exported = ExportedDetector.load(tmp_path / name, threads=1)
+    pictures = [noise(64, 96, 0), noise(96, 64, 1)]
+    alone = [exported.predict(picture, score_threshold=0)[0] for picture in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: exported.predict(pictures[number % 2], score_threshold=0)[0], range(80)))
+    for number, one in enumerate(found):
+        assert_the_same(alone[number % 2], one)

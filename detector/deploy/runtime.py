@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -175,10 +176,7 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
     info = ExportInfo.from_properties(properties, path)
     if properties.get("weights_sha256") != json.dumps(sha256(weights)):
         raise InputError(f"'{weights}' is damaged, or belongs to another '{path.name}'. Copy or export both again.")
-    # Processors with bfloat16 would use it unasked.
-    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
+    options = openvino_options(threads)
     if device.upper().partition(".")[0] not in {name.partition(".")[0] for name in core.available_devices}:
         raise _no_device(device, "OpenVINO")
     run = openvino_run(core.compile_model(model, device.upper(), options))
@@ -193,33 +191,45 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
     return info, specialised(run, compile_for), (0, 0)
 
 
+def openvino_options(threads: int | None) -> dict[str, Any]:
+    """What a model is compiled with: one prediction at a time, as soon as can be, in float32 where it is not int8."""
+    # Processors with bfloat16 would use it unasked.
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    return options
+
+
 def specialised(run: Run, compile_for: Callable[[tuple[int, ...]], Run]) -> Run:
     """`run`, but a graph of its own for each of a few shapes of images that come often: those of a camera or a video.
 
     OpenVINO works out every shape anew in each call where they may change: a fifth to a half of its time. Compiling
-    takes it some tenths of a second, so a shape has to come OFTEN first.
+    takes it some tenths of a second, so a shape (batch, height and width) has to come OFTEN first.
     """
     seen: Counter[tuple[int, ...]] = Counter()
     own: dict[tuple[int, ...], Run] = {}
+    lock = threading.Lock()
 
-    def call(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
-        shape = images.shape
-        if shape not in own:
-            seen[shape] += 1
-            if seen[shape] <= OFTEN or len(own) == SPECIALISED:
-                return run(images, image_sizes)
-            own[shape] = compile_for(shape)
-        return own[shape](images, image_sizes)
+    def choose(shape: tuple[int, ...]) -> Run:
+        with lock:
+            if shape not in own:
+                seen[shape] += 1
+                if seen[shape] <= OFTEN or len(own) == SPECIALISED:
+                    return run
+                own[shape] = compile_for(shape)
+            return own[shape]
 
-    return call
+    return lambda images, image_sizes: choose(images.shape)(images, image_sizes)
 
 
 def openvino_run(compiled: Any) -> Run:
-    """How an openvino.CompiledModel of ours is called."""
+    """How an openvino.CompiledModel of ours is called, from any thread: it has room for the results of one call."""
+    lock = threading.Lock()
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
-        found = compiled(dict(zip(INPUTS, (images, image_sizes), strict=True)), share_inputs=True)
-        return [found[name] for name in OUTPUTS]
+        with lock:
+            found = compiled(dict(zip(INPUTS, (images, image_sizes), strict=True)), share_inputs=True)
+            return [found[name] for name in OUTPUTS]
 
     return run
 
