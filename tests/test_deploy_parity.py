@@ -29,7 +29,7 @@ B = (60, 60, 90, 90, 0.5, 1)
 
 def test_equal_results_do_not_differ() -> None:
     assert difference(detections(A, B), detections(A, B)) == Difference(0, 0, 2, 2, 2, 2)
-    assert difference(detections(), detections(A)) == Difference()
+    assert difference(detections(), detections(A)) == Difference(extra=1)
     assert difference(detections(A), detections()) == Difference(0, 0, 0, 1, 1, 0)
 
 
@@ -58,11 +58,12 @@ def test_weak_detections_do_not_decide() -> None:
     weak = (10, 10, 50, 50, 0.04, 0)
     found = difference(detections(weak), detections())
     assert (found.total, found.confident) == (1, 0)
+    assert difference(detections(), detections(weak)).extra == 0
 
 
 def test_counts_add_up_and_differences_are_the_worst() -> None:
-    assert Difference(1, 0.5, 1, 2, 3, 4).worst(Difference(2, 0.25, 10, 20, 30, 40)) == Difference(
-        2, 0.5, 11, 22, 33, 44
+    assert Difference(1, 0.5, 1, 2, 3, 4, 5).worst(Difference(2, 0.25, 10, 20, 30, 40, 50)) == Difference(
+        2, 0.5, 11, 22, 33, 44, 55
     )
 
 
@@ -110,6 +111,34 @@ def test_what_passes(precision: str, ap: float | None, agreeing: int, passes: bo
     if ap is not None and not math.isnan(ap):
         assert rows[1].drop == pytest.approx(50 - 100 * ap)
         json.dumps([row.to_dict() for row in rows], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "ap", "found", "complaint"),
+    [
+        ("float32", 0.5, Difference(confident=100, agreeing=100, extra=1), None),
+        ("float32", 0.5, Difference(confident=100, agreeing=100, extra=2), "2 of 100 confident detections differ"),
+        ("float32", 0.5, Difference(confident=100, agreeing=99, extra=1), "2 of 100 confident detections differ"),
+        ("float32", 0.0, Difference(), "nothing was compared"),
+        ("float32", None, Difference(), "nothing was compared"),
+        ("int8", 0.0, Difference(confident=100, agreeing=100), "a loss could not be seen"),
+    ],
+)
+def test_a_gate_that_has_nothing_to_go_by_fails(
+    precision: str, ap: float | None, found: Difference, complaint: str | None
+) -> None:
+    rows = judge(
+        records(export=found, shown=found),
+        lambda _: ap,
+        files={REFERENCE: 10, "export": 5, "shown": 5},
+        precisions={REFERENCE: "float32", "export": precision, "shown": precision},
+        max_drop={"float32": 0.1, "int8": 1.0},
+        shown=["shown"],
+    )
+    by_name = {row.name: row.complaints for row in rows}
+    assert by_name["shown"] == by_name[REFERENCE] == ()
+    assert len(by_name["export"]) == (complaint is not None)
+    assert complaint is None or complaint in by_name["export"][0]
 
 
 class Swapped(Predictor):

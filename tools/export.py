@@ -16,9 +16,12 @@ Exit code 1 when an export is worse than `check.max_drop` allows, or differs fro
 from __future__ import annotations
 
 import io
+import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,10 @@ from tqdm import tqdm
 
 from detector.api import Detector
 from detector.data.coco import CocoIndex
-from detector.deploy.export import export_onnx, export_openvino, export_torch
+from detector.deploy.export import export_onnx, export_openvino, export_torch, import_onnx, import_openvino
 from detector.deploy.parity import AGREEING_IOU, AGREEING_SCORE, CONFIDENT, REFERENCE, OnCanvas, Row, judge, take_turns
-from detector.deploy.quantize import Accuracy, export_int8, export_int8_onnx
-from detector.deploy.runtime import ExportedDetector
+from detector.deploy.quantize import Accuracy, export_int8, export_int8_onnx, import_nncf, import_quantization
+from detector.deploy.runtime import ExportedDetector, fitted
 from detector.errors import InputError
 from detector.evaluation.coco import evaluate
 from detector.files import write_json
@@ -55,6 +58,8 @@ FORMATS = {
     "int8_onnx": ".int8.onnx",
 }
 FAILED = 1
+# Beside an export of a fixed size: what that size itself costs.
+ANY_SIZE = "torch, any size"
 
 
 def main(config: DictConfig) -> None:
@@ -64,23 +69,25 @@ def main(config: DictConfig) -> None:
     places = file_of_each(formats, values)
     detector = Detector.load(values["ckpt"], "cpu")
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
+    for name in formats:
+        for needed in NEEDS[name]:
+            needed()
     index = validation_pictures(values, detector) if values["check"] else None
-    pictures: list[np.ndarray] = []
+    writers = dict(WRITERS)
+    if int8 := [name for name in formats if precision_of(name) == "int8"]:
+        pictures = calibration_pictures(values, detector, canvas)
+        writers |= {name: partial(WRITERS[name], pictures=pictures) for name in int8}
+    if "int8" in formats and (accuracy := accuracy_control(values, detector)):
+        writers["int8"] = partial(writers["int8"], accuracy=accuracy)
     for name in formats:
         log.info("%s: %s", name, places[name])
-        write = WRITERS[name]
-        if precision_of(name) == "int8":
-            pictures = pictures or list(calibration_pictures(values, detector))
-            write = partial(write, pictures=pictures)
-        if name == "int8" and index is not None and values["accuracy_control"]:
-            write = partial(write, accuracy=accuracy_on(index, values["check"]["max_drop"]["int8"]))
-        write(detector, places[name], batch=batch, canvas=canvas)
+        writers[name](detector, places[name], batch=batch, canvas=canvas)
     if index is None:
         return
-    rows = check(values, detector if canvas is None else OnCanvas(detector, canvas), places, index)
+    rows = check(values, detector, canvas, places, index)
     report = next(iter(places.values())).with_suffix(".check.json")
     write_json(report, {"ckpt": values["ckpt"], "images": len(index), "rows": [row.to_dict() for row in rows]})
-    log.info("\n%s\n%s", render(rows, len(index)), report)
+    log.info("\n%s\n%s", render(rows, len(index), canvas), report)
     failed = [f"{row.name}: {'; '.join(row.complaints)}" for row in rows if row.complaints]
     if failed:
         print(f"failed: {'. '.join(failed)}.", file=sys.stderr)
@@ -94,27 +101,66 @@ WRITERS: dict[str, Callable[..., object]] = {
     "int8": export_int8,
     "int8_onnx": export_int8_onnx,
 }
+# What has to be installed for each; an error says how.
+NEEDS: dict[str, tuple[Callable[[], object], ...]] = {
+    "onnx": (import_onnx,),
+    "openvino": (import_onnx, import_openvino),
+    "torch_export": (),
+    "int8": (import_onnx, import_openvino, import_nncf),
+    "int8_onnx": (import_onnx, import_quantization),
+}
 
 
 def precision_of(name: str) -> str:
     return "int8" if name.startswith("int8") else "float32"
 
 
-def accuracy_on(index: CocoIndex, max_drop: float) -> Accuracy:
-    def measure(exported: ExportedDetector, numbers: Sequence[int]) -> float:
-        found = [exported.predict_images([index.read(number)], [None])[0] for number in numbers]
-        return average_precision(index, found, numbers) or 0.0
+def accuracy_control(values: dict[str, Any], detector: Detector) -> Accuracy | None:
+    """On training pictures: what it was tuned on would flatter int8 in the check. None where it is off."""
+    if not values["accuracy_control"]:
+        return None
+    if not values["check"]:
+        log.info("accuracy control is off: check=null sets no limit.")
+        return None
+    data = evaluation_data(values, detector)
+    if "train" not in data:
+        log.info("accuracy control is off: this checkpoint does not say what it was trained on.")
+        return None
+    with way_out("Or give accuracy_control=false."):
+        index = load_split(data, "train", class_names=detector.class_names)
+    return accuracy_on(index, values["check"]["images"], values["check"]["max_drop"]["int8"])
 
-    return Accuracy(measure, len(index), max_drop)
+
+def accuracy_on(index: CocoIndex, count: int, max_drop: float) -> Accuracy:
+    """On so many pictures of an index, evenly spread."""
+    chosen, precision = spread(range(len(index)), count), scorer(index)
+
+    def measure(exported: ExportedDetector, numbers: Sequence[int]) -> tuple[float, list[float]]:
+        places = [chosen[number] for number in numbers]
+        found = [exported.predict_images([index.read(place)], [None])[0] for place in places]
+        each = [precision([one], [place]) or 0.0 for one, place in zip(found, places, strict=True)]
+        return precision(found, places) or 0.0, each
+
+    return Accuracy(measure, len(chosen), max_drop)
 
 
-def average_precision(index: CocoIndex, found: Sequence[Detections], numbers: Sequence[int]) -> float | None:
+def scorer(index: CocoIndex) -> Callable[[Sequence[Detections], Sequence[int]], float | None]:
     """AP of what was found in the pictures of these numbers; None where they hold no object."""
-    images = [index.image_ids[number] for number in numbers]
-    pairs = zip(found, images, strict=True)
-    results = [row for detections, image in pairs for row in detections.to_coco(image, index.category_ids)]
-    figure: float | None = evaluate(results, index.annotation_file, image_ids=images)["AP"]
-    return figure
+    truth = json.loads(index.annotation_file.read_text(encoding="utf-8"))
+    images, objects = {image["id"]: image for image in truth["images"]}, defaultdict(list)
+    for row in truth["annotations"]:
+        objects[row["image_id"]].append(row)
+
+    def precision(found: Sequence[Detections], numbers: Sequence[int]) -> float | None:
+        ids = [index.image_ids[number] for number in numbers]
+        annotations = [row for image in ids for row in objects[image]]
+        part = truth | {"images": [images[image] for image in ids], "annotations": annotations}
+        pairs = zip(found, ids, strict=True)
+        results = [row for detections, image in pairs for row in detections.to_coco(image, index.category_ids)]
+        figure: float | None = evaluate(results, part)["AP"]
+        return figure
+
+    return precision
 
 
 def chosen_formats(given: Any) -> list[str]:
@@ -150,43 +196,71 @@ def file_of_each(formats: list[str], values: dict[str, Any]) -> dict[str, Path]:
 
 
 def validation_pictures(values: dict[str, Any], detector: Detector) -> CocoIndex:
-    data = evaluation_data(values, detector)
-    data["val"] = data["val"] | {"limit": values["check"]["images"]}
-    return load_split(data, "val", class_names=detector.class_names)
+    with way_out("Or give check=null: nothing is compared then."):
+        data = evaluation_data(values, detector)
+        data["val"] = data["val"] | {"limit": values["check"]["images"]}
+        return load_split(data, "val", class_names=detector.class_names)
 
 
-def calibration_pictures(values: dict[str, Any], detector: Detector) -> Iterator[np.ndarray]:
-    """From the given folder, evenly spread, or from the training split; validation pictures would flatter the check."""
+@contextmanager
+def way_out(hint: str) -> Iterator[None]:
+    """Add to the message of a mistake what this tool can do without."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} {hint}") from error
+
+
+def calibration_pictures(
+    values: dict[str, Any], detector: Detector, canvas: tuple[int, int] | None
+) -> list[np.ndarray]:
+    """From the given folder, evenly spread, or from the training split; validation pictures would flatter the check.
+
+    As large as the network takes them: some hundreds of a camera's would fill the memory.
+    """
+    pictures: Iterable[np.ndarray]
     if values["calibration"]:
         paths = list_images(str(values["calibration"]))
-        yield from map(read_image, spread(paths, values["calibration_images"]))
-        return
-    data = evaluation_data(values, detector)
-    if "train" not in data:
-        raise InputError("This checkpoint does not say what it was trained on; give calibration=FOLDER of pictures.")
-    index = load_split(data, "train", class_names=detector.class_names)
-    yield from map(index.read, spread(range(len(index)), values["calibration_images"]))
+        pictures = map(read_image, spread(paths, values["calibration_images"]))
+    else:
+        with way_out("Or give calibration=FOLDER of pictures."):
+            data = evaluation_data(values, detector)
+            if "train" not in data:
+                raise InputError("This checkpoint does not say what it was trained on.")
+            index = load_split(data, "train", class_names=detector.class_names)
+        pictures = map(index.read, spread(range(len(index)), values["calibration_images"]))
+    return list(map(fitted(detector.preprocessing, canvas), pictures))
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items)))]
 
 
-def check(values: dict[str, Any], reference: Predictor, places: dict[str, Path], index: CocoIndex) -> list[Row]:
+def check(
+    values: dict[str, Any],
+    detector: Detector,
+    canvas: tuple[int, int] | None,
+    places: dict[str, Path],
+    index: CocoIndex,
+) -> list[Row]:
     threads = values["check"]["threads"]
     if threads:
         torch.set_num_threads(threads)
-    contestants: dict[str, Predictor] = {REFERENCE: reference}
+    contestants: dict[str, Predictor] = {REFERENCE: OnCanvas(detector, canvas) if canvas else detector}
+    shown = {ANY_SIZE: detector} if canvas else {}
+    contestants |= shown
     contestants |= {name: ExportedDetector.load(path, threads=threads) for name, path in places.items()}
     pictures = tqdm(map(index.read, range(len(index))), total=len(index), unit="picture", disable=None)
-    files = {REFERENCE: Path(values["ckpt"]).stat().st_size}
+    files = dict.fromkeys((REFERENCE, ANY_SIZE), Path(values["ckpt"]).stat().st_size)
     files |= {name: sum(part.stat().st_size for part in parts_of(path)) for name, path in places.items()}
+    precision = scorer(index)
     return judge(
         take_turns(contestants, pictures),
-        lambda found: average_precision(index, found, range(len(index))),
+        lambda found: precision(found, range(len(index))),
         files=files,
         precisions={name: precision_of(name) for name in contestants},
         max_drop=values["check"]["max_drop"],
+        shown=list(shown),
     )
 
 
@@ -194,7 +268,7 @@ def parts_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-def render(rows: list[Row], images: int) -> str:
+def render(rows: list[Row], images: int, canvas: tuple[int, int] | None) -> str:
     table = Table("", "AP", "drop", "box, px", "score", "matched", "agree", "p50, ms", "p90, ms", "faster", "MiB", "")
     for row in rows:
         found = row.difference
@@ -218,6 +292,8 @@ def render(rows: list[Row], images: int) -> str:
         f"{images} pictures, one at a time. box, score: largest difference from torch of matched detections. agree: "
         f"confident ones (score {CONFIDENT}) found at IoU {AGREEING_IOU} with a score within {AGREEING_SCORE}"
     )
+    if canvas:
+        legend += f". torch pads and shrinks to {canvas[0]} x {canvas[1]}, as the exports do; '{ANY_SIZE}' does not"
     return f"{legend}\n{text}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from detector.predictor import Found, Predictor
 from detector.structures import Detections
 
 REFERENCE = "torch"
-# Turns of each contestant that are not timed: lazy initialisation, and the compilation for a size.
+# Turns of each contestant that are not timed: lazy initialisation, and torch's compilation for a size.
 WARM_UP = 3
 # A partner has the same class and at least this IoU ...
 PARTNER_IOU = 0.5
@@ -40,6 +40,7 @@ class Difference:
         partners: detections of the reference that have a partner.
         total: detections of the reference.
         confident, agreeing: detections of the reference with a score of CONFIDENT, and those whose partner agrees.
+        extra: detections with a score of CONFIDENT that are no partner of any of the reference's.
     """
 
     box: float = 0.0
@@ -48,6 +49,7 @@ class Difference:
     total: int = 0
     confident: int = 0
     agreeing: int = 0
+    extra: int = 0
 
     def worst(self, other: Difference) -> Difference:
         """Of both: the larger differences, the sums of the counts."""
@@ -58,6 +60,7 @@ class Difference:
             self.total + other.total,
             self.confident + other.confident,
             self.agreeing + other.agreeing,
+            self.extra + other.extra,
         )
 
 
@@ -80,7 +83,8 @@ def difference(reference: Detections, found: Detections) -> Difference:
             reference.scores[i] >= CONFIDENT and overlaps[i, j] >= AGREEING_IOU and gap[j] <= AGREEING_SCORE
         )
     confident = int((reference.scores >= CONFIDENT).sum())
-    return Difference(max(boxes), max(scores), partners, len(reference), confident, agreeing)
+    extra = int((found.scores[free] >= CONFIDENT).sum())
+    return Difference(max(boxes), max(scores), partners, len(reference), confident, agreeing, extra)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -140,7 +144,7 @@ class Row:
     """One contestant in the table.
 
     Attributes:
-        name: REFERENCE, or the format.
+        name: REFERENCE, the format, or what else took part.
         precision: "float32" or "int8".
         file_bytes: of the file, or of both.
         difference: from the reference, over all pictures.
@@ -174,6 +178,7 @@ def judge(
     files: Mapping[str, int],
     precisions: Mapping[str, str],
     max_drop: Mapping[str, float],
+    shown: Collection[str] = (),
 ) -> list[Row]:
     """The table, the reference first.
 
@@ -183,6 +188,7 @@ def judge(
         files: bytes of each contestant's file.
         precisions: of each contestant.
         max_drop: points of AP that an export of each precision may lose.
+        shown: names that take part for comparison and cannot fail, beside REFERENCE.
     """
     reference = records[REFERENCE]
     points = {name: _points(average_precision(record.found)) for name, record in records.items()}
@@ -203,8 +209,8 @@ def judge(
                 1000 * float(np.percentile(times, 90)),
                 statistics.median(r / s for r, s in zip(reference.seconds, record.seconds, strict=True)),
                 ()
-                if name == REFERENCE
-                else tuple(_complaints(record.difference, drop, precision, max_drop[precision])),
+                if name == REFERENCE or name in shown
+                else tuple(_complaints(record.difference, wanted, drop, precision, max_drop[precision])),
             )
         )
     return sorted(rows, key=lambda row: row.name != REFERENCE)
@@ -214,12 +220,18 @@ def _points(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def _complaints(found: Difference, drop: float | None, precision: str, allowed: float) -> Iterable[str]:
+def _complaints(
+    found: Difference, wanted: float | None, drop: float | None, precision: str, allowed: float
+) -> Iterable[str]:
     # not <=: a drop that is no number must fail.
     if drop is not None and not drop <= allowed:
         yield f"AP is {drop:.2f} points lower; {allowed:g} are allowed"
-    if drop is None and precision != "float32":
-        yield "the pictures hold no object to score it by"
-    missed = found.confident - found.agreeing
-    if precision == "float32" and missed > MAX_DISAGREEMENT * found.confident:
-        yield f"{missed} of {found.confident} confident detections differ"
+    if precision != "float32":
+        if not wanted:
+            yield "the checkpoint's own AP is 0, or the pictures hold no object: a loss could not be seen"
+        return
+    if not found.confident:
+        yield f"the checkpoint finds nothing with a score of {CONFIDENT} in these pictures: nothing was compared"
+    differing = found.confident - found.agreeing + found.extra
+    if differing > MAX_DISAGREEMENT * found.confident:
+        yield f"{differing} of {found.confident} confident detections differ"
