@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import io
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -70,6 +71,15 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, all
     raise InputError(f"{started}: more than {MAX_REDIRECTS} redirects; give the address that they lead to.")
 
 
+def without_credentials(address: str) -> str:
+    """An address as messages and results show it: without user name and password.
+
+    The latter also where it has a /, ? or # that should have been written %2F, %3F or %23: what follows the first colon
+    is then no port.
+    """
+    return re.sub(r"^([\w+.-]+://)([^/?#]*@|[^/?#@:\[]*:(?!\d*([/?#]|$)).*@)", r"\1", address)
+
+
 @dataclass(frozen=True)
 class _Address:
     """A checked URL, in parts."""
@@ -82,15 +92,16 @@ class _Address:
 
     @classmethod
     def parse(cls, url: str) -> _Address:
+        shown = without_credentials(url)
         try:
             parts = urlsplit(url)
             port = parts.port
-        except ValueError as error:
-            raise InputError(f"{url}: not an address ({error}).") from error
+        except ValueError:  # its text may have a part of a password
+            raise InputError(f"{shown}: not an address; expected https://HOST/PATH.") from None
         if parts.scheme not in ("http", "https"):
-            raise InputError(f"{url}: only addresses of http and https are downloaded, not {parts.scheme or 'others'}.")
+            raise InputError(f"{shown}: only addresses of http and https are downloaded, not {parts.scheme or 'others'}.")
         if not parts.hostname:
-            raise InputError(f"{url}: names no host; expected https://HOST/PATH.")
+            raise InputError(f"{shown}: names no host; expected https://HOST/PATH.")
         if parts.username is not None or parts.password is not None:
             raise InputError(f"{parts.hostname}: an address with a user name or password is not taken; download it.")
         # What a browser would send for a space or an accent; what is encoded already stays.

@@ -28,7 +28,7 @@ from PIL import Image
 
 from detector.errors import InputError
 from detector.images import IMAGE_SUFFIXES, is_tensor, list_images, read_image
-from detector.remote import fetch
+from detector.remote import fetch, without_credentials
 from detector.video import (
     CAMERA,
     STREAM_SCHEMES,
@@ -70,7 +70,7 @@ class Picture:
 
     Attributes:
         image: uint8 RGB (h, w, 3); (0, 0, 3) where there is an error.
-        path: the file, address or camera; None for what was in memory.
+        path: the file, address (without user name and password) or camera; None for what was in memory.
         frame, time, rate: of a video: its number from 0, seconds since the first, and how many are given per second.
         live: of a camera or a stream: it should not wait for others.
         error: why it could not be read.
@@ -126,6 +126,42 @@ def expand(source: Any) -> list[Any]:
     return [source]
 
 
+def search_root(source: Any) -> Path | None:
+    """The folder that a folder or a pattern searches; None for anything else."""
+    if not isinstance(source, (str, os.PathLike)) or _scheme(source):
+        return None
+    if os.path.isdir(source):
+        return Path(source)
+    if not isinstance(source, str) or not glob.has_magic(source) or os.path.exists(source):
+        return None
+    parts = Path(source).parts
+    return Path(*parts[: next(place for place, part in enumerate(parts) if glob.has_magic(part))])
+
+
+def leave_out(source: Any, folder: Path) -> Any:
+    """A source with its folders and patterns replaced by their files, less those in `folder`: results of earlier runs.
+
+    Only where `folder` is inside of what is searched: who searches `folder` itself wants what is there.
+
+    Raises:
+        InputError: there is nothing else.
+    """
+    if isinstance(source, (list, tuple)):
+        return [leave_out(part, folder) for part in source]
+    root, results = search_root(source), folder.resolve()
+    if root is None or root.resolve() not in results.parents:
+        return source
+    try:
+        files = expand(source)
+    except InputError:
+        return source  # it will be told when it is read
+    left_out = {parent for parent in {file.parent for file in files} if parent.resolve().is_relative_to(results)}
+    kept = [file for file in files if file.parent not in left_out]
+    if not kept:
+        raise InputError(f"{source}: has pictures in {folder} only, which is where results go; give another folder.")
+    return kept
+
+
 def count_pictures(source: Any, every: int = 1) -> int | None:
     """How many pictures a source will give, if that can be told without reading them; videos may say it roughly."""
     if is_collection(source):
@@ -152,9 +188,9 @@ def is_video(source: Any) -> bool:
 
 
 def source_name(source: Any) -> str | None:
-    """What messages and results call a source; None for what is in memory."""
+    """What messages and results call a source; None for what is in memory. A password in an address is left out."""
     if isinstance(source, (str, os.PathLike)):
-        return str(source)
+        return without_credentials(source) if isinstance(source, str) else str(source)
     return f"{CAMERA}{source}" if _is_camera(source) else None
 
 
@@ -178,7 +214,7 @@ def _frames(item: Any, reading: Reading) -> Iterator[Frame]:
         return read_stream(str(item), every=reading.every)
     if scheme:
         content = io.BytesIO(fetch(str(item), allow_private=reading.allow_private))
-        return read_video(content, every=reading.every, name=str(item))
+        return read_video(content, every=reading.every, name=source_name(item))
     return read_video(item, every=reading.every)
 
 
@@ -188,9 +224,11 @@ def _read_still(item: Any, reading: Reading) -> np.ndarray:
         return read_image(item, bgr=reading.bgr, max_pixels=reading.max_pixels)
     if scheme not in ("http", "https"):
         known = ", ".join(("http", "https", *STREAM_SCHEMES))
-        raise InputError(f"{item}: addresses of {scheme} are not read; there is {known}. A file is given by its path.")
+        raise InputError(
+            f"{source_name(item)}: addresses of {scheme} are not read; there is {known}. A file is given by its path."
+        )
     content = fetch(str(item), allow_private=reading.allow_private)
-    return read_image(content, max_pixels=reading.max_pixels, name=str(item))
+    return read_image(content, max_pixels=reading.max_pixels, name=source_name(item))
 
 
 def _broken(item: Any, error: InputError) -> Picture:

@@ -74,7 +74,8 @@ class Detections:
         labels: (D,) int64, index into class_names.
         class_names: the names that labels index.
         image_size: height and width of the original picture.
-        path: where the picture came from: a file, an address, a camera; None for what was in memory.
+        path: where the picture came from: a file, an address (without user name and password), a camera; None for what
+            was in memory.
         frame: of a video: its number, from 0.
         time: of a video: seconds since its first frame.
         error: why the picture could not be read (`on_error="report"`); then there are no boxes, and no size, (0, 0).
@@ -229,12 +230,12 @@ class Detections:
             )
         return self.path
 
-    def draw(self, image: Any = None, threshold: float = 0.5) -> Image:
+    def draw(self, image: Any = None, threshold: float = 0.0) -> Image:
         """A copy of the picture with boxes, names and scores drawn on it.
 
         Args:
             image: anything that `predict` takes; None reads `path` again.
-            threshold: detections below this score are not drawn.
+            threshold: detections below this score are not drawn; 0 draws all that there are.
 
         Raises:
             InputError: no image was given and the detections do not come from a file.

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 
 from detector.errors import InputError
 from detector.files import replacing
+from detector.remote import without_credentials
 
 if TYPE_CHECKING:
     import av
@@ -72,20 +73,22 @@ def read_video(
         source = str(source)
         if not Path(source).is_file():
             raise InputError(f"{name}: {'is a folder' if Path(source).is_dir() else 'no such file'}; check the path.")
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file" if isinstance(source, str) else "none"}
-    with _opened(source, name, "not a video that can be read", options=options) as container:
+    with _opened_video(source, name) as container:
         yield from _frames(container, name, every, live=False)
 
 
 def read_stream(url: str, *, every: int = 1) -> Iterator[Frame]:
-    """The frames of a network stream (RTSP, RTMP) until it ends. The address is taken as it is: cameras are local.
+    """The frames of a network stream (RTSP, RTMP) until it ends. Addresses of the local network are taken: cameras are
+    there. Messages name the stream without its user name and password.
 
     Raises:
         InputError: PyAV is not installed; the stream cannot be opened, or breaks; it is not opened again.
     """
-    transport = {"rtsp_transport": "tcp"} if url.startswith("rtsp") else {}  # UDP loses packets
-    with _opened(url, url, "no stream there", options=transport, timeout=_TIMEOUT) as container:
-        yield from _frames(container, url, every, live=True)
+    scheme, _, rest = url.partition("://")
+    scheme, name = scheme.lower(), without_credentials(url)  # FFmpeg knows schemes in small letters only
+    transport = {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}  # UDP loses packets
+    with _opened(f"{scheme}://{rest}", name, "no stream there", options=transport, timeout=_TIMEOUT) as container:
+        yield from _frames(container, name, every, live=True)
 
 
 def read_camera(camera: str, *, every: int = 1) -> Iterator[Frame]:
@@ -107,8 +110,7 @@ def read_camera(camera: str, *, every: int = 1) -> Iterator[Frame]:
 
 def count_frames(path: str | os.PathLike[str], *, every: int = 1) -> int | None:
     """How many frames `read_video` will give: what the file says, or its duration times its rate; None: unknown."""
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
-    with _opened(str(path), str(path), "not a video that can be read", options=options) as container:
+    with _opened_video(str(path), str(path)) as container:
         stream = _picture_track(container, str(path))
         count = stream.frames
         if not count and container.duration and stream.average_rate:
@@ -117,14 +119,14 @@ def count_frames(path: str | os.PathLike[str], *, every: int = 1) -> int | None:
 
 
 @contextmanager
-def write_video(path: str | os.PathLike[str], rate: float) -> Iterator[Callable[[np.ndarray], None]]:
+def write_video(path: str | os.PathLike[str], rate: float, comment: str = "") -> Iterator[Callable[[np.ndarray], None]]:
     """Write an .mp4, complete or not at all; without a frame, not at all.
 
         with write_video("out.mp4", rate=25) as add:
             add(image)  # uint8 RGB (h, w, 3); the first sets the size
 
     H.264 where this FFmpeg has it (browsers play it), MPEG-4 otherwise. A side of odd length is repeated once: the
-    format wants even ones.
+    format wants even ones. The comment goes into the file's metadata.
     """
     with ExitStack() as stack:
         encoders: list[tuple[Any, Any]] = []
@@ -132,7 +134,7 @@ def write_video(path: str | os.PathLike[str], rate: float) -> Iterator[Callable[
         def add(image: np.ndarray) -> None:
             image = np.pad(image, [(0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)], mode="edge")
             if not encoders:
-                encoders.append(stack.enter_context(_encoder(path, rate, image.shape[1], image.shape[0])))
+                encoders.append(stack.enter_context(_encoder(path, rate, comment, image.shape[1], image.shape[0])))
             container, stream = encoders[0]
             if image.shape[:2] != (stream.height, stream.width):
                 raise InputError(
@@ -144,11 +146,24 @@ def write_video(path: str | os.PathLike[str], rate: float) -> Iterator[Callable[
         yield add
 
 
+def read_comment(path: str | os.PathLike[str]) -> str:
+    """The comment of a video, "" where there is none.
+
+    Raises:
+        InputError: PyAV is not installed, or the file is not a video.
+    """
+    with _opened_video(str(path), str(path)) as container:
+        return container.metadata.get("comment", "")
+
+
 @contextmanager
-def _encoder(path: str | os.PathLike[str], rate: float, width: int, height: int) -> Iterator[tuple[Any, Any]]:
+def _encoder(
+    path: str | os.PathLike[str], rate: float, comment: str, width: int, height: int
+) -> Iterator[tuple[Any, Any]]:
     av = _import_av()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with replacing(Path(path)) as partial, av.open(str(partial), "w", format="mp4") as container:
+        container.metadata["comment"] = comment
         stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if codec == "mpeg4":
@@ -167,13 +182,19 @@ def _import_av() -> Any:
     return av
 
 
+def _opened_video(source: str | io.BytesIO, name: str) -> AbstractContextManager[av.container.InputContainer]:
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file" if isinstance(source, str) else "none"}
+    return _opened(source, name, "not a video that can be read", options=options)
+
+
 @contextmanager
 def _opened(source: Any, name: str, problem: str, **options: Any) -> Iterator[av.container.InputContainer]:
     av = _import_av()
     try:
         container = av.open(source, **options)
     except (av.FFmpegError, ValueError, OSError) as error:
-        raise InputError(f"{name}: {problem} ({_reason(error)}){_hint(name)}.") from error
+        # Not `from error`: the text of FFmpeg's errors has the whole address, password included.
+        raise InputError(f"{name}: {problem} ({_reason(error)}){_hint(name)}.") from None
     with container:
         yield container
 
@@ -215,7 +236,7 @@ def _decoded(container: Any, stream: Any, name: str, live: bool) -> Iterator[av.
         except (av.InvalidDataError, av.UnknownError) as error:
             frames, reason = [], _reason(error)  # what the decoder still holds may be of after the damage
         except (av.FFmpegError, OSError) as error:
-            raise InputError(f"{name}: breaks off after {count} frames ({_reason(error)}); fetch it again.") from error
+            raise InputError(f"{name}: breaks off after {count} frames ({_reason(error)}); fetch it again.") from None
         for frame in frames:
             count += 1
             yield frame

@@ -41,7 +41,7 @@ def text_colour(background: tuple[int, int, int]) -> tuple[int, int, int]:
     return (0, 0, 0) if (luminance + 0.05) ** 2 > 1.05 * 0.05 else (255, 255, 255)
 
 
-def draw_detections(detections: Detections, image: Any = None, threshold: float = 0.5) -> Image:
+def draw_detections(detections: Detections, image: Any = None, threshold: float = 0.0) -> Image:
     """A copy of the picture with a box, the class name and the score of each detection.
 
     Args:

@@ -1,5 +1,7 @@
-"""What was found, as files: annotated copies, crops, JSON, a table, COCO. Each file is complete or absent.
+"""What was found, as files: annotated copies, crops, JSON, a table, COCO. Each file is complete or absent, but for the
+lines of a camera or a stream, which are there as soon as they are known.
 
+places = Places(out, source, ["jsonl"])
 with WRITERS["jsonl"](out, ["jsonl"], predictor.class_names) as add:
     for picture, found in predictor.search(source, Options()):
         add(picture, found, places(found))
@@ -8,33 +10,49 @@ with WRITERS["jsonl"](out, ["jsonl"], predictor.class_names) as add:
 from __future__ import annotations
 
 import csv
-import glob
+import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from detector.errors import InputError
 from detector.files import replacing, write_json
-from detector.sources import Picture
+from detector.sources import Picture, is_live, search_root
 from detector.structures import ROW_COLUMNS, Detections
-from detector.video import write_video
+from detector.video import read_comment, write_video
+
+# What copies say about who wrote them: a file that does not is not replaced.
+MADE_BY = "light-head-detector"
 
 # Takes a picture, what was found in it, and where its files go, without a suffix.
 Writer: TypeAlias = Callable[[Picture, Detections, Path], None]
 
 
 class Places:
-    """Where the files of each picture go: a folder's own layout, and no name twice."""
+    """Where the files of each picture go: a folder's own layout, no name twice, and none of a file that must stay.
 
-    def __init__(self, out: Path, source: Any) -> None:
-        parts = source if isinstance(source, list) else [source]
-        self.out, self.roots = out, [root for part in parts if (root := _root(part))]
+    Raises:
+        InputError: annotated copies or crops would lie among the pictures that are searched: the next run would search
+            them too.
+    """
+
+    def __init__(self, out: Path, source: Any, save: list[str]) -> None:
+        self.out, self.roots = out, [root for part in _parts(source) if (root := search_root(part))]
+        if {"images", "crops"} & {*save} and out.resolve() in [root.resolve() for root in self.roots]:
+            raise InputError(
+                f"out={out}: is the folder that is searched, and the next run would search what this one writes there; "
+                f"give another folder, out={out / 'predictions'}."
+            )
+        self.copies = "images" in save
         self.taken: set[Path] = set()
         self.last: tuple[str | None, Path] = None, out
 
@@ -46,24 +64,54 @@ class Places:
         root = next((root for root in self.roots if path.is_relative_to(root)), path.parent)
         inside = path.relative_to(root) if "://" not in str(found.path) else Path(_name_of(str(found.path)))
         inside = inside.with_name(inside.stem.replace(":", "_")) if inside.name else Path("source")
-        place, count = inside, 1
-        while place in self.taken:
-            count += 1
-            place = inside.with_name(f"{inside.name}_{count}")
+        place = next(place for place in _numbered(self.out / inside) if not self._is_taken(place, found))
         self.taken.add(place)
-        self.last = found.path, self.out / place
-        return self.out / place
+        self.last = found.path, place
+        return place
+
+    def _is_taken(self, place: Path, found: Detections) -> bool:
+        return place in self.taken or (self.copies and _must_stay(annotated(place, found), found))
 
 
-def _root(source: str) -> Path | None:
-    """The part of a source that its pictures have in common; None for a single file."""
-    if Path(source).is_dir():
-        return Path(source)
-    if "://" in source or not glob.has_magic(source) or Path(source).exists():
-        return None
-    plain_parts = Path(source).parts
-    first = next(i for i, part in enumerate(plain_parts) if glob.has_magic(part))
-    return Path(*plain_parts[:first])
+def _parts(source: Any) -> Iterator[Any]:
+    if not isinstance(source, (list, tuple)):
+        yield source
+        return
+    for part in source:
+        yield from _parts(part)
+
+
+def _numbered(place: Path) -> Iterator[Path]:
+    """street, street_2, street_3 ..."""
+    yield place
+    yield from (place.with_name(f"{place.name}_{number}") for number in itertools.count(2))
+
+
+def _must_stay(path: Path, found: Detections) -> bool:
+    """Whether a file must not be replaced: it is searched; a camera's copy, which nobody can make again; or somebody
+    else's, an original."""
+    if not path.exists():
+        return False
+    itself = found.path is not None and os.path.exists(found.path) and path.samefile(found.path)
+    return itself or is_live(found.path) or not _is_copy(path)
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether an earlier run wrote a file."""
+    try:
+        if path.suffix == ".mp4":
+            return read_comment(path) == MADE_BY
+        with path.open("rb") as file:
+            return b"tEXtSoftware\0" + MADE_BY.encode() in file.read(256)
+    except (InputError, OSError):
+        return False
+
+
+def _save_picture(image: Image.Image, path: Path) -> None:
+    about = PngInfo()
+    about.add_text("Software", MADE_BY)  # comes before the pixels
+    with replacing(path) as partial:
+        image.save(partial, pnginfo=about)
 
 
 def _name_of(url: str) -> str:
@@ -91,13 +139,12 @@ def write_images(out: Path, save: list[str], class_names: tuple[str, ...]) -> It
                 current.clear()
             if found.error is not None:
                 return
-            drawn = found.draw(picture.image, threshold=0)
+            drawn = found.draw(picture.image)
             if found.frame is None:
-                with replacing(path) as partial:
-                    drawn.save(partial)
+                _save_picture(drawn, path)
                 return
             if not current:
-                current[path] = stack.enter_context(write_video(path, picture.rate or 25))
+                current[path] = stack.enter_context(write_video(path, picture.rate or 25, MADE_BY))
             current[path](np.asarray(drawn))
 
         yield add
@@ -114,8 +161,9 @@ def write_crops(out: Path, save: list[str], class_names: tuple[str, ...]) -> Ite
         for rank, (crop, name) in enumerate(zip(found.crop(picture.image), found.names, strict=True)):
             inside = place.relative_to(out)
             word = re.sub(r"[^\w-]", "_", name)
-            with replacing(out / "crops" / inside.parent / f"{inside.name}{frame}_{rank}_{word}.png") as partial:
-                Image.fromarray(crop).save(partial)
+            names = _numbered(out / "crops" / inside.parent / f"{inside.name}{frame}_{rank}_{word}")
+            paths = (one.with_name(f"{one.name}.png") for one in names)
+            _save_picture(Image.fromarray(crop), next(path for path in paths if not _must_stay(path, found)))
 
     yield add
 
@@ -137,11 +185,27 @@ def write_all(out: Path, save: list[str], class_names: tuple[str, ...]) -> Itera
 def write_lines(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
     """detections.jsonl: the same, a line for each picture; nothing of it is kept in memory."""
     with replacing(out / "detections.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+        yield _line_writer(file, save)
 
-        def add(picture: Picture, found: Detections, place: Path) -> None:
-            file.write(json.dumps(record(found, place, save), ensure_ascii=False, allow_nan=False) + "\n")
 
-        yield add
+@contextmanager
+def append_lines(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """The same of what has no end: each line can be read as soon as it is known, and a later run adds its own."""
+    with _appended(out / "detections.jsonl") as file:
+        yield _line_writer(file, save)
+
+
+def _line_writer(file: IO[str], save: list[str]) -> Writer:
+    def add(picture: Picture, found: Detections, place: Path) -> None:
+        file.write(json.dumps(record(found, place, save), ensure_ascii=False, allow_nan=False) + "\n")
+
+    return add
+
+
+def _appended(path: Path, newline: str | None = None) -> IO[str]:
+    """A file to add lines to; each is flushed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", buffering=1, encoding="utf-8", newline=newline)
 
 
 @contextmanager
@@ -150,6 +214,16 @@ def write_table(out: Path, save: list[str], class_names: tuple[str, ...]) -> Ite
     with replacing(out / "detections.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, ROW_COLUMNS)
         table.writeheader()
+        yield lambda picture, found, place: table.writerows(found.rows())
+
+
+@contextmanager
+def append_table(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """The same of what has no end: see `append_lines`."""
+    with _appended(out / "detections.csv", newline="") as file:
+        table = csv.DictWriter(file, ROW_COLUMNS)
+        if not file.tell():
+            table.writeheader()
         yield lambda picture, found, place: table.writerows(found.rows())
 
 
@@ -182,3 +256,5 @@ WRITERS = {
     "csv": write_table,
     "coco": write_coco,
 }
+# Of a camera or a stream: what can be followed, and takes no more memory the longer it lasts.
+LIVE_WRITERS = {"images": write_images, "crops": write_crops, "jsonl": append_lines, "csv": append_table}

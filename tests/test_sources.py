@@ -15,8 +15,20 @@ import pytest
 import torch
 from PIL import Image
 
+from detector import sources
 from detector.errors import InputError
-from detector.sources import Picture, Reading, count_pictures, is_live, is_video, read_pictures, source_name
+from detector.sources import (
+    Picture,
+    Reading,
+    count_pictures,
+    is_live,
+    is_video,
+    leave_out,
+    read_pictures,
+    search_root,
+    source_name,
+)
+from detector.video import Frame
 
 READING = Reading()
 
@@ -81,6 +93,32 @@ def test_patterns_and_folders_without_pictures(tree: Path, tmp_path: Path) -> No
         assert part in str(message)
 
 
+def test_results_of_earlier_runs_are_left_out(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tree / "b"
+    assert values(leave_out(str(tree), out)) == values(leave_out(f"{tree}/**/*.png", out)) == [1, 3]
+    assert values(leave_out([[tree], f"{tree}/1.png", grey(7)], out)) == [1, 3, 1, 7]
+    monkeypatch.chdir(tree)
+    (tmp_path / "link").symlink_to(tree)
+    for source in (".", "../a", str(tmp_path / "link"), "**/*.png"):
+        assert [path.name for path in leave_out(source, Path("b"))] == ["1.png", "3.png"]
+    with pytest.raises(InputError, match=r"\.\.: has pictures in \. only"):
+        leave_out("..", Path())
+    for folder in (tree, tmp_path, tmp_path / "other", tree / "b2"):
+        assert values(leave_out(str(tree), folder)) == [1, 3, 2]
+    assert values(leave_out("b", out)) == [2]  # searched on purpose
+    assert "no such file" in str(values(leave_out(f"{tree}/*.gif", out))[0])
+
+
+def test_what_is_searched(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    for source in (tree, str(tree), f"{tree}/*.png", f"{tree}/**/x?.png"):
+        assert search_root(source) == tree
+    assert search_root("b/*.png") == Path("b")
+    assert search_root("*.png") == Path()
+    for source in ("1.png", tree / "1.png", "none", "https://host/[1].png", "webcam:0", 0, grey(0), None, "nul\0"):
+        assert search_root(source) is None
+
+
 def test_collections_of_all_sorts(tree: Path) -> None:
     images = [grey(value) for value in range(4)]
     for source in (
@@ -116,6 +154,8 @@ def test_a_generator_is_read_as_it_goes() -> None:
         ("file:///etc/hosts", "given by its path"),
         ("http://127.0.0.1/a.jpg", "allow_private"),
         ("http://127.0.0.1/a.mp4", "allow_private"),
+        ("FTP://user:secret@host/a.jpg", "FTP://host/a.jpg: addresses of ftp"),
+        ("https://user:secret@host/a.jpg", "user name or password is not taken"),
         ("x" * 5000, "File name too long"),
         ("data:image/png;base64," + "A" * 5000, "File name too long"),
         ("nul\0.jpg", "null"),
@@ -130,8 +170,41 @@ def test_a_generator_is_read_as_it_goes() -> None:
     ],
 )
 def test_what_is_no_source(source: Any, part: str) -> None:
-    [message] = values(source)
-    assert part in str(message)
+    [picture] = read_pictures(source, READING)
+    assert part in str(picture.error)
+    assert "secret" not in f"{picture.error} {picture.path}"
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("rtsp://user:secret@cam/1", "rtsp://cam/1"),
+        ("RTSP://user:secret@cam:554/1?a=b@c", "RTSP://cam:554/1?a=b@c"),
+        ("rtmps://secret@cam", "rtmps://cam"),
+        ("rtsp://user:sec@ret@[fe80::1]:554/1", "rtsp://[fe80::1]:554/1"),
+        ("rtsp://user:sec/ret#@cam/1", "rtsp://cam/1"),  # a mistake, but still a password
+        ("https://user:secret@host/a.jpg", "https://host/a.jpg"),
+        ("rtsp://cam:554/@1", "rtsp://cam:554/@1"),
+        ("rtsp://[fe80::1]/@1", "rtsp://[fe80::1]/@1"),
+        ("user:name@host.jpg", "user:name@host.jpg"),  # a file
+    ],
+)
+def test_no_password_in_a_name(address: str, name: str) -> None:
+    assert source_name(address) == name
+
+
+def test_no_password_in_what_a_stream_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def stream(url: str, *, every: int) -> Iterator[Frame]:
+        opened.append(url)
+        yield Frame(grey(1), 0, 0.0, 25.0)
+        raise InputError("ends")
+
+    monkeypatch.setattr(sources, "read_stream", stream)
+    pictures = list(read_pictures("rtsp://user:secret@cam/1", READING))
+    assert [picture.path for picture in pictures] == ["rtsp://cam/1", "rtsp://cam/1"]
+    assert opened == ["rtsp://user:secret@cam/1"]
 
 
 def test_channel_order_and_pixels(tree: Path) -> None:

@@ -188,10 +188,15 @@ def test_fields_cannot_be_replaced(found: Detections) -> None:
 
 
 def test_draw_gives_a_picture_of_the_same_size(found: Detections) -> None:
-    picture = found.draw(np.zeros((80, 100, 3), np.uint8))
+    black = np.zeros((80, 100, 3), np.uint8)
+    picture = found.draw(black)
     assert isinstance(picture, Image.Image)
     assert picture.size == (100, 80)
     assert np.asarray(picture).any()
+    # All that there is: the last has a score of 0.1.
+    sure = np.asarray(found.draw(black, threshold=0.5))
+    assert (np.asarray(picture)[6:10, 5:8] != sure[6:10, 5:8]).any()
+    np.testing.assert_array_equal(sure, found.above(0.5).draw(black))
 
 
 def test_draw_without_a_picture_says_what_to_give() -> None:

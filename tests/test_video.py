@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import socket
+import socketserver
 import struct
 import sys
-from collections.abc import Callable
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,7 @@ import pytest
 
 from detector import video
 from detector.errors import InputError
-from detector.video import count_frames, read_camera, read_stream, read_video, write_video
+from detector.video import count_frames, read_camera, read_comment, read_stream, read_video, write_video
 
 av = pytest.importorskip("av")
 
@@ -196,6 +202,111 @@ def test_a_stream_that_is_not_there() -> None:
         assert "no stream there" in message
 
 
+class NetworkCamera(socketserver.ThreadingTCPServer):
+    """Speaks RTSP (RFC 2326) up to the transport, which it refuses; asks for a name and a password (RFC 7617)."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Visit)
+        self.requests: list[tuple[str, dict[str, str]]] = []
+
+
+class Visit(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, NetworkCamera)
+        while line := self.rfile.readline().decode().strip():
+            headers = dict(header.split(": ", 1) for header in iter(lambda: self.rfile.readline().decode().strip(), ""))
+            self.server.requests.append((line, headers))
+            status, extra, body = self.answer(line.split()[0], headers)
+            lines = [f"RTSP/1.0 {status}", f"CSeq: {headers['CSeq']}", f"Content-Length: {len(body)}", *extra, "", body]
+            self.wfile.write("\r\n".join(lines).encode())
+
+    def answer(self, method: str, headers: dict[str, str]) -> tuple[str, list[str], str]:
+        if method == "OPTIONS":
+            return "200 OK", ["Public: DESCRIBE, SETUP, PLAY"], ""
+        if "Authorization" not in headers:
+            return "401 Unauthorized", ['WWW-Authenticate: Basic realm="camera"'], ""
+        if method == "DESCRIBE":
+            lines = [
+                "v=0",
+                "o=- 0 0 IN IP4 127.0.0.1",
+                "s=-",
+                "t=0 0",
+                "m=video 0 RTP/AVP 96",
+                "a=rtpmap:96 H264/90000",
+            ]
+            return "200 OK", ["Content-Type: application/sdp"], "".join(f"{line}\r\n" for line in lines)
+        return "461 Unsupported Transport", [], ""
+
+
+@pytest.fixture
+def network_camera() -> Iterator[NetworkCamera]:
+    with NetworkCamera() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("scheme", ["rtsp", "RTSP"])
+def test_a_stream_is_asked_for_over_tcp_and_its_password_is_told_to_nobody_else(
+    network_camera: NetworkCamera, scheme: str
+) -> None:
+    place = f"127.0.0.1:{network_camera.server_address[1]}/live"
+    address = f"{scheme}://user:secret@{place}"
+    with pytest.raises(InputError) as error:
+        next(read_stream(address))
+    assert f"{scheme}://{place}: no stream there" in str(error.value)
+    assert "secret" not in "".join(traceback.format_exception(error.value))
+    requests = {line.split()[0]: (line, headers) for line, headers in network_camera.requests}
+    assert requests["DESCRIBE"][0] == f"DESCRIBE rtsp://{place} RTSP/1.0"
+    assert requests["DESCRIBE"][1]["Authorization"] == f"Basic {base64.b64encode(b'user:secret').decode()}"
+    assert requests["SETUP"][1]["Transport"].startswith("RTP/AVP/TCP;")
+
+
+@pytest.mark.parametrize("scheme", ["rtsp", "RTMP"])
+def test_a_stream_that_says_nothing(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    assert video._TIMEOUT == (15, 15)
+    monkeypatch.setattr(video, "_TIMEOUT", (0.3, 0.3))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        end = threading.Timer(20, silent.close)  # or the test would hang instead of failing
+        end.start()
+        started = time.monotonic()
+        indices, message = collect(read_stream(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/live"))
+        end.cancel()
+    assert time.monotonic() - started < 10
+    assert indices == []
+    assert "no stream there" in message
+
+
+def test_a_stream_that_breaks_off_keeps_its_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The stream itself is a file here; its reader fails as PyAV's does, with the whole address in the text."""
+    path, real, address = make_video(tmp_path / "a.mp4"), av.open, "rtsp://user:secret@cam/1"
+
+    class Breaking:
+        def __init__(self) -> None:
+            self.container = real(str(path))
+            self.streams = self.container.streams
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.container.close()
+
+        def demux(self, stream: Any) -> Iterator[Any]:
+            for _, packet in zip(range(3), self.container.demux(stream), strict=False):
+                yield packet
+            raise av.error.ConnectionResetError(104, "Connection reset by peer", address)
+
+    monkeypatch.setattr(av, "open", lambda *_, **__: Breaking())
+    frames: list[Any] = []
+    with pytest.raises(InputError, match="rtsp://cam/1: breaks off after 3 frames") as error:
+        frames.extend(read_stream(address))
+    assert check(frames) == [0, 1, 2]
+    assert "secret" not in "".join(traceback.format_exception(error.value))
+
+
 def test_a_camera_that_is_not_there() -> None:
     indices, message = collect(read_camera("97"))
     assert indices == []
@@ -268,6 +379,18 @@ def test_what_is_written_is_read_back(tmp_path: Path, size: tuple[int, int]) -> 
     for frame in frames:
         np.testing.assert_allclose(frame.image.mean(axis=(0, 1)), colour(frame.index), atol=16)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_comment(tmp_path: Path) -> None:
+    for name, comment in (("a.mp4", "says Büffel"), ("b.mp4", "")):
+        with write_video(tmp_path / name, 5, comment) as add:
+            add(np.zeros((48, 64, 3), np.uint8))
+        assert read_comment(tmp_path / name) == comment
+        with av.open(str(tmp_path / name)) as container:
+            assert container.metadata.get("comment", "") == comment
+    (tmp_path / "c.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match=r"c\.mp4: not a video"):
+        read_comment(tmp_path / "c.mp4")
 
 
 def write_two_sizes(path: Path) -> None:

@@ -86,11 +86,11 @@ def test_labels_avoid_each_other() -> None:
         assert count[0] > 0.75 * count[1]
 
 
-def test_low_scores_are_not_drawn_and_the_input_is_untouched() -> None:
-    found = detections([[50, 80, 120, 160]], [0.4], [0])
+def test_all_is_drawn_or_what_a_threshold_leaves_and_the_input_is_untouched() -> None:
+    found = detections([[50, 80, 120, 160]], [0.01], [0])
     image = blank()
-    empty = found.draw(image)
-    assert (np.asarray(found.draw(image, threshold=0.4)) != GREY).any()
+    empty = found.draw(image, threshold=0.02)
+    assert tuple(np.asarray(found.draw(image))[80, 60]) == visualize.class_colour(0)
     assert (image == GREY).all()
     image[:] = 0
     assert (np.asarray(empty) == GREY).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from painted import NAMES, Painted, paint
 from PIL import Image
 from pycocotools.coco import COCO
 
+from detector import sources
+from detector.errors import InputError
 from detector.predictor import Options
 from detector.structures import Detections
-from detector.writers import WRITERS, Places
+from detector.video import Frame
+from detector.writers import LIVE_WRITERS, WRITERS, Places
 
 SIZE = (64, 96)
 OBJECTS = [(10, 5, 30, 25, 0, 255), (40, 30, 90, 60, 1, 204)]
@@ -34,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write(source: Any, out: Path, save: list[str], **options: Any) -> list[Detections]:
-    places, given = Places(out, str(source) if isinstance(source, Path) else source), []
+    places, given = Places(out, source, save), []
     with ExitStack() as stack:
         writers = [stack.enter_context(WRITERS[name](out, save, NAMES)) for name in save]
         for picture, found in Painted().search(source, Options(on_error="report", **options)):
@@ -146,6 +150,119 @@ def test_nothing_half_written(tmp_path: Path, kind: str) -> None:
     assert files(tmp_path) == []
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def test_originals_stay_and_earlier_copies_do_not(folder: Path) -> None:
+    """Beside the original, beside somebody else's picture of that name, in a folder with others, and of a copy."""
+    (folder / "e.jpg").write_bytes((folder / "c.png").read_bytes())
+    (folder / "e.png").write_bytes(b"somebody else's")
+    (folder / "sub" / "a.png").write_bytes((folder / "c.png").read_bytes())
+    originals = snapshot(folder)
+    copies = ["a_2.png", "a_2_2.png", "e_2.png", "sub/a_2.png", "sub/c.png"]
+    for _ in range(2):
+        write(folder / "a.png", folder, ["images"])
+        write(folder / "a_2.png", folder, ["images"])  # itself a copy, but what is searched stays
+        write([folder / "e.jpg"], folder, ["images"])
+        write([folder / "a.png", folder / "c.png"], folder / "sub", ["images"])
+        assert files(folder) == sorted([*originals, *copies])
+        assert {name: (folder / name).read_bytes() for name in originals} == originals
+    assert (np.asarray(Image.open(folder / "a_2.png")) != paint(SIZE, *OBJECTS)).any()
+
+
+def test_the_results_name_the_copy_that_was_written(folder: Path) -> None:
+    write(folder / "a.png", folder, ["images", "jsonl"])
+    assert json.loads((folder / "detections.jsonl").read_text())["annotated"] == str(folder / "a_2.png")
+
+
+def test_an_original_video_stays(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    from detector.video import write_video
+
+    with write_video(tmp_path / "drive.mp4", 10) as add:
+        for _ in range(3):
+            add(paint(SIZE, *OBJECTS))
+    original = (tmp_path / "drive.mp4").read_bytes()
+    for _ in range(2):
+        write(tmp_path / "drive.mp4", tmp_path, ["images"])
+        assert files(tmp_path) == ["drive.mp4", "drive_2.mp4"]
+        assert (tmp_path / "drive.mp4").read_bytes() == original
+    with av.open(str(tmp_path / "drive_2.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 3
+
+
+def test_original_crops_stay(folder: Path, tmp_path: Path) -> None:
+    crop = tmp_path / "out" / "crops" / "a_1_dog.png"
+    crop.parent.mkdir(parents=True)
+    crop.write_bytes(b"somebody else's")
+    (tmp_path / "out" / "a.png").write_bytes(b"in nobody's way: there are no copies")
+    for _ in range(2):
+        write(folder / "a.png", tmp_path / "out", ["crops"])
+        assert files(crop.parent) == ["a_0_cat.png", "a_1_dog.png", "a_1_dog_2.png"]
+        assert crop.read_bytes() == b"somebody else's"
+
+
+@pytest.mark.parametrize("save", [["images"], ["crops", "json"]])
+def test_results_among_what_is_searched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: list[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    before = snapshot(tmp_path)
+    for source, out in (
+        (folder, folder), (".", folder), ("*.png", Path()), ([["sub/b.png"], "../in"], Path()),
+        (folder, tmp_path / "link"), ("sub", Path("sub/../sub")),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"out=.*: is the folder that is searched.* out=.*predictions\.$"):
+            write(source, out, save)
+    assert snapshot(tmp_path) == before
+    Places(folder, str(folder), ["json", "jsonl", "csv", "coco"])  # tables among pictures are no harm
+
+
+@pytest.fixture
+def camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    """webcam:0 shows three frames."""
+
+    def frames(name: str, *, every: int) -> Iterator[Frame]:
+        for index in range(3):
+            yield Frame(paint(SIZE, *OBJECTS), index, index / 10, 10.0)
+
+    monkeypatch.setattr(sources, "read_camera", frames)
+
+
+@pytest.mark.usefixtures("camera")
+def test_lines_of_a_camera_can_be_followed(tmp_path: Path) -> None:
+    lines, table = tmp_path / "out" / "detections.jsonl", tmp_path / "out" / "detections.csv"
+    for before in (0, 3):  # a second run adds to what the first has found
+        places = Places(tmp_path / "out", "webcam:0", ["jsonl", "csv"])
+        with ExitStack() as stack:
+            writers = [stack.enter_context(LIVE_WRITERS[name](places.out, [], NAMES)) for name in ("jsonl", "csv")]
+            for index, (picture, found) in enumerate(Painted().search("webcam:0", Options())):
+                for add in writers:
+                    add(picture, found, places(found))
+                records = [json.loads(line) for line in lines.read_text().splitlines()]
+                assert [record["frame"] for record in records] == [0, 1, 2][:before] + list(range(index + 1))
+                with table.open(newline="") as file:
+                    rows = list(csv.DictReader(file))
+                assert [row["frame"] for row in rows] == [str(r["frame"]) for r in records for _ in r["names"]]
+    assert [(record["path"], record["names"]) for record in records] == [("webcam:0", ["cat", "dog"])] * 6
+    assert files(tmp_path) == ["out/detections.csv", "out/detections.jsonl"]
+
+
+@pytest.mark.usefixtures("camera")
+def test_what_a_camera_has_shown_stays(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    write("webcam:0", tmp_path, ["images", "crops"])
+    before = snapshot(tmp_path)
+    assert "crops/webcam_0_000002_1_dog.png" in before
+    write("webcam:0", tmp_path, ["images", "crops"])
+    after = snapshot(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 2 * len(before)
+    assert "webcam_0_2.mp4" in after
+
+
 def named(path: str, frame: int | None = None) -> Detections:
     return Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64), NAMES, SIZE, path, frame)
 
@@ -153,7 +270,7 @@ def named(path: str, frame: int | None = None) -> Detections:
 def test_places(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     source = [str(tmp_path / "in"), f"{tmp_path}/q/**/*.jpg", "x/y.png", "https://host/p/a%20b.jpg?c=1", "webcam:0"]
-    places = Places(Path("out"), source)
+    places = Places(Path("out"), source, ["images"])
     for path, place in (
         (f"{tmp_path}/in/sub/a.png", "sub/a"),
         (f"{tmp_path}/in/sub/a.jpg", "sub/a_2"),
