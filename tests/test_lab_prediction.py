@@ -17,11 +17,22 @@ import torch
 from tool_runner import run_tool
 
 from detector.api import Detector
+from detector.deploy.export import export_onnx, export_openvino
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.lab import prediction
 from detector.lab.latency import WARM_UP
-from detector.lab.prediction import PEERS, Timing, contest_predictions, network_multiply_adds, parts, peak_memory, peer
+from detector.lab.prediction import (
+    NO_PROPOSALS,
+    PEERS,
+    Timing,
+    contest_predictions,
+    exported_peer_names,
+    network_multiply_adds,
+    parts,
+    peak_memory,
+    peer,
+)
 from detector.lab.processes import take_turns_apart
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
@@ -75,8 +86,8 @@ def test_all_contestants_take_turns_with_every_number_of_threads(
     monkeypatch.setattr(prediction, "take_turns_apart", in_this_process)
     timings = contest_predictions(tmp_path / "d.ckpt", IMAGE, threads=[1, 2], turns=2, budgets=[5], progress=progress)
     assert shown == ["1 thread", "2 threads"]
-    assert asked == [1] * 4 + [2] * 4
-    names = ["torch", "torch, 5 proposals", *(f"torchvision {name}" for name in PEERS)]
+    assert asked == [1] * 5 + [2] * 5
+    names = ["torch", "torch, 5 proposals", *(f"torchvision {name}" for name in (*PEERS, NO_PROPOSALS))]
     assert [(timing.threads, timing.name) for timing in timings] == [(n, name) for n in (1, 2) for name in names]
     assert [timing.share for timing in timings[:2]] == [1, 1.25]
 
@@ -133,15 +144,42 @@ def test_multiply_adds_grow_with_the_canvas(small_detector: Detector) -> None:
     size = small_detector.preprocessing
     assert size.target_size(32, 32) == size.target_size(64, 64)  # so the pictures' own size does not matter
     assert network_multiply_adds(small_detector, small) == network_multiply_adds(small_detector, large) > 0
+    # What lies before the RoIs grows with the area, what is done for each RoI does not.
+    at = [network_multiply_adds(small_detector, small, (64, side)) for side in (64, 128, 192)]
+    assert at[2] - at[1] == at[1] - at[0] > 0
     assert not network.training
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_keeps_nothing_and_so_pays_nothing_for_its_boxes(name: str) -> None:
+@pytest.mark.parametrize(("name", "proposals"), [(PEERS[0], 150), (NO_PROPOSALS, 0), (PEERS[1], None)])
+def test_what_a_peer_with_random_weights_works_on(name: str, proposals: int | None) -> None:
+    """No boxes are kept, so its final NMS costs nothing; the RoIs of two stages are as many or as few as can be."""
+    model, seen = peer(name), []
+    if proposals is not None:
+        model.roi_heads.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[1][0])))
     with torch.inference_mode():
-        (found,) = peer(name)([torch.rand(3, 96, 128)])
+        (found,) = model([torch.rand(3, 96, 128)])
     assert len(found["boxes"]) == 0
+    assert seen == ([] if proposals is None else [proposals])
+
+
+@pytest.mark.slow
+def test_peers_are_exported_as_we_export(small_detector: Detector, tmp_path: Path) -> None:
+    """With a fixed size, in float32 and with the convolutions in int8; each runs, and so do our exports."""
+    openvino, _ = pytest.importorskip("openvino"), pytest.importorskip("nncf")
+    files = prediction.write_peers(IMAGE, tmp_path)
+    assert list(files) == [exported for name in PEERS for exported in prediction.exported_peer_names(name)]
+    for name, path in files.items():
+        model = openvino.Core().read_model(path)
+        assert list(model.input(0).shape) == [3, *IMAGE.shape[:2]]
+        layers = [node for node in model.get_ops() if "Convolution" in node.get_type_name()]
+        before = [node.input(0).get_source_output().get_node().get_type_name() for node in layers]
+        share = before.count("FakeQuantize") / len(layers)
+        assert share > 0.95 if name.endswith("int8)") else share == 0
+    export_openvino(small_detector, tmp_path / "ours.xml", batch=1, canvas=(32, 64))
+    times = prediction.contest_networks(IMAGE, [tmp_path / "ours.xml"], threads=1, turns=2)
+    assert list(times) == [*files, "ours.xml"]
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times.values())
 
 
 def test_peak_memory_sees_what_is_held() -> None:
@@ -153,15 +191,33 @@ def test_peak_memory_sees_what_is_held() -> None:
 
 @pytest.mark.slow
 def test_the_tool_prints_and_writes(tmp_path: Path, small_detector: Detector) -> None:
+    for package in ("onnxruntime", "openvino", "nncf"):
+        pytest.importorskip(package)
     small_detector.save(tmp_path / "d.ckpt")
-    run_tool(
-        "benchmark", "predict", "ckpt=d.ckpt", "turns=1", "threads=[1]", "budgets=[5]", "out=p.json", cwd=tmp_path
-    ).ok()
+    export_onnx(small_detector, tmp_path / "d.onnx")
+    export_openvino(small_detector, tmp_path / "d.xml", batch=1, canvas=(32, 64))
+    overrides = ["ckpt=d.ckpt", "exports=[d.onnx,d.xml]", "turns=1", "threads=[1]", "budgets=[5]", "out=p.json"]
+    outcome = run_tool("benchmark", "predict", *overrides, "peers_exported=true", cwd=tmp_path, timeout=600).ok()
     written = json.loads((tmp_path / "p.json").read_text())
-    assert [row["name"] for row in written["contestants"]][:2] == ["torch", "torch, 5 proposals"]
-    assert set(written["peak_memory_mb"]) == {"torch", *(f"torchvision {name}" for name in PEERS)}
+    peers = [f"torchvision {name}" for name in PEERS]
+    names = ["torch", "torch, 5 proposals", "d.onnx", "d.xml", *peers, f"torchvision {NO_PROPOSALS}"]
+    assert [row["name"] for row in written["contestants"]] == names
+    assert set(written["peak_memory_mb"]) == {"torch", "d.onnx", "d.xml", *peers}
     assert all(megabytes > 50 for megabytes in written["peak_memory_mb"].values())
     assert "640 x 480" in written["picture"]
+    costs = {row["name"]: row["multiply_adds"] for row in written["per_multiply_add"]}
+    exported = {name: name.partition(" ")[0] for peer in PEERS for name in exported_peer_names(peer)}
+    assert set(costs) == {"d.onnx", "d.xml", *exported}
+    image = np.zeros((480, 640, 3), np.uint8)
+    assert costs["d.onnx"] == network_multiply_adds(small_detector, image)
+    assert costs["d.xml"] == network_multiply_adds(small_detector, image, (32, 64)) < costs["d.onnx"]
+    for name in (*names, *exported):
+        assert f"| {name} " in outcome.err
+
+
+def test_two_exports_of_one_name(tmp_path: Path) -> None:
+    outcome = run_tool("benchmark", "predict", "ckpt=d.ckpt", "exports=[a/d.onnx,b/d.onnx]", cwd=tmp_path)
+    assert "a/d.onnx and b/d.onnx have one name" in outcome.error()
 
 
 def test_the_tool_needs_a_checkpoint(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ from detector.backbones.classifier import build_classifier
 from detector.data.coco import load_coco
 from detector.data.scenes import render_scene
 from detector.data.shapes import ensure_shapes
+from detector.deploy.export import import_openvino
+from detector.deploy.quantize import import_nncf
+from detector.deploy.runtime import ExportedDetector
 from detector.errors import InputError
 from detector.files import replacing, write_json
 from detector.images import read_image
@@ -48,6 +51,7 @@ from detector.lab.prediction import (
     Timing,
     contest_networks,
     contest_predictions,
+    exported_peer_names,
     memory_of,
     network_multiply_adds,
     parts,
@@ -57,6 +61,8 @@ from detector.visualize import plot_receptive_fields
 from launch import CONF, launch, options, plain
 
 log = logging.getLogger(__name__)
+# Of each contestant, where the command line does not say: a 99th percentile needs a hundred.
+TURNS = {"peers": 15, "backbones": 15, "predict": 100}
 
 
 def main(config: DictConfig) -> None:
@@ -66,17 +72,18 @@ def main(config: DictConfig) -> None:
 
 
 def benchmark_peers(config: DictConfig) -> None:
-    results = list(tqdm(peers(config), total=6, desc="contests", disable=None))
+    turns = config.turns or TURNS["peers"]
+    results = list(tqdm(peers(config, turns), total=6, desc="contests", disable=None))
     log.info("%s\n%s", machine(), render_peers(results))
     if config.out:
         rows = [result.to_dict() for result in results]
-        write_json(config.out, {"machine": machine(), "turns": config.turns, "contests": rows})
+        write_json(config.out, {"machine": machine(), "turns": turns, "contests": rows})
         log.info("%s", config.out)
 
 
-def peers(config: DictConfig) -> Iterator[Contest]:
-    yield from align_contests(config.turns)
-    yield from backbone_contests(config.turns)
+def peers(config: DictConfig, turns: int) -> Iterator[Contest]:
+    yield from align_contests(turns)
+    yield from backbone_contests(turns)
     values = plain(config)
     spec = {key: values[key] for key in ("backbone", "neck", "rpn", "light_head")}
     spec["backbone"] = arguments_of(spec["backbone"])
@@ -84,7 +91,7 @@ def peers(config: DictConfig) -> Iterator[Contest]:
         # Other pictures than the training ones, at the size that both sides take in without shrinking.
         root = ensure_shapes(Path(folder) / "shapes", seed=1, train=32, val=1, size=320)
         index = load_coco(root / "annotations/train.json", root / "images")
-        yield training_contest(spec, values["augment"], index, config.turns)
+        yield training_contest(spec, values["augment"], index, turns)
 
 
 def render_peers(results: list[Contest]) -> str:
@@ -107,7 +114,7 @@ def benchmark_backbones(config: DictConfig) -> None:
     if not config.only:  # for its speed alone: it is no backbone
         rows.append(alexnet_row())
         networks["alexnet"] = (torchvision.models.alexnet(weights=None), 224)
-    times = time_classifiers(networks, config.turns, bar)
+    times = time_classifiers(networks, config.turns or TURNS["backbones"], bar)
     for row in rows:
         row.milliseconds = times[row.name]
     log.info("%s\n%s\n%s", machine(), render_backbones(rows), render_deviations(rows))
@@ -127,25 +134,39 @@ def chosen(only: Iterable[str] | None) -> list[str]:
 def benchmark_predict(config: DictConfig) -> None:
     if not config.ckpt:
         raise InputError("ckpt is missing: python tools/benchmark.py predict ckpt=RUN_DIR/best.ckpt")
+    exports, turns = by_name(config.exports), config.turns or TURNS["predict"]
+    if config.peers_exported:  # before the minutes of the first contest
+        import_openvino()
+        import_nncf()
     image = read_image(config.source) if config.source else generated_picture()
     threads = list(config.threads or range(1, (os.cpu_count() or 1) + 1))
-    exports, budgets = list(config.exports), list(config.budgets)
     timings = contest_predictions(
-        config.ckpt, image, threads=threads, turns=config.turns, exports=exports, budgets=budgets,
+        config.ckpt, image, threads=threads, turns=turns, exports=list(exports.values()), budgets=list(config.budgets),
         progress=bar,
     )  # fmt: skip
     torch.set_num_threads(threads[-1])
     detector = Detector.load(config.ckpt, "cpu")
-    spent = parts(detector, image, config.turns)
-    memory = memory_of({"torch": config.ckpt} | {Path(path).name: path for path in exports}, image.shape[:2])
-    efficiency = per_multiply_add(detector, timings, image, config) if config.peers_exported else []
+    spent = parts(detector, image, turns)
+    memory = memory_of({"torch": Path(config.ckpt)} | exports, image.shape[:2], threads[-1])
+    efficiency = per_multiply_add(detector, exports, image, threads[-1], turns) if config.peers_exported else []
     size = f"one picture of {image.shape[1]} x {image.shape[0]}, short side {detector.preprocessing.short_side}"
     log.info("%s; %s\n%s", machine(), size, render_predictions(timings, spent, memory, efficiency, threads[-1]))
     if config.out:
         rows = [timing.to_dict() for timing in timings]
-        content = {"machine": machine(), "picture": size, "turns": config.turns, "contestants": rows}
+        content = {"machine": machine(), "picture": size, "turns": turns, "contestants": rows}
         write_json(config.out, content | {"parts_ms": spent, "peak_memory_mb": memory, "per_multiply_add": efficiency})
         log.info("%s", config.out)
+
+
+def by_name(paths: Iterable[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if path.name in found:
+            raise InputError(
+                f"exports: {found[path.name]} and {path} have one name, and the table tells by it; copy one."
+            )
+        found[path.name] = path
+    return found
 
 
 def generated_picture() -> np.ndarray:
@@ -155,13 +176,15 @@ def generated_picture() -> np.ndarray:
 
 
 def per_multiply_add(
-    detector: Detector, timings: list[Timing], image: np.ndarray, config: DictConfig
+    detector: Detector, exports: dict[str, Path], image: np.ndarray, threads: int, turns: int
 ) -> list[dict[str, Any]]:
     """Milliseconds per thousand million multiply-adds, of our exports and of torchvision's detectors in OpenVINO."""
-    number = max(timing.threads for timing in timings)
-    costs = {f"{name} (OpenVINO)": peer_multiply_adds(name, image) for name in PEERS}
-    costs |= {Path(path).name: network_multiply_adds(detector, image) for path in config.exports}
-    times = contest_networks(image, list(config.exports), threads=number, turns=config.turns, progress=bar)
+    costs: dict[str, int] = {}
+    for name in PEERS:
+        costs |= dict.fromkeys(exported_peer_names(name), peer_multiply_adds(name, image))
+    for name, path in exports.items():
+        costs[name] = network_multiply_adds(detector, image, ExportedDetector.load(path).info.canvas)
+    times = contest_networks(image, list(exports.values()), threads=threads, turns=turns, progress=bar)
     return [
         {"name": name, "ms": 1000 * statistics.median(seconds), "multiply_adds": costs[name]}
         for name, seconds in times.items()
@@ -196,7 +219,7 @@ def render_predictions(
             cost = row["multiply_adds"] / 1e9
             rates.add_row(row["name"], f"{row['ms']:.1f}", f"{cost:.3f}", f"{row['ms'] / cost:.1f}")
         tables.append(rates)
-    return "\n".join(text_of(piece, width=110) for piece in tables)
+    return "\n".join(text_of(piece, width=140) for piece in tables)
 
 
 HEADS = (

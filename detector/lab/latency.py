@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,15 +74,10 @@ def _wait_for_device() -> None:
 
 def machine() -> str:
     """The processor's name, torch's threads, and its version: without them a figure of speed says nothing."""
-    name = next(_processor_names(), "unknown processor")
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{next(_processor_names())}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _processor_names() -> Iterator[str]:
-    try:
-        with open("/proc/cpuinfo") as file:
-            yield from (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except OSError:
-        import platform
-
-        yield platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:  # Linux, but not on ARM
+        yield from (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    yield platform.processor() or platform.machine() or "unknown processor"

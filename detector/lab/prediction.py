@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,9 @@ import torchvision
 from torch import Tensor, nn
 
 from detector.api import Detector
-from detector.deploy.export import convert_for_openvino
+from detector.deploy.export import convert_for_openvino, import_openvino
+from detector.deploy.quantize import import_nncf, quiet
+from detector.deploy.runtime import OFTEN, openvino_options
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.lab.cost import multiply_adds
@@ -29,7 +33,11 @@ from detector.preprocess import canvas_size, pad, restore_boxes
 
 # The light detectors that torchvision has: two stages, and one.
 PEERS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large")
-# With random weights a peer would keep hundreds of boxes; above this it keeps none, and is as fast as it can be.
+# The one whose cost depends on what it proposes: it looks at all that its RPN gives a score of 0.05, at most 150. With
+# random weights that is 150; with trained ones it is somewhere between that and none, so it takes part at both ends.
+TWO_STAGES = PEERS[0]
+NO_PROPOSALS = f"{TWO_STAGES}, no proposals"
+# With random weights a peer would keep hundreds of boxes; above this it keeps none: its final NMS costs nothing.
 PEER_THRESHOLD = 0.3
 SETTLE = 3  # predictions before each that is timed, see `take_turns_apart`
 TORCH = "torch"
@@ -92,7 +100,7 @@ def contest_predictions(
             for budget in budgets
         }
         makers |= {Path(path).name: partial(_export_call, path, image, number) for path in exports}
-        makers |= {f"torchvision {name}": partial(_peer_call, name, image, number) for name in PEERS}
+        makers |= {f"torchvision {name}": partial(_peer_call, name, image, number) for name in (*PEERS, NO_PROPOSALS)}
         title = f"{number} thread" + "s" * (number > 1)
         times = take_turns_apart(makers, progress(range(WARM_UP + turns), title), settle=SETTLE)
         for name, seconds in times.items():
@@ -109,16 +117,20 @@ def _torch_call(ckpt: str | Path, image: np.ndarray, threads: int, **options: An
 
 def _export_call(path: str | Path, image: np.ndarray, threads: int) -> Callable[[], object]:
     detector = load(path, threads=threads)
+    for _ in range(OFTEN + 1):  # as for a camera: OpenVINO has compiled for the size by then
+        detector.predict(image)
     return lambda: detector.predict(image)
 
 
 def peer(name: str) -> nn.Module:
-    """A detector of torchvision with random weights, for its speed."""
-    model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None).eval()
-    if name.startswith("ssd"):
-        model.score_thresh = PEER_THRESHOLD
-    else:
+    """A detector of torchvision with random weights, for its speed: one of PEERS, or NO_PROPOSALS."""
+    known = TWO_STAGES if name == NO_PROPOSALS else name
+    model = getattr(torchvision.models.detection, known)(weights=None, weights_backbone=None).eval()
+    if known == TWO_STAGES:
         model.roi_heads.score_thresh = PEER_THRESHOLD
+        model.rpn.score_thresh = 1.0 if name == NO_PROPOSALS else model.rpn.score_thresh
+    else:
+        model.score_thresh = PEER_THRESHOLD
     return model
 
 
@@ -171,8 +183,8 @@ def _predict_in_parts(detector: Detector, image: np.ndarray, clock: Clock) -> No
     clock.book("post-process")
 
 
-def network_multiply_adds(detector: Detector, image: np.ndarray) -> int:
-    """Of the network on the canvas of this picture."""
+def network_multiply_adds(detector: Detector, image: np.ndarray, canvas: tuple[int, int] | None = None) -> int:
+    """Of the network on this canvas (height, width), or that of this picture."""
 
     class Detect(nn.Module):
         def __init__(self) -> None:
@@ -182,7 +194,7 @@ def network_multiply_adds(detector: Detector, image: np.ndarray) -> int:
         def forward(self, images: Tensor, sizes: Tensor) -> object:
             return self.network.detect(images, sizes)
 
-    height, width = canvas_size([detector.preprocessing.target_size(*image.shape[:2])])
+    height, width = canvas or canvas_size([detector.preprocessing.target_size(*image.shape[:2])])
     return multiply_adds(Detect(), torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([[height, width]]))
 
 
@@ -200,17 +212,50 @@ def contest_networks(
     progress: Callable[[Iterable[int], str], Iterable[int]] = lambda turns, _: turns,
 ) -> dict[str, list[float]]:
     """Seconds of networks alone: our exports on a picture that is resized and padded already, and torchvision's
-    detectors in OpenVINO, as an OpenVINO export of ours runs: float32, for latency, a fixed size.
+    detectors as OpenVINO exports of ours run: for latency, with a fixed size, in float32 and, by NNCF, in int8.
+
+    Returns:
+        By name: `exported_peer_names`, and the names of the files.
 
     Raises:
-        InputError: a contestant fails; openvino is not installed.
+        InputError: a contestant fails; openvino or nncf is not installed.
     """
-    makers: dict[str, Maker] = {f"{name} (OpenVINO)": partial(_exported_peer, name, image, threads) for name in PEERS}
-    makers |= {Path(path).name: partial(_network_call, path, image, threads) for path in exports}
-    return take_turns_apart(makers, progress(range(WARM_UP + turns), "exported networks"), settle=SETTLE)
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_peers(image, Path(folder))
+        makers: dict[str, Maker] = {
+            name: partial(_exported_peer_call, path, image, threads) for name, path in files.items()
+        }
+        makers |= {Path(path).name: partial(_network_call, path, image, threads) for path in exports}
+        return take_turns_apart(makers, progress(range(WARM_UP + turns), "exported networks"), settle=SETTLE)
 
 
-def _exported_peer(name: str, image: np.ndarray, threads: int) -> Callable[[], object]:
+def exported_peer_names(name: str) -> tuple[str, str]:
+    """What a detector of torchvision is called in OpenVINO, in float32 and in int8."""
+    return f"{name} (OpenVINO)", f"{name} (OpenVINO, int8)"
+
+
+def write_peers(image: np.ndarray, folder: Path) -> dict[str, Path]:
+    """Write torchvision's detectors for pictures of this size, calibrated on it; by their `exported_peer_names`.
+
+    Raises:
+        InputError: openvino or nncf is not installed.
+    """
+    openvino, nncf = import_openvino(), import_nncf()
+    files: dict[str, Path] = {}
+    for name in PEERS:
+        model = _convert_peer(name, image)
+        whole, quantized = folder / f"{name}.xml", folder / f"{name}.int8.xml"
+        openvino.save_model(model, whole, compress_to_fp16=False)
+        # Read again: in the file there are no nodes that nobody uses, on which NNCF fails.
+        model = openvino.Core().read_model(whole)
+        with quiet(nncf):
+            model = nncf.quantize(model, nncf.Dataset([_tensor(image).numpy()]), subset_size=1)
+        openvino.save_model(model, quantized, compress_to_fp16=False)
+        files |= dict(zip(exported_peer_names(name), (whole, quantized), strict=True))
+    return files
+
+
+def _convert_peer(name: str, image: np.ndarray) -> Any:
     class OneImage(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -221,11 +266,18 @@ def _exported_peer(name: str, image: np.ndarray, threads: int) -> Callable[[], o
             return found["boxes"], found["scores"], found["labels"]
 
     pixels = _tensor(image)
-    model = convert_for_openvino(OneImage(), example_input=pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's code about being traced
+        model = convert_for_openvino(OneImage(), example_input=pixels)
+    model.reshape(list(pixels.shape))
+    return model
+
+
+def _exported_peer_call(path: Path, image: np.ndarray, threads: int) -> Callable[[], object]:
     import openvino
 
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled, values = openvino.Core().compile_model(model, "CPU", options), pixels.numpy()
+    compiled = openvino.Core().compile_model(path, "CPU", openvino_options(threads))
+    values = _tensor(image).numpy()
     return lambda: compiled(values, share_inputs=True)
 
 
@@ -259,15 +311,15 @@ def peak_memory(code: str) -> float:
     return float(outcome.stdout.split()[-1])
 
 
-def memory_of(files: Mapping[str, str | Path], size: tuple[int, int]) -> dict[str, float]:
+def memory_of(files: Mapping[str, str | Path], size: tuple[int, int], threads: int) -> dict[str, float]:
     """Peak memory in MB of a process that loads a file and predicts once on a picture (height, width); peers too."""
     height, width = size
-    picture = f"import numpy as np; image = np.zeros(({height}, {width}, 3), np.uint8)\n"
+    picture = f"import detector, numpy as np; image = np.zeros(({height}, {width}, 3), np.uint8)\n"
     found = {
-        name: peak_memory(picture + f"import detector; detector.load({str(path)!r}, device='cpu').predict(image)")
+        name: peak_memory(picture + f"detector.load({str(path)!r}, 'cpu', threads={threads}).predict(image)")
         for name, path in files.items()
     }
     for name in PEERS:
-        code = f"from detector.lab.prediction import _peer_call; _peer_call({name!r}, image, 1)()"
+        code = f"from detector.lab.prediction import _peer_call; _peer_call({name!r}, image, {threads})()"
         found[f"torchvision {name}"] = peak_memory(picture + code)
     return found
