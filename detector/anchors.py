@@ -46,11 +46,12 @@ class AnchorGrid(nn.Module):
         if torch.compiler.is_compiling():  # a kept tensor would be a constant of one size
             return self._make(height, width)
         key = (height, width, self.cells.device, self.cells.dtype)
-        if key not in self._kept:
-            if len(self._kept) == KEPT:
+        anchors = self._kept.get(key)
+        if anchors is None:
+            if len(self._kept) >= KEPT:
                 self._kept.clear()
-            self._kept[key] = self._make(height, width)
-        return self._kept[key]
+            anchors = self._kept[key] = self._make(height, width)
+        return anchors
 
     def _make(self, height: int, width: int) -> Tensor:
         y = torch.arange(height, device=self.cells.device, dtype=self.cells.dtype) * self.stride

@@ -60,7 +60,9 @@ class Detector(Predictor):
         Args:
             path: `best.ckpt` or `last.ckpt` of a run, or what `save` wrote.
             device: "cpu", "cuda", ...; None takes the GPU if there is one.
-            fused: fold batch normalisation into the convolutions: faster, equal results; not to be trained or saved.
+            fused: made for prediction (`deploy.fuse`): normalisation folded into the convolutions, no shuffles. The
+                same boxes and scores up to rounding, sooner; but its maps c3, c4 and c5 have their channels in another
+                order, and it cannot be trained or saved.
 
         Raises:
             InputError: no such file, not a checkpoint of this project, or weights that do not fit its description.

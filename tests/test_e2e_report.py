@@ -283,6 +283,8 @@ def test_a_report_can_be_left_out(tmp_path: Path, small_detector: Detector) -> N
 def test_what_does_not_go_together(case: Path) -> None:
     assert "annotations=" in run_tool("eval", "results=dt.json", cwd=case).error()
     assert "give one of them" in run_tool("eval", "results=dt.json", "ckpt=a.ckpt", cwd=case).error()
+    overrides = ("results=dt.json", "annotations=gt.json", "max_proposals=5")
+    assert "max_proposals=5 needs the detector" in run_tool("eval", *overrides, cwd=case).error()
     assert "ckpt is missing" in run_tool("eval", cwd=case).error()
     message = run_tool("eval", "results=none.json", "annotations=gt.json", cwd=case).error()
     assert "cannot read none.json" in message

@@ -54,6 +54,8 @@ def evaluate_results(config: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"Both ckpt={config['ckpt']} and results={path}: give one of them.")
     if not annotations:
         raise InputError(f"results={path} needs the ground truth: add annotations=instances.json.")
+    if config["max_proposals"]:
+        raise InputError(f"max_proposals={config['max_proposals']} needs the detector: give ckpt= instead of results=.")
     figures = evaluate(path, annotations, metrics=config["metrics"])
     clock.book("metrics")
     out = Path(str(config["out"])) if config["out"] else path.parent / "eval"

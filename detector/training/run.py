@@ -111,7 +111,9 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
         rpn.test_limits = replace(rpn.test_limits, after_nms=budget)
     data_config = evaluation_data(config, detector)
     index = load_split(data_config, "val", class_names=detector.class_names)
-    out = Path(str(config["out"])) if config["out"] else Path(config["ckpt"]).parent / "eval"
+    # Not where other tools look for the detector's figures.
+    name = f"eval_{config['max_proposals']}_proposals" if config["max_proposals"] else "eval"
+    out = Path(str(config["out"])) if config["out"] else Path(config["ckpt"]).parent / name
     if is_first_process():
         check_writable(out)
     data = _data_module(config, detector.preprocessing, None, index)
