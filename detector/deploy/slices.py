@@ -65,6 +65,8 @@ class SlicedStage(nn.Module):
 
 
 def _split(tensor: Tensor, pieces: Sequence[Slice]) -> dict[Slice, Tensor]:
+    if len(pieces) == 1:
+        return {pieces[0]: tensor}
     return dict(zip(pieces, tensor.split([piece.stop - piece.start for piece in pieces], dim=1), strict=True))
 
 
