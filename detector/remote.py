@@ -99,7 +99,8 @@ class _Address:
         except ValueError:  # its text may have a part of a password
             raise InputError(f"{shown}: not an address; expected https://HOST/PATH.") from None
         if parts.scheme not in ("http", "https"):
-            raise InputError(f"{shown}: only addresses of http and https are downloaded, not {parts.scheme or 'others'}.")
+            other = parts.scheme or "others"
+            raise InputError(f"{shown}: only addresses of http and https are downloaded, not {other}.")
         if not parts.hostname:
             raise InputError(f"{shown}: names no host; expected https://HOST/PATH.")
         if parts.username is not None or parts.password is not None:

@@ -14,7 +14,10 @@ from detector.api import Detector
 
 ROOT = Path(__file__).resolve().parents[1]
 # What only the extra `train` brings; the program below makes importing it fail, as where it is not installed.
-TRAINING_ONLY = ("lightning", "hydra", "omegaconf", "albumentations", "pycocotools", "matplotlib", "rich")
+TRAINING_ONLY = (
+    "lightning", "hydra", "omegaconf", "albumentations", "hotcoco", "pycocotools", "tensorboard", "matplotlib", "rich",
+    "tqdm", "yaml",
+)  # fmt: skip
 PROGRAM = f"""
 import sys
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,20 @@ import detector
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING_ONLY = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "matplotlib", "albumentations", "pycocotools"}
 HEAVY = {"torch", "torchvision", "cv2", "numpy", "PIL"} | TRAINING_ONLY
+# Where what an extra brings may be imported, beside what prediction needs.
+EXTRAS = {
+    "detector/backbones/": {"timm"},
+    "detector/data/": {"train"},
+    "detector/deploy/": {"int8", "onnx", "openvino"},
+    "detector/evaluation/": {"train"},
+    "detector/lab/": {"openvino", "train"},
+    "detector/serve/": {"serve"},
+    "detector/structures.py": {"dev"},  # to_pandas, to_supervision: their users have the package
+    "detector/training/": {"train"},
+    "detector/video.py": {"video"},
+    "detector/visualize.py": {"train"},
+    "tools/": {"train"},
+}
 
 
 def modules_after(statement: str) -> set[str]:
@@ -36,6 +52,19 @@ def tracked_files() -> list[Path]:
 
 def requirement_names(requirements: list[str]) -> set[str]:
     return {re.split(r"[<>=!~;\[ ]", requirement, maxsplit=1)[0].lower() for requirement in requirements}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """What a file imports, wherever in it, by the names that pip knows; without the standard library and our own."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules.add(node.module.partition(".")[0])
+    modules -= {*sys.stdlib_module_names, "detector", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
+    installed = packages_distributions()
+    return {installed.get(module, [module])[0].lower().replace("_", "-") for module in modules}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +100,21 @@ def test_dependencies() -> None:
     assert {"lightning", "hydra-core", "omegaconf", "pycocotools", "albumentations"} <= train
     # AGPL: would bind everybody who uses this project.
     assert "albumentationsx" not in core | train
+
+
+def test_every_import_is_declared_where_it_is_used() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core, extras = project["dependencies"], project["optional-dependencies"]
+    undeclared, seen = [], set()
+    for path in sorted([*(ROOT / "detector").rglob("*.py"), *(ROOT / "tools").glob("*.py")]):
+        name = path.relative_to(ROOT).as_posix()
+        [allowed] = [extras_of for place, extras_of in EXTRAS.items() if name.startswith(place)] or [set()]
+        declared = requirement_names([*core, *(line for extra in allowed for line in extras[extra])])
+        imported = imported_packages(path)
+        seen |= imported
+        undeclared += [f"{name}: {package}" for package in sorted(imported - declared)]
+    assert undeclared == []
+    assert {"torch", "pillow", "opencv-python-headless", "hydra-core", "python-multipart", "tqdm"} <= seen
 
 
 def test_every_configuration_file_parses() -> None:

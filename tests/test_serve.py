@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import http.client
 import io
+import json
 import logging
 import os
 import socket
@@ -15,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,12 @@ pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 from starlette.testclient import TestClient
 
+from detector.serve import connection as connection_module
 from detector.serve import serve
 from detector.serve.app import build_app
 from detector.serve.guard import is_loopback
 from detector.serve.limits import Limits
-from detector.serve.server import run
+from detector.serve.server import run, server_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPBACK = "http://127.0.0.1:8000"
@@ -285,10 +289,20 @@ def test_nothing_that_a_request_names_is_opened(
             ruler.post("/predict", files={"other": ("a", b"b")}, data={"image": content}), 400, "no file 'image'"
         )
         assert_refused(ruler.post("/predict", files={"image": (content, b"")}), 422, "empty")
-        assert ruler.get("/" + content.lstrip("/")).status_code in (200, 404)
-        assert "class Detector" not in ruler.get(f"/..%2f{content}").text
-    assert ruler.get("/page.html").status_code == 404
-    assert ruler.get("/..%2fapp.py").status_code == 404
+        answers = [ruler.get(path) for path in ("/" + content.lstrip("/"), f"/..%2f{content}")]
+        # "/." is another way to write "/", the page.
+        assert [answer.status_code for answer in answers] == [200 if content == "." else 404, 404]
+        for file in (picture, Path("/etc/passwd")):
+            if file.is_file():
+                assert [answer.url for answer in answers if file.read_bytes() in answer.content] == []
+
+
+@pytest.mark.parametrize("name", ["page.html", "app.py", "__init__.py"])
+def test_no_file_of_the_server_is_served(ruler: TestClient, name: str) -> None:
+    own = (ROOT / "detector/serve" / name).read_bytes()
+    for path in (f"/{name}", f"/./{name}", f"/..%2f{name}", f"/serve/{name}", f"/..%2fserve%2f{name}"):
+        answer = ruler.get(path)
+        assert (answer.status_code, own in answer.content) == (404, False), path
 
 
 def test_requests_without_a_picture(ruler: TestClient) -> None:
@@ -312,12 +326,12 @@ def test_requests_without_a_picture(ruler: TestClient) -> None:
     assert post(ruler).status_code == 200
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def png(width: int, height: int, data: bytes = b"", *, extra: bytes = b"") -> bytes:
     """A PNG file of these header values, whatever its data is."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
@@ -334,13 +348,45 @@ def test_too_large(ruler: TestClient) -> None:
     assert post(ruler, encoded(np.zeros((250, 400, 3), np.uint8))).status_code == 200
     assert_refused(post(ruler, png(30_000, 30_000)), 413)  # above Pillow's own limit
     assert_refused(post(ruler, png(2**31 - 1, 2**31 - 1)), 413)
-    # A small file that unpacks to 100 MB: more than its header announces is never unpacked.
-    bomb = zlib.compress(bytes(100_000_000), 9)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_a_small_file_of_much_is_not_unpacked() -> None:
+    """What the header does not announce takes no memory, whether it is pixels or text."""
+    code = """if True:
+        import re, struct, sys
+        from pathlib import Path
+        from detector.errors import InputError
+        from detector.serve.picture import decode
+
+        def peak_kilobytes():
+            return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+        for _ in range(int(sys.argv[1])):
+            data = sys.stdin.buffer.read(*struct.unpack("<I", sys.stdin.buffer.read(4)))
+            before = peak_kilobytes()
+            try:
+                decode(data, 10**9)
+            except InputError:
+                pass
+            print((peak_kilobytes() - before) / 1000)
+    """
+    bomb, small = zlib.compress(bytes(100_000_000), 9), zlib.compress(bytes(25 * 8))
     assert len(bomb) < 200_000
-    assert post(ruler, png(8, 8, bomb)).status_code in (200, 422)
-    text = struct.pack(">I", len(bomb) + 3) + b"zTXta\0\0" + bomb
-    text += struct.pack(">I", zlib.crc32(text[4:]))
-    assert post(ruler, png(8, 8, zlib.compress(bytes(25 * 8)), extra=text)).status_code in (200, 413, 422)
+    files = [
+        png(8, 8, small),  # pays for what Pillow loads
+        png(8, 8, bomb),
+        png(8, 8, small, extra=chunk(b"zTXt", b"a\0\0" + bomb)),
+        encoded(np.zeros((5000, 6600, 3), np.uint8)),  # 99 MB, as its header says
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(len(files))],
+        input=b"".join(struct.pack("<I", len(file)) + file for file in files),
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    _, pixels, text, announced = map(float, result.stdout.split())
+    assert max(pixels, text) < 30
+    assert announced > 90  # the measure sees what is unpacked
 
 
 # Of a form that breaks off inside its file, Starlette leaves the temporary file to the garbage collector.
@@ -509,6 +555,120 @@ def test_a_wait_has_an_end_and_what_was_given_up_is_not_done() -> None:
         assert predictor.calls == 2
 
 
+# ---- connections
+
+
+@contextmanager
+def listening(limits: Limits) -> Iterator[int]:
+    """A server on a real socket, in a thread; gives its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
+        server = server_of(build_app(Ruler(), limits), limits)
+        ended = thread.submit(server.run, [listener])
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            ended.result(10)
+
+
+def seconds_until_closed(port: int, pieces: Iterator[bytes]) -> float:
+    """How long a connection lasts on which these pieces are sent, 0.05 seconds apart, and the answers are read."""
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), timeout=0.05) as client:
+        while time.monotonic() - begun < 5:
+            try:
+                client.sendall(next(pieces, b""))
+                if not client.recv(10_000):
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+    return time.monotonic() - begun
+
+
+def slow_headers() -> Iterator[bytes]:
+    yield b"GET /info HTTP/1.1\r\nHost: localhost\r\n"
+    while True:
+        yield b"X: x\r\n"
+
+
+def slow_headers_of_a_second_request() -> Iterator[bytes]:
+    yield b"GET /info HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    yield from slow_headers()
+
+
+def slow_body_that_no_route_reads() -> Iterator[bytes]:
+    yield b"GET /info HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+    while True:
+        yield b"x"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [lambda: iter([]), slow_headers, slow_headers_of_a_second_request, slow_body_that_no_route_reads],
+    ids=["silent", "slow headers", "second request", "slow body"],
+)
+def test_a_connection_that_does_not_get_on_is_closed(pieces: Callable[[], Iterator[bytes]]) -> None:
+    with listening(Limits(timeout=0.4)) as port:
+        assert 0.3 < seconds_until_closed(port, pieces()) < 2
+
+
+def test_a_client_that_does_not_read_its_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "MARGIN", 0.1)
+    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with listening(Limits(timeout=0.3)) as port, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10_000)
+        client.settimeout(5)
+        client.connect(("127.0.0.1", port))
+        # Neither side's buffers take more at some time: without an end, a TimeoutError.
+        with pytest.raises(ConnectionError):
+            client.sendall(request * 1_000_000)
+
+
+def test_requests_on_one_connection_may_take_longer_than_one_timeout() -> None:
+    with listening(Limits(timeout=0.4)) as port:
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        client.auto_open = 0  # or it would hide that the server has closed
+        client.connect()
+        for _ in range(6):
+            client.request("GET", "/health")
+            assert client.getresponse().read() == b'{"status":"ok"}'
+            time.sleep(0.15)
+        client.close()
+
+
+def test_connections_above_the_bound_are_refused_and_the_others_served() -> None:
+    limits = Limits(queue=2, connections=3)
+    with listening(limits) as port, ExitStack() as stack:
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        stack.callback(client.close)
+        client.connect()
+        silent = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(2)]
+        for one in silent:
+            stack.callback(one.close)
+        for _ in range(5):
+            refused = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            refused.request("GET", "/health")
+            response = refused.getresponse()
+            assert (response.status, response.headers["Retry-After"]) == (503, "1")
+            assert list(json.loads(response.read())) == ["error"]
+            refused.close()
+            client.request("POST", "/predict", encoded(noise()), {"Content-Type": "image/png"})
+            answer = client.getresponse()
+            assert (answer.status, len(json.loads(answer.read())["scores"])) == (200, 7)
+        silent[0].close()  # and its place is free
+        wait_until(lambda: status_of_health(port) == 200)
+
+
+def status_of_health(port: int) -> int:
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    client.request("GET", "/health")
+    status = client.getresponse().status
+    client.close()
+    return status
+
+
 # ---- settings
 
 
@@ -528,6 +688,21 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> Non
         serve(Ruler())
 
 
+def test_sigterm_ends_the_tool_while_the_detector_loads() -> None:
+    """With the exit code that the signal's default would give, and not by the default: process 1 has none."""
+    code = """if True:
+        import signal, sys
+        import detector, serve
+        from omegaconf import OmegaConf
+
+        detector.load = lambda *_: [signal.raise_signal(signal.SIGTERM), sys.exit("went on")]
+        serve.main(OmegaConf.create({"ckpt": "best.ckpt", "device": None, "limits": {}}))
+    """
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert (result.returncode, result.stderr) == (143, b"")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -537,6 +712,8 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> Non
         ({"queue": 0}, "queue=0; expected a whole number, 1 or more"),
         ({"queue": 2.5}, "queue=2.5"),
         ({"timeout": "soon"}, "timeout=soon"),
+        ({"connections": 15}, "connections=15; expected a whole number, 16 or more"),  # the default of queue
+        ({"connections": True}, "connections=True"),
     ],
 )
 def test_limits_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import launch
+
+import pytest
+from tool_runner import run_tool
+
+from detector.writers import WRITERS
 
 LAUNCH = Path(launch.__file__).resolve()
 
@@ -52,14 +55,15 @@ CONFIG = {
     "train": """
 defaults: [_self_, {backbone: v2_1x}, {recipe: demo}]
 fail: null
-ckpt: ???
-epochs: 1
+ckpt: ???    # to start from
+epochs: 1    # of the whole
+             # data set
 optimizer: {lr: 0.1, momentum: 0.9}
 run_dir: runs/${hydra:runtime.choices.backbone}
 """,
-    "backbone/v2_1x": "name: one\n",
+    "backbone/v2_1x": "name: one  # section 1\nwidth: 8  # section 2\n",
     "backbone/v2_2x": "name: two\n",
-    "recipe/demo": "# @package _global_\nepochs: 3\n",
+    "recipe/demo": "# @package _global_\nepochs: 3  # the recipe's\nrate: 1  # fast\n",
     "recipe/paper": "# @package _global_\nepochs: 30\n",
 }
 
@@ -186,6 +190,93 @@ def test_help_shows_purpose_options_and_configuration(tool: Path, flag: str) -> 
     assert (result.returncode, result.stderr) == (0, "")
     for part in ("Says what it was given.", "Example:", "[v2_1x] v2_2x", "demo [paper]", "epochs: 30", "ckpt: ???"):
         assert part in result.stdout
+
+
+def test_help_explains_each_key_behind_its_line(tool: Path) -> None:
+    lines = call(tool, "--help").stdout.splitlines()
+    assert [line for line in lines if " # " in line] == [
+        "  ckpt: ???    # to start from",
+        "  epochs: 3    # of the whole data set",  # what the key is, before where its value comes from
+        "    name: one  # section 1",
+        "    width: 8   # section 2",
+        "  rate: 1      # fast",
+    ]
+
+
+def test_a_group_takes_away_what_another_says_of_its_value(tmp_path: Path) -> None:
+    files = {
+        "tool": "defaults: [base, {size: s}, {recipe: r}, _self_]\nout: a  # the tool's\n",
+        "base": "seed: 0  # of all\nout: b  # the base's\n",
+        "size/s": "# @package net\nwide: 8  # table 1\ndeep: 9  # table 2\n",
+        "recipe/r": "# @package _global_\nrate: 1  # ours\n",
+        "recipe/block": "# @package _global_\nnet:\n  wide: 4\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    _, choices = launch.compose_config("tool", ["recipe=block"], tmp_path)
+    notes = launch.comments("tool", choices, tmp_path)
+    assert {key: note for key, note in notes.items() if note} == {
+        "seed": "of all",
+        "out": "the tool's",
+        "net.deep": "table 2",
+    }
+
+
+def test_comments_are_found_as_yaml_means_them() -> None:
+    text = """\
+# of the file
+a: 1   # one
+b: {c: 2, d: "# no comment"}  # two,
+                              # and more
+                            # of nobody
+e:     # three
+  f: "x # y"
+  g:
+    - h: 4  # of a list
+  i: 'long
+    text'  # of many lines
+j: z#z
+"""
+    keys = list(launch.keys_of(text))
+    assert keys == [
+        ("a", 1, "one"), ("b", 2, "two, and more"), ("e", 5, "three"), ("e.f", 6, ""), ("e.g", 7, ""),
+        ("e.i", 9, ""), ("j", 11, ""),
+    ]  # fmt: skip
+    assert launch.annotated("a: 1\ne:\n  f: 0", {"a": "one", "e.f": "six", "e": ""}) == [
+        "a: 1    # one",
+        "e:",
+        "  f: 0  # six",
+    ]
+
+
+def test_help_of_a_tool_says_what_its_keys_are(tmp_path: Path) -> None:
+    shown = run_tool("predict", "--help", cwd=tmp_path).ok().out
+    [tile] = [line for line in shown.splitlines() if line.startswith("  tile: null ")]
+    assert "  # [width,height,overlap] in pixels" in tile
+    [save] = [line for line in shown.splitlines() if line.startswith("  save:")]
+    assert [name for name in WRITERS if name not in save.partition("#")[2]] == []
+
+
+def test_a_tool_puts_its_own_keys_before_those_it_takes_over(tmp_path: Path) -> None:
+    shown = run_tool("doctor", "--help", cwd=tmp_path).ok().out
+    assert shown.index("  out: doctor") < shown.index("  run_dir:") < shown.index("  backbone:")
+
+
+EXTRA = ("hydra", "omegaconf", "lightning", "rich", "tqdm", "albumentations")
+
+
+@pytest.mark.parametrize("tool", sorted(path.name for path in LAUNCH.parent.glob("*.py") if path.name != "demo.py"))
+def test_without_the_extra_a_tool_says_what_to_install(tool: str) -> None:
+    """The first import that fails is that of the launcher, which knows the remedy."""
+    blocked = f"import runpy, sys; sys.modules |= dict.fromkeys({EXTRA})"
+    code = f"{blocked}; runpy.run_path({str(LAUNCH.parent / tool)!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert "hydra is not installed" in result.stderr
+    assert result.stderr.endswith("pip install 'light-head-detector[train]'.\n")
+    assert result.stderr.count("\n") == 1
 
 
 def test_other_ranks_leave_shared_mistakes_to_rank_0(tool: Path) -> None:

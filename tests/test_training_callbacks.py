@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import launch
+
 import lightning
 import pytest
 import torch
 from scored_data import overrides_of, write_scored_data
 from torch import Tensor, nn
 
-import launch
 from detector.api import Detector, read_checkpoint
 from detector.evaluation.coco import METRICS
 from detector.training import run

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import launch
+from launch import compose_config, plain, resolve
+
 import pytest
 
-import launch
 from detector.errors import InputError
 from detector.training.checks import check_values
-from launch import compose_config, plain, resolve
 
 RECIPES = sorted(path.stem for path in (launch.CONF / "recipe").glob("*.yaml"))
 PRETRAINING = sorted(path.stem for path in (launch.CONF / "pretrain").glob("*.yaml"))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import launch
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ from classified_data import CLASSES, write_classified_data
 from PIL import Image
 from torch import Tensor
 
-import launch
 from detector.backbones import arguments_of, build_backbone
 from detector.backbones.classifier import ImageClassifier
 from detector.backbones.pretrained import load_weights

@@ -149,6 +149,8 @@ def _become(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     # What the tools import, at the start or on their way; nothing here may start a thread.
     sys.path.insert(0, str(ROOT / "tools"))
+    import launch  # noqa: F401
+
     import albumentations  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import tensorboard.summary  # noqa: F401
@@ -156,7 +158,6 @@ if __name__ == "__main__":
 
     import detector.training.pretrain
     import detector.training.run  # noqa: F401
-    import launch  # noqa: F401
 
     del sys.path[0]
     _serve(sys.stdin)

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from launch import CONF, launch, options, plain
+
 import numpy as np
 import torch
 import torchvision
@@ -58,7 +60,6 @@ from detector.lab.prediction import (
     peer_multiply_adds,
 )
 from detector.visualize import plot_receptive_fields
-from launch import CONF, launch, options, plain
 
 log = logging.getLogger(__name__)
 # Of each contestant, where the command line does not say: a 99th percentile needs a hundred.

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import launch, plain
+
 from omegaconf import DictConfig
 
 from detector.api import Detector
@@ -24,7 +26,6 @@ from detector.evaluation.compare import compare, format_comparison
 from detector.files import write_json
 from detector.training.checks import check_values
 from detector.training.run import evaluate, evaluation_data, load_split
-from launch import launch, plain
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launch import launch, plain
+
 from omegaconf import DictConfig
 
 from detector.data.doctor import examine, format_diagnosis
@@ -23,7 +25,6 @@ from detector.errors import InputError
 from detector.files import write_json
 from detector.preprocess import Preprocessing
 from detector.training.checks import check_values
-from launch import launch, plain
 
 log = logging.getLogger(__name__)
 # Of the map that the RPN looks at, C4 or the neck's.

@@ -7,9 +7,9 @@ python tools/eval.py results=detections.json annotations=instances.json images=D
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from launch import launch, plain
+
+from omegaconf import DictConfig
 
 
 def main(config: DictConfig) -> None:

@@ -26,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launch import launch, plain
+
 import numpy as np
 import torch
 from omegaconf import DictConfig
@@ -46,7 +48,6 @@ from detector.images import list_images, read_image
 from detector.predictor import Predictor
 from detector.structures import Detections
 from detector.training.run import evaluation_data, load_split
-from launch import launch, plain
 
 log = logging.getLogger(__name__)
 # Format -> how its file ends.

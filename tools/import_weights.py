@@ -10,6 +10,8 @@ The names in the file tell whose it is: torchvision's, timm's, ours, or ShuffleN
 
 from __future__ import annotations
 
+from launch import launch, plain
+
 import torch
 from omegaconf import DictConfig
 from rich import box
@@ -21,7 +23,6 @@ from detector.backbones import arguments_of, build_backbone
 from detector.backbones.pretrained import WeightsReport, load_weights
 from detector.errors import InputError
 from detector.files import replacing
-from launch import launch, plain
 
 
 def main(cfg: DictConfig) -> None:

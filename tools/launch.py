@@ -26,19 +26,29 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+USAGE_ERROR = 2
 
-from detector.errors import InputError
+try:
+    import yaml
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf import DictConfig, OmegaConf, open_dict
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    from detector.errors import InputError
+except ModuleNotFoundError as error:  # `pip install .` alone is enough for the library only
+    print(
+        f"error: {error.name} is not installed; the tools need it: pip install 'light-head-detector[train]'.",
+        file=sys.stderr,
+    )
+    sys.exit(USAGE_ERROR)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+# In --help, comments stand no further to the right than behind so many characters, where lines allow it.
+NOTE_COLUMN = 30
 # Seconds that rank 0 has to report an error that all ranks share.
 GRACE = 5.0
 
@@ -63,7 +73,7 @@ def launch(main: Callable[[DictConfig], Any], config_name: str, config_dir: Path
         refuse_unknown_flags(flags)
         cfg, choices = compose_config(config_name, overrides, config_dir)
         if flags:
-            print(help_text(sys.modules[main.__module__].__doc__, cfg, choices, config_dir))
+            print(help_text(sys.modules[main.__module__].__doc__, cfg, choices, config_name, config_dir))
             return
         resolve(cfg)
     except InputError as error:
@@ -151,13 +161,17 @@ def refuse_unknown_flags(flags: Sequence[str]) -> None:
             )
 
 
-def help_text(doc: str | None, cfg: DictConfig, choices: dict[str, str], config_dir: Path) -> str:
+def help_text(doc: str | None, cfg: DictConfig, choices: dict[str, str], config_name: str, config_dir: Path) -> str:
     """What the tool does, the options of each group, and the whole configuration under the given overrides."""
     width = max(map(len, choices), default=0)
     groups = [
         f"  {group:{width}}  " + " ".join(f"[{o}]" if o == choices[group] else o for o in options(config_dir, group))
         for group in sorted(choices)
     ]
+    values = OmegaConf.to_container(cfg)
+    assert isinstance(values, dict)
+    own = read_yaml(config_dir / f"{config_name}.yaml")
+    values = {key: values[key] for key in sorted(values, key=lambda key: key not in own)}  # the tool's own keys first
     return "\n".join(
         [
             (doc or "").strip(),
@@ -168,9 +182,72 @@ def help_text(doc: str | None, cfg: DictConfig, choices: dict[str, str], config_
             "Configuration that this command line gives; any value can be set as key=value, inner ones as a.b=value,",
             "and ??? must be set:",
             "",
-            *(f"  {line}" for line in OmegaConf.to_yaml(cfg).splitlines()),
+            *(f"  {line}" for line in annotated(OmegaConf.to_yaml(values), comments(config_name, choices, config_dir))),
         ]
     )
+
+
+def annotated(text: str, notes: dict[str, str]) -> list[str]:
+    """The lines of a YAML text, each with the note on its key."""
+    lines = text.splitlines()
+    behind = {line: notes[key] for key, line, _ in keys_of(text) if notes.get(key)}
+    width = max((len(lines[line]) for line in behind if len(lines[line]) <= NOTE_COLUMN), default=0)
+    return [f"{text:{width}}  # {behind[line]}" if line in behind else text for line, text in enumerate(lines)]
+
+
+def comments(config_name: str, choices: dict[str, str], config_dir: Path) -> dict[str, str]:
+    """Dotted key -> the comment beside it in the files that were composed, or "".
+
+    The tool's own file says what a key is; a group's says where its value comes from, so that another group that sets
+    the key takes the comment away.
+    """
+    found: dict[str, str] = {}
+    for group, choice in reversed(choices.items()):  # Hydra names the last one first
+        found |= comments_of(config_dir / group / f"{choice}.yaml", group.replace("/", "."))
+    own: dict[str, str] = {}
+    names = [config_name]
+    for name in names:  # the tool's, and those that it builds on
+        path = config_dir / f"{name}.yaml"
+        names += [base for base in read_yaml(path).get("defaults", []) if isinstance(base, str) and base != "_self_"]
+        own = {key: comment for key, comment in comments_of(path, "_global_").items() if comment} | own
+    return found | own
+
+
+def comments_of(path: Path, package: str) -> dict[str, str]:
+    """Dotted key -> the comment beside it, or "". The keys are below `package`, unless the file names another."""
+    text = path.read_text(encoding="utf-8")
+    header = re.match(r"# @package (\S+)", text)
+    package = header[1] if header else package
+    prefix = "" if package == "_global_" else f"{package}."
+    return {prefix + key: comment for key, _, comment in keys_of(text)}
+
+
+def keys_of(text: str) -> Iterator[tuple[str, int, str]]:
+    """For each key of a YAML text that begins a line: dotted key, line from 0, and the comment there, or ""."""
+
+    def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, str]]:
+        if isinstance(node, yaml.MappingNode) and not node.flow_style:
+            for key, value in node.value:
+                one_line = value.end_mark.line == key.end_mark.line
+                yield prefix + key.value, key.start_mark.line, comment_at(text, (value if one_line else key).end_mark)
+                yield from walk(value, f"{prefix}{key.value}.")
+
+    return walk(yaml.compose(text), "")
+
+
+def comment_at(text: str, mark: yaml.Mark) -> str:
+    """The comment that begins behind this place; it goes on in lines of their own while # stands below #."""
+    start = re.compile(r":?[ \t]+(?=#)").match(text, mark.index)
+    if not start:
+        return ""
+    column = mark.column + start.end() - mark.index
+    lines = re.compile(rf"#.*(?:\n {{{column}}}#.*)*").match(text, start.end())
+    assert lines is not None
+    return " ".join(line.strip(" #") for line in lines[0].splitlines())
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def options(config_dir: Path, group: str) -> list[str]:

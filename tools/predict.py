@@ -19,6 +19,8 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from launch import launch, plain
+
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -27,7 +29,6 @@ from detector.errors import InputError
 from detector.predictor import Options
 from detector.sources import count_pictures, is_live, leave_out
 from detector.writers import LIVE_WRITERS, WRITERS, Places
-from launch import launch, plain
 
 
 def main(config: DictConfig) -> None:

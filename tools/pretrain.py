@@ -10,10 +10,11 @@ RUN_DIR/best.pth is what tools/train.py takes as backbone.weights=PATH.
 
 from __future__ import annotations
 
+from launch import launch, plain
+
 from omegaconf import DictConfig
 
 from detector.training.pretrain import pretrain
-from launch import launch, plain
 
 
 def main(config: DictConfig) -> None:

@@ -9,10 +9,11 @@ python tools/train.py trainer.devices=2 trainer.accelerator=cpu data parallel
 
 from __future__ import annotations
 
+from launch import launch, plain
+
 from omegaconf import DictConfig
 
 from detector.training.run import train
-from launch import launch, plain
 
 
 def main(config: DictConfig) -> None:

@@ -8,14 +8,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import numpy as np
 import python_multipart  # noqa: F401  # Starlette misses it only when the first form comes
 import uvicorn
+from starlette.types import ASGIApp
 
 from detector.errors import InputError
 from detector.predictor import Predictor
 from detector.serve.app import build_app
+from detector.serve.connection import Connection
 from detector.serve.guard import is_loopback
 from detector.serve.limits import Limits
 
@@ -40,13 +43,14 @@ def run(
         host: a name or an address of this machine. Only 127.0.0.1, ::1 and localhost keep other machines out.
         port: 0 takes any free one; the log says which.
         score_threshold: of a request that names none.
-        limits: of a request.
+        limits: of a request, and of all of them together.
 
     Raises:
         InputError: a setting is wrong, or the port is taken.
     """
     # It warns of every form that it cannot read, and whoever sends one chooses how often.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    limits = limits or Limits()
     app = build_app(predictor, limits, score_threshold=score_threshold, host=host)
     # uvicorn ends the process itself where it cannot bind, and names no remedy.
     with _bind(host, port) as listener, _ended_by_signal():
@@ -58,20 +62,25 @@ def run(
                 host,
             )
         log.info("http://%s:%d  open this page; Ctrl-C stops the server.", _in_url(host), listener.getsockname()[1])
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=GRACE,
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        server_of(app, limits).run(sockets=[listener])
     log.info("stopped")
+
+
+def server_of(app: ASGIApp, limits: Limits) -> uvicorn.Server:
+    """What answers with this application; `run(sockets=[...])` until a signal, or until `should_exit` is set."""
+    config = uvicorn.Config(
+        app,
+        http=partial(Connection, limits=limits),  # type: ignore[arg-type]  # called as a class, and never looked into
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE,
+    )
+    return uvicorn.Server(config)
 
 
 @contextmanager
