@@ -268,5 +268,6 @@ def suppress_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: 
 
     Classes are moved apart, as torchvision's batched_nms does, but in float64, where the move costs no precision.
     """
-    boxes = boxes.double()
-    return nms(boxes + (labels * (boxes.amax() + 1))[:, None], scores.double(), threshold)
+    if boxes.device.type != "mps":  # which has no float64
+        boxes, scores = boxes.double(), scores.double()
+    return nms(boxes + (labels * (boxes.amax() + 1))[:, None], scores, threshold)

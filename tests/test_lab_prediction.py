@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -118,8 +119,8 @@ def test_contestants_run_in_processes_of_their_own() -> None:
     makers = {"a": partial(_sleeper, 5), "b": partial(_sleeper, 20)}
     times = take_turns_apart(makers, range(WARM_UP + 4), settle=2)
     assert [len(seconds) for seconds in times.values()] == [4, 4]
-    assert all(0.005 <= seconds < 0.02 for seconds in times["a"])
-    assert all(seconds >= 0.02 for seconds in times["b"])
+    # Least times: a busy machine makes them longer, never shorter.
+    assert 0.005 <= min(times["a"]) < 0.02 <= min(times["b"])
     assert not multiprocessing.active_children()
 
 
@@ -204,7 +205,7 @@ def test_the_tool_prints_and_writes(tmp_path: Path, small_detector: Detector) ->
     assert [row["name"] for row in written["contestants"]] == names
     assert set(written["peak_memory_mb"]) == {"torch", "d.onnx", "d.xml", *peers}
     assert all(megabytes > 50 for megabytes in written["peak_memory_mb"].values())
-    assert "640 x 480" in written["picture"]
+    assert re.search(r"640 x 480, .*, onnxruntime \d.*, openvino \d", written["picture"])
     costs = {row["name"]: row["multiply_adds"] for row in written["per_multiply_add"]}
     exported = {name: name.partition(" ")[0] for peer in PEERS for name in exported_peer_names(peer)}
     assert set(costs) == {"d.onnx", "d.xml", *exported}

@@ -695,8 +695,8 @@ def test_sigterm_ends_the_tool_while_the_detector_loads() -> None:
         import detector, serve
         from omegaconf import OmegaConf
 
-        detector.load = lambda *_: [signal.raise_signal(signal.SIGTERM), sys.exit("went on")]
-        serve.main(OmegaConf.create({"ckpt": "best.ckpt", "device": None, "limits": {}}))
+        detector.load = lambda *_, **__: [signal.raise_signal(signal.SIGTERM), sys.exit("went on")]
+        serve.main(OmegaConf.create({"ckpt": "best.ckpt", "device": None, "threads": None, "limits": {}}))
     """
     path = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
     result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)

@@ -88,7 +88,7 @@ def test_a_list_a_pattern_and_all_options(
     outcome = run_tool(
         "predict", f"ckpt={checkpoint}", "source=[2024/a.jpg,['2024/sub/*.png']]", "out=found", "score_threshold=0.1",
         "classes=[cat,2]", "max_proposals=5", "tile=[40,40,10]", "flip=true", "batch_size=2", "max_pixels=4000",
-        "save=[jsonl,csv,coco]", "device=cpu", cwd=tmp_path,
+        "save=[jsonl,csv,coco]", "device=cpu", "threads=1", cwd=tmp_path,
     ).ok()  # fmt: skip
     assert "objects in 2 pictures: found" in outcome.err
     assert files(tmp_path / "found") == ["coco.json", "detections.csv", "detections.jsonl"]
@@ -102,6 +102,10 @@ def test_a_list_a_pattern_and_all_options(
     }  # fmt: skip
     check_same(records, detector.predict(source, **options))
     assert min(len(record["names"]) for record in records) > 0
+    assert (
+        "threads=0; expected"
+        in run_tool("predict", f"ckpt={checkpoint}", "source=a", "threads=0", cwd=tmp_path).error()
+    )
     for name in options:
         others = detector.predict(source, **{key: value for key, value in options.items() if key != name})
         with pytest.raises(AssertionError):

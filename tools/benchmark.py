@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ from detector.visualize import plot_receptive_fields
 log = logging.getLogger(__name__)
 # Of each contestant, where the command line does not say: a 99th percentile needs a hundred.
 TURNS = {"peers": 15, "backbones": 15, "predict": 100}
+RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
 
 
 def main(config: DictConfig) -> None:
@@ -151,6 +153,8 @@ def benchmark_predict(config: DictConfig) -> None:
     memory = memory_of({"torch": Path(config.ckpt)} | exports, image.shape[:2], threads[-1])
     efficiency = per_multiply_add(detector, exports, image, threads[-1], turns) if config.peers_exported else []
     size = f"one picture of {image.shape[1]} x {image.shape[0]}, short side {detector.preprocessing.short_side}"
+    used = {RUNTIMES[path.suffix] for path in exports.values() if path.suffix in RUNTIMES}
+    size += "".join(f", {name} {version(name)}" for name in sorted(used))
     log.info("%s; %s\n%s", machine(), size, render_predictions(timings, spent, memory, efficiency, threads[-1]))
     if config.out:
         rows = [timing.to_dict() for timing in timings]

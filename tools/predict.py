@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     )
     place_of = Places(out, source, save)
     source = leave_out(source, out)
-    predictor = detector.load(settings["ckpt"], settings["device"])
+    predictor = detector.load(settings["ckpt"], settings["device"], threads=settings["threads"])
     results = predictor.search(source, options)
     broken: list[str] = []
     pictures = objects = 0

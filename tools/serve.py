@@ -24,7 +24,7 @@ def main(config: DictConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     settings = plain(config)
     limits = Limits(**settings.pop("limits"))  # before the seconds that a detector takes to load
-    predictor = detector.load(settings.pop("ckpt"), settings.pop("device"))
+    predictor = detector.load(settings.pop("ckpt"), settings.pop("device"), threads=settings.pop("threads"))
     serve(predictor, limits=limits, **settings)
 
 

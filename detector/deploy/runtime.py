@@ -24,6 +24,7 @@ from detector.deploy.metadata import KEYS, SECTION, ExportInfo
 from detector.errors import InputError
 from detector.predictor import Found, Predictor
 from detector.preprocess import PADDING, Preprocessing
+from detector.sources import is_count
 
 # images (N, H, W, 3), image_sizes -> boxes, scores, labels, counts: see DetectionGraph.forward.
 Run: TypeAlias = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
@@ -81,7 +82,7 @@ class ExportedDetector(Predictor):
             raise InputError(f"'{path}' is no export: expected a file that ends in {', '.join(OPENERS)}.")
         if not path.is_file():
             raise InputError(f"No exported detector at '{path}'. Make one with tools/export.py.")
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
+        if threads is not None and not is_count(threads):
             raise InputError(f"threads={threads}; expected a whole number, 1 or more, or nothing.")
         info, run, smallest = OPENERS[path.suffix](path, str(device or "cpu").lower(), threads)
         return cls(info, run, path, smallest)
