@@ -25,7 +25,7 @@ REPORT = {"pictures": 2, "properties": 3, "proposals": 0, "doctor": 0}
 
 def config(folder: Path, **changes: Any) -> dict[str, Any]:
     files = {"results": folder / "dt.json", "annotations": folder / "gt.json", "images": folder / "images"}
-    return files | {"ckpt": None, "out": None, "metrics": "coco", "report": REPORT} | changes
+    return files | {"ckpt": None, "max_proposals": None, "out": None, "metrics": "coco", "report": REPORT} | changes
 
 
 def test_results_are_scored_and_reported(tmp_path: Path) -> None:
@@ -56,7 +56,12 @@ def test_results_need_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"), [({"annotations": None}, "annotations=instances.json"), ({"ckpt": "a.ckpt"}, "give one of")]
+    ("changes", "words"),
+    [
+        ({"annotations": None}, "annotations=instances.json"),
+        ({"ckpt": "a.ckpt"}, "give one of"),
+        ({"max_proposals": 5}, "needs the detector"),
+    ],
 )
 def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
