@@ -151,7 +151,7 @@ def benchmark_predict(config: DictConfig) -> None:
     detector = Detector.load(config.ckpt, "cpu")
     spent = parts(detector, image, turns)
     memory = memory_of({"torch": Path(config.ckpt)} | exports, image.shape[:2], threads[-1])
-    efficiency = per_multiply_add(detector, exports, image, threads[-1], turns) if config.peers_exported else []
+    efficiency = per_multiply_add(detector, exports, image, threads, turns) if config.peers_exported else []
     size = f"one picture of {image.shape[1]} x {image.shape[0]}, short side {detector.preprocessing.short_side}"
     used = {RUNTIMES[path.suffix] for path in exports.values() if path.suffix in RUNTIMES}
     size += "".join(f", {name} {version(name)}" for name in sorted(used))
@@ -181,7 +181,7 @@ def generated_picture() -> np.ndarray:
 
 
 def per_multiply_add(
-    detector: Detector, exports: dict[str, Path], image: np.ndarray, threads: int, turns: int
+    detector: Detector, exports: dict[str, Path], image: np.ndarray, threads: list[int], turns: int
 ) -> list[dict[str, Any]]:
     """Milliseconds per thousand million multiply-adds, of our exports and of torchvision's detectors in OpenVINO."""
     costs: dict[str, int] = {}
@@ -191,8 +191,9 @@ def per_multiply_add(
         costs[name] = network_multiply_adds(detector, image, ExportedDetector.load(path).info.canvas)
     times = contest_networks(image, list(exports.values()), threads=threads, turns=turns, progress=bar)
     return [
-        {"name": name, "ms": 1000 * statistics.median(seconds), "multiply_adds": costs[name]}
-        for name, seconds in times.items()
+        {"name": name, "threads": number, "ms": 1000 * statistics.median(seconds), "multiply_adds": costs[name]}
+        for number, contest in times.items()
+        for name, seconds in contest.items()
     ]
 
 
@@ -219,10 +220,12 @@ def render_predictions(
         peaks.add_row(name, f"{megabytes:.0f}")
     tables = [table, pieces, peaks]
     if efficiency:
-        rates = Table("network alone", "ms", "multiply-adds, G", "ms per G", box=box.MARKDOWN)
+        rates = Table("network alone", "threads", "ms", "multiply-adds, G", "ms per G", box=box.MARKDOWN)
         for row in efficiency:
             cost = row["multiply_adds"] / 1e9
-            rates.add_row(row["name"], f"{row['ms']:.1f}", f"{cost:.3f}", f"{row['ms'] / cost:.1f}")
+            rates.add_row(
+                row["name"], str(row["threads"]), f"{row['ms']:.1f}", f"{cost:.3f}", f"{row['ms'] / cost:.1f}"
+            )
         tables.append(rates)
     return "\n".join(text_of(piece, width=140) for piece in tables)
 

@@ -101,8 +101,7 @@ def contest_predictions(
         }
         makers |= {Path(path).name: partial(_export_call, path, image, number) for path in exports}
         makers |= {f"torchvision {name}": partial(_peer_call, name, image, number) for name in (*PEERS, NO_PROPOSALS)}
-        title = f"{number} thread" + "s" * (number > 1)
-        times = take_turns_apart(makers, progress(range(WARM_UP + turns), title), settle=SETTLE)
+        times = take_turns_apart(makers, progress(range(WARM_UP + turns), _counted(number)), settle=SETTLE)
         for name, seconds in times.items():
             share = statistics.median(own / base for own, base in zip(seconds, times[TORCH], strict=True))
             timings.append(Timing(name, number, seconds, share))
@@ -207,26 +206,35 @@ def contest_networks(
     image: np.ndarray,
     exports: Sequence[str | Path],
     *,
-    threads: int,
+    threads: Iterable[int],
     turns: int,
     progress: Callable[[Iterable[int], str], Iterable[int]] = lambda turns, _: turns,
-) -> dict[str, list[float]]:
+) -> dict[int, dict[str, list[float]]]:
     """Seconds of networks alone: our exports on a picture that is resized and padded already, and torchvision's
-    detectors as OpenVINO exports of ours run: for latency, with a fixed size, in float32 and, by NNCF, in int8.
+    detectors, which resize by themselves, as OpenVINO exports of ours run: for latency, with a fixed size, in float32
+    and, by NNCF, in int8.
 
     Returns:
-        By name: `exported_peer_names`, and the names of the files.
+        By number of threads, then by name: `exported_peer_names`, and the names of the files.
 
     Raises:
         InputError: a contestant fails; openvino or nncf is not installed.
     """
+    times = {}
     with tempfile.TemporaryDirectory() as folder:
         files = write_peers(image, Path(folder))
-        makers: dict[str, Maker] = {
-            name: partial(_exported_peer_call, path, image, threads) for name, path in files.items()
-        }
-        makers |= {Path(path).name: partial(_network_call, path, image, threads) for path in exports}
-        return take_turns_apart(makers, progress(range(WARM_UP + turns), "exported networks"), settle=SETTLE)
+        for number in threads:
+            makers: dict[str, Maker] = {
+                name: partial(_exported_peer_call, path, image, number) for name, path in files.items()
+            }
+            makers |= {Path(path).name: partial(_network_call, path, image, number) for path in exports}
+            title = f"exported networks, {_counted(number)}"
+            times[number] = take_turns_apart(makers, progress(range(WARM_UP + turns), title), settle=SETTLE)
+    return times
+
+
+def _counted(threads: int) -> str:
+    return f"{threads} thread" + "s" * (threads > 1)
 
 
 def exported_peer_names(name: str) -> tuple[str, str]:
