@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detector.deploy.runtime import ExportedDetector, is_export
-from detector.errors import InputError
-from detector.sources import is_count
+from detector.deploy.runtime import ExportedDetector, check_threads, is_export
 from detector.structures import Detections
 
 if TYPE_CHECKING:
@@ -29,13 +27,12 @@ def load(
     Raises:
         InputError: see `Detector.load` and `ExportedDetector.load`.
     """
-    if threads is not None and not is_count(threads):
-        raise InputError(f"threads={threads}; expected a whole number, 1 or more, or nothing.")
     if is_export(path):
         return ExportedDetector.load(path, None if device is None else str(device), threads=threads)
     from detector.api import Detector
 
-    if threads is not None:
+    check_threads(threads)
+    if threads:
         import torch
 
         torch.set_num_threads(threads)

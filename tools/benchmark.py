@@ -154,11 +154,11 @@ def benchmark_predict(config: DictConfig) -> None:
     efficiency = per_multiply_add(detector, exports, image, threads, turns) if config.peers_exported else []
     size = f"one picture of {image.shape[1]} x {image.shape[0]}, short side {detector.preprocessing.short_side}"
     used = {RUNTIMES[path.suffix] for path in exports.values() if path.suffix in RUNTIMES}
-    size += "".join(f", {name} {version(name)}" for name in sorted(used))
-    log.info("%s; %s\n%s", machine(), size, render_predictions(timings, spent, memory, efficiency, threads[-1]))
+    where = ", ".join([machine(), *(f"{name} {version(name)}" for name in sorted(used))])
+    log.info("%s; %s\n%s", where, size, render_predictions(timings, spent, memory, efficiency, threads[-1]))
     if config.out:
         rows = [timing.to_dict() for timing in timings]
-        content = {"machine": machine(), "picture": size, "turns": turns, "contestants": rows}
+        content = {"machine": where, "picture": size, "turns": turns, "contestants": rows}
         write_json(config.out, content | {"parts_ms": spent, "peak_memory_mb": memory, "per_multiply_add": efficiency})
         log.info("%s", config.out)
 

@@ -82,8 +82,7 @@ class ExportedDetector(Predictor):
             raise InputError(f"'{path}' is no export: expected a file that ends in {', '.join(OPENERS)}.")
         if not path.is_file():
             raise InputError(f"No exported detector at '{path}'. Make one with tools/export.py.")
-        if threads is not None and not is_count(threads):
-            raise InputError(f"threads={threads}; expected a whole number, 1 or more, or nothing.")
+        check_threads(threads)
         info, run, smallest = OPENERS[path.suffix](path, str(device or "cpu").lower(), threads)
         return cls(info, run, path, smallest)
 
@@ -263,6 +262,12 @@ def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInf
 
 # How each kind of file is opened; other files are checkpoints.
 OPENERS = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_torch}
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises InputError where it is neither None nor a whole number, 1 or more."""
+    if threads is not None and not is_count(threads):
+        raise InputError(f"threads={threads}; expected a whole number, 1 or more, or nothing.")
 
 
 def is_export(path: str | Path) -> bool:
