@@ -14,21 +14,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detector.api import Detector
     from detector.errors import InputError
-    from detector.loading import load, predict
-    from detector.structures import Detections
+    from detector.inference.detections import Detections
+    from detector.inference.detector import Detector
+    from detector.inference.loading import load, predict
 
 __version__ = "0.1.0"
 __all__ = ["Detections", "Detector", "InputError", "__version__", "load", "predict"]
 
 # Public name -> the module that defines it.
 _SOURCES = {
-    "Detections": "detector.structures",
-    "Detector": "detector.api",
+    "Detections": "detector.inference.detections",
+    "Detector": "detector.inference.detector",
     "InputError": "detector.errors",
-    "load": "detector.loading",
-    "predict": "detector.loading",
+    "load": "detector.inference.loading",
+    "predict": "detector.inference.loading",
 }
 
 

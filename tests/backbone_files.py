@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from detector.backbones import Backbone, arguments_of, build_backbone
+from detector.models.backbones import Backbone, arguments_of, build_backbone
 
 Module = TypeVar("Module", bound=nn.Module)
 CONF = Path(__file__).parents[1] / "conf" / "backbone"

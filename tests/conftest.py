@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detector.api import Detector
-from detector.preprocess import Preprocessing
-from detector.structures import Batch
+from detector.data.collate import Batch
+from detector.data.preprocess import Preprocessing
+from detector.inference.detector import Detector
 
 
 @pytest.fixture(scope="session")

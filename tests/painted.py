@@ -11,8 +11,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from detector.predictor import Found, Predictor
-from detector.preprocess import Preprocessing
+from detector.data.preprocess import Preprocessing
+from detector.inference.predictor import Found, Predictor
 
 NAMES = ("cat", "dog", "bird")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detector.api import Detector
+from detector.inference.detector import Detector
 
 SIZES = ((48, 64), (64, 48), (64, 96), (40, 100), (80, 60))  # height, width: three canvases at 64 x 96
 

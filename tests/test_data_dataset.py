@@ -15,9 +15,9 @@ from detector.data import dataset as dataset_module
 from detector.data.coco import CocoIndex, load_coco
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
+from detector.data.preprocess import Preprocessing
 from detector.data.transforms import EvalTransform, TrainTransform, Transformed
 from detector.errors import InputError
-from detector.preprocess import Preprocessing
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detector.data.preprocess import Preprocessing
 from detector.data.transforms import EvalTransform, TrainTransform, Transformed, process_rank
 from detector.errors import InputError
-from detector.preprocess import Preprocessing
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -259,7 +259,7 @@ def test_albumentations_does_not_ask_the_network() -> None:
         "def refuse(*a, **k): raise SystemExit('asked the network')\n"
         "socket.getaddrinfo = socket.create_connection = refuse\n"
         "from detector.data.transforms import TrainTransform\n"
-        "from detector.preprocess import Preprocessing\n"
+        "from detector.data.preprocess import Preprocessing\n"
         "TrainTransform(Preprocessing(60, 80), flip=0, vertical_flip=0, scale=(1, 1), photometric=0, crop=0,"
         " rotate90=0, seed=0)\n"
     )

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tool_runner import Outcome, run_tool
 
-from detector.api import Detector
-from detector.build import build_network
-from detector.preprocess import Preprocessing
+from detector.data.preprocess import Preprocessing
+from detector.inference.detector import Detector
+from detector.models.build import build_network
 
 # A network and a run that take a second.
 SMALL = (

@@ -12,8 +12,8 @@ import torch
 from scored_data import SIZES, overrides_of, write_scored_data
 from tool_runner import ROOT, Outcome, run_process, run_tool
 
-from detector.api import Detector
-from detector.evaluation.coco import METRICS
+from detector.evaluation.metrics import METRICS
+from detector.inference.detector import Detector
 
 pytestmark = pytest.mark.slow
 

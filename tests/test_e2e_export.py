@@ -13,8 +13,8 @@ from scored_data import SIZES, write_scored_data
 from tool_runner import run_tool
 from torch import nn
 
-from detector.api import Detector
-from detector.preprocess import Preprocessing
+from detector.data.preprocess import Preprocessing
+from detector.inference.detector import Detector
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from detector.api import Detector
-from detector.backbones.pretrained import load_weights
-from detector.deploy.parity import difference
-from detector.images import read_image
-from detector.preprocess import Preprocessing
+from detector.data.images import read_image
+from detector.data.preprocess import Preprocessing
+from detector.export.parity import difference
+from detector.inference.detector import Detector
+from detector.models.backbones.pretrained import load_weights
 
 PICTURES = 200
 

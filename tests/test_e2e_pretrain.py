@@ -115,7 +115,7 @@ def naive_figures(state: dict[str, torch.Tensor], root: Path) -> tuple[float, fl
     import torchvision
 
     from detector.data.image_folder import ImageFolder, eval_view
-    from detector.light_head_rcnn import MEAN, STD
+    from detector.models.light_head_rcnn import MEAN, STD
 
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=3).eval()
     network.load_state_dict(state)

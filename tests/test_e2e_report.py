@@ -14,8 +14,8 @@ from report_case import CAT, CLASSES, SIZES, boxes_shown, write_case
 from scored_data import write_scored_data
 from tool_runner import run_tool
 
-from detector.api import Detector
-from detector.evaluation.coco import METRICS
+from detector.evaluation.metrics import METRICS
+from detector.inference.detector import Detector
 
 pytestmark = pytest.mark.slow
 

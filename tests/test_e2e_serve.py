@@ -26,8 +26,8 @@ from PIL import Image
 from tool_runner import ROOT, run_tool, tool_environment
 from torch import nn
 
-from detector.api import Detector
-from detector.preprocess import Preprocessing
+from detector.data.preprocess import Preprocessing
+from detector.inference.detector import Detector
 
 pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")

@@ -21,8 +21,8 @@ from PIL import Image
 from scored_data import overrides_of, write_scored_data
 from tool_runner import ROOT, Outcome, run_process, run_tool, tool_environment
 
-from detector.api import Detector
-from detector.evaluation.coco import METRICS
+from detector.evaluation.metrics import METRICS
+from detector.inference.detector import Detector
 from detector.training.schedule import ScheduleSettings
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,6 @@ import pytest
 from paired_detectors import A, B, Skill, draw_pair
 
 from detector.errors import InputError
-from detector.evaluation.coco import evaluate
 from detector.evaluation.compare import (
     compare,
     contributions,
@@ -18,6 +17,7 @@ from detector.evaluation.compare import (
     mean_precision,
     verdict,
 )
+from detector.evaluation.metrics import evaluate
 from detector.evaluation.resampling import ClassMatches, Matches, average_precision, draw_images, match_detections
 
 BOX = [10.0, 10.0, 40.0, 40.0]

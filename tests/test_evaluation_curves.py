@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from judged_rows import naive_kinds, random_rows
 
-from detector.evaluation.coco import evaluate
 from detector.evaluation.curves import curves
+from detector.evaluation.metrics import evaluate
 from detector.evaluation.outcomes import judge
 from detector.evaluation.records import read_records
 

@@ -8,8 +8,8 @@ from judged_rows import random_rows
 
 from detector.data.coco import load_coco
 from detector.errors import InputError
-from detector.evaluation.coco import evaluate
 from detector.evaluation.diagnosis import diagnose
+from detector.evaluation.metrics import evaluate
 
 
 def test_everything_is_there_and_fits_into_json(tmp_path: Path):

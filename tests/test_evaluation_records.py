@@ -8,7 +8,7 @@ import pytest
 from judged_rows import random_rows
 
 from detector.errors import InputError
-from detector.evaluation.coco import evaluate
+from detector.evaluation.metrics import evaluate
 from detector.evaluation.records import Quantity, evaluator, existing_mean, read_records
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detector.evaluation.coco import evaluate
+from detector.evaluation.metrics import evaluate
 from detector.evaluation.resampling import AREAS, average_precision, draw_images, leave_one_out, match_detections
 
 FIGURES = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}

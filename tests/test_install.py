@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detector.api import Detector
+from detector.inference.detector import Detector
 
 ROOT = Path(__file__).resolve().parents[1]
 # What only the extra `train` brings; the program below makes importing it fail, as where it is not installed.

@@ -12,9 +12,9 @@ import yaml
 from tool_runner import run_tool
 from torch import nn
 
-from detector.backbones.classifier import build_classifier
 from detector.lab.backbones import Row, alexnet_row, describe, time_classifiers
 from detector.lab.cost import memory_access, multiply_adds
+from detector.models.backbones.classifier import build_classifier
 
 CONF = Path(__file__).parents[1] / "conf" / "backbone"
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from tool_runner import run_tool
 
-from detector.api import Detector
-from detector.deploy.export import export_onnx, export_openvino
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
+from detector.export.formats import export_onnx, export_openvino
+from detector.inference.detector import Detector
 from detector.lab import prediction
 from detector.lab.latency import WARM_UP
 from detector.lab.prediction import (

@@ -11,9 +11,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from detector.backbones import Backbone, arguments_of, build_backbone
 from detector.lab import receptive_field
 from detector.lab.receptive_field import effective_field, effective_side, theoretical_field
+from detector.models.backbones import Backbone, arguments_of, build_backbone
 
 CONF = Path(__file__).parents[1] / "conf" / "backbone"
 

@@ -22,16 +22,20 @@ TRAINING_ONLY = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "matplo
 HEAVY = {"torch", "torchvision", "cv2", "numpy", "PIL"} | TRAINING_ONLY
 # Where what an extra brings may be imported, beside what prediction needs.
 EXTRAS = {
-    "detector/backbones/": {"timm"},
+    "detector/apps/report/": {"train"},
+    "detector/apps/doctor/": {"train"},
+    "detector/apps/evaluate": {"train"},
+    "detector/apps/serve/": {"serve"},
     "detector/data/": {"train"},
-    "detector/deploy/": {"int8", "onnx", "openvino"},
     "detector/evaluation/": {"train"},
+    "detector/export/": {"int8", "onnx", "openvino"},
+    "detector/inference/detections.py": {"dev"},  # to_pandas, to_supervision: their users have the package
+    "detector/inference/drawing.py": {"train"},
+    "detector/inference/runtime.py": {"onnx", "openvino"},
+    "detector/inference/video.py": {"video"},
     "detector/lab/": {"openvino", "train"},
-    "detector/serve/": {"serve"},
-    "detector/structures.py": {"dev"},  # to_pandas, to_supervision: their users have the package
+    "detector/models/backbones/": {"timm"},
     "detector/training/": {"train"},
-    "detector/video.py": {"video"},
-    "detector/visualize.py": {"train"},
     "tools/": {"train"},
 }
 
@@ -95,7 +99,7 @@ def test_public_names() -> None:
 def test_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     core = requirement_names(project["dependencies"])
-    assert core == {"numpy", "pillow", "opencv-python-headless", "torch", "torchvision"}
+    assert core == {"numpy", "pillow", "opencv-python-headless", "pydantic", "torch", "torchvision"}
     train = requirement_names(project["optional-dependencies"]["train"])
     assert {"lightning", "hydra-core", "omegaconf", "pycocotools", "albumentations"} <= train
     # AGPL: would bind everybody who uses this project.

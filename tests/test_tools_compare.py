@@ -12,8 +12,8 @@ from scored_data import write_scored_data
 from tool_runner import run_tool
 
 from compare import find_side
-from detector.api import Detector
-from detector.evaluation.coco import evaluate
+from detector.evaluation.metrics import evaluate
+from detector.inference.detector import Detector
 
 
 def write(path: Path, content: Any) -> Path:

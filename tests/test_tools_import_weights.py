@@ -9,12 +9,12 @@ import pytest
 import torch
 import torchvision
 import yaml
-from test_backbones_key_maps import CLASSES, authors
+from test_models_backbones_key_maps import CLASSES, authors
 from tool_runner import ROOT, run_tool
 
-from detector.backbones import Backbone, arguments_of, build_backbone
-from detector.backbones.classifier import ImageClassifier
-from detector.backbones.pretrained import load_weights
+from detector.models.backbones import Backbone, arguments_of, build_backbone
+from detector.models.backbones.classifier import ImageClassifier
+from detector.models.backbones.pretrained import load_weights
 
 
 def build(name: str, **changes: Any) -> Backbone:

@@ -15,7 +15,7 @@ import launch
 import pytest
 from tool_runner import run_tool
 
-from detector.writers import WRITERS
+from detector.inference.writers import WRITERS
 
 LAUNCH = Path(launch.__file__).resolve()
 

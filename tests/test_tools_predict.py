@@ -19,9 +19,9 @@ from PIL import Image
 from tool_runner import ROOT, run_tool, tool_environment
 from torch import nn
 
-from detector.api import Detector
-from detector.preprocess import Preprocessing
-from detector.structures import Detections
+from detector.data.preprocess import Preprocessing
+from detector.inference.detections import Detections
+from detector.inference.detector import Detector
 from predict import Stop
 
 CLASSES = ("car", "cat", "kite")
@@ -137,7 +137,7 @@ def test_no_original_is_replaced(tmp_path: Path, folder: Path, checkpoint: Path)
 def test_an_export(tmp_path: Path, folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
-    from detector.deploy.export import export_onnx
+    from detector.export.formats import export_onnx
 
     detector = Detector.load(checkpoint, "cpu")
     export_onnx(detector, tmp_path / "best.onnx")
@@ -155,7 +155,7 @@ def test_an_export(tmp_path: Path, folder: Path, checkpoint: Path, monkeypatch: 
 
 def test_a_video(tmp_path: Path, checkpoint: Path) -> None:
     av = pytest.importorskip("av")
-    from detector.video import write_video
+    from detector.inference.video import write_video
 
     with write_video(tmp_path / "drive.mp4", 10) as add:
         for index in range(9):
@@ -218,8 +218,8 @@ ENDLESS = """
 import sys, runpy
 sys.path.insert(0, "{tools}")
 import numpy as np
-from detector import sources
-from detector.video import Frame
+from detector.inference import sources
+from detector.inference.video import Frame
 
 def camera(name, *, every):
     for index in range(10**9):

@@ -16,8 +16,8 @@ import torch
 from scored_data import overrides_of, write_scored_data
 from torch import Tensor, nn
 
-from detector.api import Detector, read_checkpoint
-from detector.evaluation.coco import METRICS
+from detector.evaluation.metrics import METRICS
+from detector.inference.detector import Detector, read_checkpoint
 from detector.training import run
 from detector.training.callbacks import EMA, LOSSES, History, ProgressLines
 from detector.training.task import DetectionTask

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from detector.api import Detector
-from detector.backbones import build_backbone
-from detector.backbones.classifier import ImageClassifier
 from detector.data.image_folder import ImageBatch
 from detector.errors import InputError
+from detector.inference.detector import Detector
+from detector.models.backbones import build_backbone
+from detector.models.backbones.classifier import ImageClassifier
 from detector.training.classification import ClassificationTask, draw_images, score
 from detector.training.schedule import OptimizerSettings, ScheduleSettings, parameter_groups
 

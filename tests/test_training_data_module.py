@@ -14,9 +14,9 @@ from torch.utils.data import DistributedSampler
 
 from detector.data.coco import CocoIndex, load_coco
 from detector.data.image_folder import ImageFolder, eval_view, train_view
+from detector.data.preprocess import Preprocessing
 from detector.data.transforms import TrainTransform
 from detector.errors import InputError
-from detector.preprocess import Preprocessing
 from detector.training.data_module import ClassificationData, DetectionData, EvaluationBatches
 
 PREPROCESSING = Preprocessing(64, 96)

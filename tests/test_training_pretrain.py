@@ -19,11 +19,11 @@ from classified_data import CLASSES, write_classified_data
 from PIL import Image
 from torch import Tensor
 
-from detector.backbones import arguments_of, build_backbone
-from detector.backbones.classifier import ImageClassifier
-from detector.backbones.pretrained import load_weights
 from detector.errors import InputError
-from detector.light_head_rcnn import MEAN, STD
+from detector.models.backbones import arguments_of, build_backbone
+from detector.models.backbones.classifier import ImageClassifier
+from detector.models.backbones.pretrained import load_weights
+from detector.models.light_head_rcnn import MEAN, STD
 from detector.training.classification import ClassificationTask
 from detector.training.pretrain import classifier_weights, next_command, pretrain, read_classifier
 from detector.training.schedule import OptimizerSettings, ScheduleSettings

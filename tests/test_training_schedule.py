@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from detector.api import Detector
 from detector.errors import InputError
+from detector.inference.detector import Detector
 from detector.training.schedule import OptimizerSettings, ScheduleSettings, build_optimizer, parameter_groups
 
 

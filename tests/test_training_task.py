@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from detector.api import Detector
+from detector.data.collate import Batch
+from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
-from detector.preprocess import Preprocessing
-from detector.structures import Batch
+from detector.inference.detector import Detector
 from detector.training.schedule import OptimizerSettings, build_optimizer
 from detector.training.task import DetectionTask, load_pretrained
 

@@ -10,10 +10,10 @@ import lightning
 import pytest
 from scored_data import write_scored_data
 
-from detector.api import Detector
 from detector.data.coco import CocoIndex, load_coco
 from detector.evaluation import clock as clock_module
 from detector.evaluation.clock import Clock
+from detector.inference.detector import Detector
 from detector.training import task as task_module
 from detector.training.data_module import DetectionData
 from detector.training.task import DetectionTask

@@ -34,18 +34,17 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from detector.api import Detector
-from detector.backbones import arguments_of
-from detector.backbones.classifier import build_classifier
 from detector.data.coco import load_coco
+from detector.data.images import read_image
 from detector.data.scenes import render_scene
 from detector.data.shapes import ensure_shapes
-from detector.deploy.export import import_openvino
-from detector.deploy.quantize import import_nncf
-from detector.deploy.runtime import ExportedDetector
 from detector.errors import InputError
+from detector.export.formats import import_openvino
+from detector.export.quantize import import_nncf
 from detector.files import replacing, write_json
-from detector.images import read_image
+from detector.inference.detector import Detector
+from detector.inference.drawing import plot_receptive_fields
+from detector.inference.runtime import ExportedDetector
 from detector.lab.backbones import CLASSES, Row, alexnet_row, describe, time_classifiers
 from detector.lab.latency import Contest, machine
 from detector.lab.peers import align_contests, backbone_contests, training_contest
@@ -60,7 +59,8 @@ from detector.lab.prediction import (
     parts,
     peer_multiply_adds,
 )
-from detector.visualize import plot_receptive_fields
+from detector.models.backbones import arguments_of
+from detector.models.backbones.classifier import build_classifier
 
 log = logging.getLogger(__name__)
 # Of each contestant, where the command line does not say: a 99th percentile needs a hundred.

@@ -20,12 +20,13 @@ from launch import launch, plain
 
 from omegaconf import DictConfig
 
-from detector.api import Detector
+from detector.apps.evaluate import evaluate, evaluation_data
+from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.compare import compare, format_comparison
 from detector.files import write_json
+from detector.inference.detector import Detector
 from detector.training.checks import check_values
-from detector.training.run import evaluate, evaluation_data, load_split
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from launch import launch, plain
 
 from omegaconf import DictConfig
 
-from detector.data.doctor import examine, format_diagnosis
+from detector.apps.doctor.examine import examine, format_diagnosis
+from detector.data.preprocess import Preprocessing
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
 from detector.files import write_json
-from detector.preprocess import Preprocessing
 from detector.training.checks import check_values
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 def main(config: DictConfig) -> None:
     # Imported here: results are scored without torch and Lightning.
     if config.results:
-        from detector.training.reporting import evaluate_results
+        from detector.apps.report.reporting import evaluate_results
 
         evaluate_results(plain(config))
     else:
-        from detector.training.run import evaluate
+        from detector.apps.evaluate import evaluate
 
         evaluate(plain(config))
 

@@ -35,19 +35,20 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from detector.api import Detector
+from detector.apps.evaluate import evaluation_data
 from detector.data.coco import CocoIndex
-from detector.deploy.export import export_onnx, export_openvino, export_torch, import_onnx, import_openvino
-from detector.deploy.parity import AGREEING_IOU, AGREEING_SCORE, CONFIDENT, REFERENCE, OnCanvas, Row, judge, take_turns
-from detector.deploy.quantize import Accuracy, export_int8, export_int8_onnx, import_nncf, import_quantization
-from detector.deploy.runtime import ExportedDetector, fitted
+from detector.data.images import list_images, read_image
+from detector.data.splits import load_split
 from detector.errors import InputError
-from detector.evaluation.coco import evaluate
+from detector.evaluation.metrics import evaluate
+from detector.export.formats import export_onnx, export_openvino, export_torch, import_onnx, import_openvino
+from detector.export.parity import AGREEING_IOU, AGREEING_SCORE, CONFIDENT, REFERENCE, OnCanvas, Row, judge, take_turns
+from detector.export.quantize import Accuracy, export_int8, export_int8_onnx, import_nncf, import_quantization
 from detector.files import write_json
-from detector.images import list_images, read_image
-from detector.predictor import Predictor
-from detector.structures import Detections
-from detector.training.run import evaluation_data, load_split
+from detector.inference.detections import Detections
+from detector.inference.detector import Detector
+from detector.inference.predictor import Predictor
+from detector.inference.runtime import ExportedDetector, fitted
 
 log = logging.getLogger(__name__)
 # Format -> how its file ends.

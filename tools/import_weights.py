@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from detector.backbones import arguments_of, build_backbone
-from detector.backbones.pretrained import WeightsReport, load_weights
 from detector.errors import InputError
 from detector.files import replacing
+from detector.models.backbones import arguments_of, build_backbone
+from detector.models.backbones.pretrained import WeightsReport, load_weights
 
 
 def main(cfg: DictConfig) -> None:

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import detector
 from detector.errors import InputError
-from detector.predictor import Options
-from detector.sources import count_pictures, is_live, leave_out
-from detector.writers import LIVE_WRITERS, WRITERS, Places
+from detector.inference.predictor import Options
+from detector.inference.sources import count_pictures, is_live, leave_out
+from detector.inference.writers import LIVE_WRITERS, WRITERS, Places
 
 
 def main(config: DictConfig) -> None:

@@ -15,8 +15,8 @@ import signal
 from launch import DictConfig, launch, plain
 
 import detector
-from detector.serve import serve
-from detector.serve.limits import Limits
+from detector.apps.serve import serve
+from detector.apps.serve.limits import Limits
 
 
 def main(config: DictConfig) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from detector.data.coco_json import CocoFile, read_coco_json, show
+from detector.data.images import read_image
 from detector.errors import InputError
-from detector.images import read_image
 
 logger = logging.getLogger(__name__)
 

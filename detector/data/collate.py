@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from detector.preprocess import group_by_canvas, pad
-from detector.structures import Batch
+from detector.data.preprocess import group_by_canvas, pad
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N images padded to one size, and their objects padded to one count G.
+
+    All boxes are xyxy in pixels of the padded input.
+
+    Attributes:
+        images: uint8 RGB, (N, 3, H, W); H and W are multiples of the padding stride.
+        image_sizes: (N, 2) int64, height and width of the picture inside the padding (top left corner).
+        boxes: (N, G, 4) float32.
+        labels: (N, G) int64 index into class_names; -1 marks a padded place.
+        crowd: (N, G) bool; a crowd region is never matched, and what lies inside it is never background.
+        scales: (N, 2) float64, input pixels per original pixel, (x, y).
+        original_sizes: (N, 2) int64, height and width of the picture as decoded.
+        image_ids: the data set's own ids, for results and for messages.
+    """
+
+    images: torch.Tensor
+    image_sizes: torch.Tensor
+    boxes: torch.Tensor
+    labels: torch.Tensor
+    crowd: torch.Tensor
+    scales: torch.Tensor
+    original_sizes: torch.Tensor
+    image_ids: tuple[Any, ...]
+
+    def _map(self, move: Any) -> Batch:
+        names = ("images", "image_sizes", "boxes", "labels", "crowd", "scales", "original_sizes")
+        return Batch(**{name: move(getattr(self, name)) for name in names}, image_ids=self.image_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:

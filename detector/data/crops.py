@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from detector.data import shapes
+from detector.data.preprocess import resize
 from detector.data.scenes import CLASS_NAMES, Scene, render_scene
 from detector.errors import InputError
 from detector.files import write_json
-from detector.preprocess import resize
 
 # Raise it with every change of what is cut out or written: an older data set on disk is then made anew.
 VERSION = 1

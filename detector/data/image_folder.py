@@ -1,6 +1,6 @@
 """Images for classification: a folder for each class, two splits with the same classes, views for training and scoring.
 
-The layout of torchvision's ImageFolder; the pictures are read by `detector.images`, as everywhere here.
+The layout of torchvision's ImageFolder; the pictures are read by `detector.data.images`, as everywhere here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
+from detector.data.images import IMAGE_SUFFIXES, read_image
 from detector.errors import InputError
-from detector.images import IMAGE_SUFFIXES, read_image
 
 LAYOUT = "data.root=DIR with the pictures in DIR/train/CLASS/ and DIR/val/CLASS/"
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from detector.data.preprocess import Preprocessing, resize
 from detector.errors import InputError
-from detector.preprocess import Preprocessing, resize
 
 # Of an object that the window cuts: with less of it in sight, nobody could tell what it is. Source: ours.
 _MIN_VISIBLE = 0.3

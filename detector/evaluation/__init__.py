@@ -1,6 +1,6 @@
 """How good are the detections: COCO's figures, LVIS's, and Pascal VOC's."""
 
-from detector.evaluation.coco import (
+from detector.evaluation.metrics import (
     LVIS_METRICS,
     METRICS,
     PROTOCOLS,

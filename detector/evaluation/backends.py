@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
 
 def score_with_hotcoco(truth: GroundTruth, found: Found, *, federated: bool = False) -> Scores:
-    """COCO's figures, or LVIS's: see detector.evaluation.coco.
+    """COCO's figures, or LVIS's: see detector.evaluation.metrics.
 
     Raises:
         InputError: hotcoco is not installed; federated, and the ground truth does not say what was looked for.

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detector.data.image_properties import image_properties
 from detector.evaluation.calibration import calibration
 from detector.evaluation.confusion import confusion
 from detector.evaluation.curves import curves
-from detector.evaluation.image_properties import image_properties
 from detector.evaluation.outcomes import judge
 from detector.evaluation.records import read_records
-from detector.evaluation.slices import slices
+from detector.evaluation.subsets import slices
 from detector.evaluation.tide import tide
 from detector.evaluation.worst import worst
 
@@ -33,7 +33,7 @@ def diagnose(
     """All diagnoses of a set of results; plain types only, ready for JSON.
 
     Args:
-        results, ground_truth, image_ids: as of detector.evaluation.coco.evaluate.
+        results, ground_truth, image_ids: as of detector.evaluation.metrics.evaluate.
         images: where the pictures are, to slice by their properties; None reads no picture.
         image_limit: read at most this many of them.
         score_threshold: of the confusion matrix and the worst pictures; None takes the one of the best F1, 0.5 where

@@ -62,7 +62,7 @@ def read_records(
 ) -> Records:
     """Sort COCO's rows into arrays. Detections beyond COCO's 100 an image and class are left out: they never count.
 
-    Args, and Raises: as of detector.evaluation.coco.evaluate.
+    Args, and Raises: as of detector.evaluation.metrics.evaluate.
     """
     truth = GroundTruth(ground_truth, image_ids)
     found = truth.find(results)

@@ -15,12 +15,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from detector.backbones import arguments_of, build_backbone
-from detector.backbones.classifier import build_classifier
-from detector.deploy.fuse import fuse
 from detector.lab.cost import memory_access, multiply_adds, parameters
 from detector.lab.latency import WARM_UP, take_turns
 from detector.lab.receptive_field import TheoreticalField, effective_field, effective_side, theoretical_field
+from detector.models.backbones import arguments_of, build_backbone
+from detector.models.backbones.classifier import build_classifier
+from detector.models.fuse import fuse
 
 CLASSES = 1000
 DETECTION_SIZE = (800, 1200)  # Ma et al. 2018, table 7

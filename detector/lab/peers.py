@@ -12,17 +12,16 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from detector.backbones import build_backbone
-from detector.build import build_network
 from detector.data.coco import CocoIndex
-from detector.data.collate import collate
+from detector.data.collate import Batch, collate
 from detector.data.dataset import DetectionDataset
+from detector.data.preprocess import Preprocessing
 from detector.data.transforms import TrainTransform
-from detector.deploy.fuse import fuse
 from detector.lab.latency import Contest, contest
-from detector.preprocess import Preprocessing
-from detector.ps_roi_align import ps_roi_align
-from detector.structures import Batch
+from detector.models.backbones import build_backbone
+from detector.models.build import build_network
+from detector.models.fuse import fuse
+from detector.models.ps_roi_align import ps_roi_align
 
 STEPS_PER_TURN = 2
 

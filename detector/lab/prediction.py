@@ -18,18 +18,18 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from detector.api import Detector
-from detector.deploy.export import convert_for_openvino, import_openvino
-from detector.deploy.quantize import import_nncf, quiet
-from detector.deploy.runtime import OFTEN, openvino_options
+from detector.data.preprocess import canvas_size, pad, restore_boxes
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
+from detector.export.formats import convert_for_openvino, import_openvino
+from detector.export.quantize import import_nncf, quiet
+from detector.inference.detector import Detector
+from detector.inference.loading import load
+from detector.inference.predictor import input_scale
+from detector.inference.runtime import OFTEN, openvino_options
 from detector.lab.cost import multiply_adds
 from detector.lab.latency import WARM_UP
 from detector.lab.processes import Maker, take_turns_apart
-from detector.loading import load
-from detector.predictor import input_scale
-from detector.preprocess import canvas_size, pad, restore_boxes
 
 # The light detectors that torchvision has: two stages, and one.
 PEERS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large")

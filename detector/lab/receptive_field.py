@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from detector.backbones.contract import Backbone
+from detector.models.backbones.contract import Backbone
 
 FEATURES = ("c3", "c4", "c5")
 WIDTHS = (2048, 8192, 32768)  # of the image row that a theoretical field is looked for in

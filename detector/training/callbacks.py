@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
 from torch import Tensor
 
-from detector.evaluation.coco import METRICS
+from detector.evaluation.metrics import METRICS
 from detector.files import replacing, write_json
-from detector.visualize import plot_curves
+from detector.inference.drawing import plot_curves
 
 if TYPE_CHECKING:
     from PIL.Image import Image

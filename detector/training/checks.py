@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from detector.errors import InputError
-from detector.evaluation.coco import PROTOCOLS
+from detector.evaluation.metrics import PROTOCOLS
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from detector.backbones.classifier import ImageClassifier
+from detector.data.collate import Batch
 from detector.data.image_folder import ImageBatch
 from detector.errors import InputError
-from detector.light_head_rcnn import MEAN, STD
-from detector.structures import Batch
+from detector.inference.drawing import draw_batch
+from detector.models.backbones.classifier import ImageClassifier
+from detector.models.light_head_rcnn import MEAN, STD
 from detector.training.schedule import OptimizerSettings, ScheduleSettings, configure
 from detector.training.trainer import share_buffers, world_size
-from detector.visualize import draw_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,9 +14,9 @@ from detector.data.coco import CocoIndex
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
 from detector.data.image_folder import ImageFolder, collate_images
+from detector.data.preprocess import Preprocessing, canvas_size
 from detector.data.transforms import EvalTransform, TrainTransform
 from detector.errors import InputError
-from detector.preprocess import Preprocessing, canvas_size
 
 
 def share(order: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:

@@ -17,14 +17,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector.api import read_torch_file
-from detector.backbones import arguments_of
-from detector.backbones.classifier import ImageClassifier, build_classifier
-from detector.backbones.pretrained import load_weights
 from detector.data.crops import ensure_crops
 from detector.data.image_folder import LAYOUT, ImageFolder, check_same_classes, eval_view, train_view
 from detector.errors import InputError
 from detector.files import replacing
+from detector.inference.detector import read_torch_file
+from detector.models.backbones import arguments_of
+from detector.models.backbones.classifier import ImageClassifier, build_classifier
+from detector.models.backbones.pretrained import load_weights
 from detector.training.callbacks import FirstBatchPicture, History
 from detector.training.classification import LOSSES, METRICS, ClassificationTask, draw_images
 from detector.training.data_module import ClassificationData

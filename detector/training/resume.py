@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from detector.api import read_checkpoint
 from detector.errors import InputError
+from detector.inference.detector import read_checkpoint
 from detector.training.checks import check_values
 
 

@@ -1,10 +1,9 @@
-"""A training run and an evaluation run, from plain configuration: where the parts of training meet."""
+"""A training run, from plain configuration: where the parts of training meet."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,37 +13,27 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector.api import Detector, read_checkpoint
-from detector.backbones import arguments_of
-from detector.backbones.pretrained import load_weights
-from detector.data.coco import CocoIndex, load_coco
-from detector.data.shapes import ensure_shapes
+from detector.data.coco import CocoIndex
+from detector.data.preprocess import Preprocessing
+from detector.data.splits import load_split
 from detector.data.transforms import TrainTransform
-from detector.deploy.runtime import ExportedDetector, is_export
 from detector.errors import InputError
-from detector.evaluation.clock import Clock
-from detector.evaluation.coco import evaluate as score
-from detector.evaluation.coco import format_table, save_metrics
-from detector.files import write_json
-from detector.preprocess import Preprocessing
+from detector.evaluation.metrics import format_table
+from detector.inference.detector import Detector, read_checkpoint
+from detector.inference.drawing import draw_batch
+from detector.models.backbones import arguments_of
+from detector.models.backbones.pretrained import load_weights
 from detector.training.callbacks import FirstBatchPicture, History
-from detector.training.checks import check_values
 from detector.training.data_module import DetectionData
-from detector.training.reporting import report_on_checkpoint
 from detector.training.resume import check_can_go_on, checked_config
 from detector.training.schedule import OptimizerSettings, ScheduleSettings
 from detector.training.task import DetectionTask, load_pretrained
-from detector.training.timing import PartTimes
 from detector.training.trainer import (
     build_trainer,
-    check_writable,
     devices,
-    is_first_process,
-    progress,
     ranks_end_together,
     run_directory,
 )
-from detector.visualize import draw_batch
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +55,7 @@ def train(config: Mapping[str, Any]) -> Path:
             f"{list(val_index.class_names)} differ; both files must declare the same categories."
         )
     detector = _new_detector(config, train_index)
-    data = _data_module(config, detector.preprocessing, train_index, val_index)
+    data = data_module(config, detector.preprocessing, train_index, val_index)
     task = _new_task(config, detector, val_index)
     assert task.schedule is not None
     epochs = task.schedule.epochs_for(len(train_index))
@@ -82,88 +71,6 @@ def train(config: Mapping[str, Any]) -> Path:
         log.info("\n%s\n", format_table(task.figures, f"{val_index.annotation_file}, last epoch"))
         log.info("best.ckpt, last.ckpt, metrics.csv, metrics.json, curves.png, train_batch.png in %s", run_dir)
     return run_dir
-
-
-def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Score a checkpoint as conf/eval.yaml describes it.
-
-    Writes metrics.json, detections.json and, unless `report` is false, diagnosis.json and report.html.
-
-    Returns:
-        COCO's figures, on every rank; other `metrics` are written only.
-    """
-    clock = Clock()
-    check_values(config)
-    if not config["ckpt"]:
-        raise InputError(
-            "ckpt is missing: add ckpt=RUN_DIR/best.ckpt; or results=detections.json annotations=instances.json to "
-            "score what another detector found."
-        )
-    if is_export(config["ckpt"]):
-        from detector.training.exported import evaluate_export
-
-        return evaluate_export(config)
-    device_arguments = devices(config)
-    detector = Detector.load(config["ckpt"], device="cpu")  # Lightning moves it to this process's device
-    if config["max_proposals"]:
-        rpn = detector.network.rpn
-        budget = min(config["max_proposals"], rpn.test_limits.after_nms)
-        rpn.test_limits = replace(rpn.test_limits, after_nms=budget)
-    data_config = evaluation_data(config, detector)
-    index = load_split(data_config, "val", class_names=detector.class_names)
-    # Not where other tools look for the detector's figures.
-    name = f"eval_{config['max_proposals']}_proposals" if config["max_proposals"] else "eval"
-    out = Path(str(config["out"])) if config["out"] else Path(config["ckpt"]).parent / name
-    if is_first_process():
-        check_writable(out)
-    data = _data_module(config, detector.preprocessing, None, index)
-    task = DetectionTask(detector)
-    task.val_index = index
-    times = PartTimes(clock)
-    trainer = lightning.Trainer(
-        **device_arguments, **progress(config, [times]), logger=False, enable_checkpointing=False,
-        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=out,
-    )  # fmt: skip
-    with ranks_end_together(trainer), logging_redirect_tqdm():
-        trainer.validate(task, data, verbose=False)
-    if trainer.is_global_zero:
-        figures = task.figures
-        if config["metrics"] != "coco":
-            figures = score(task.results, index.annotation_file, image_ids=index.image_ids, metrics=config["metrics"])
-            clock.book("metrics")
-        write_json(out / "detections.json", task.results)
-        save_metrics(figures, out / "metrics.json")
-        clock.book("files")
-        log.info("\n%s\n", format_table(figures, str(index.annotation_file)))
-        log.info("metrics.json, detections.json in %s", out)
-        if config["report"]:
-            detector.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
-            report_on_checkpoint(out, config, clock, detector, index, task.results, figures, times.seconds_per_image)
-    return task.figures
-
-
-def load_split(data: Mapping[str, Any], split: str, class_names: tuple[str, ...] | None = None) -> CocoIndex:
-    """The index of one split; makes the embedded data set where it is asked for and missing.
-
-    Args:
-        data: the `data` node of a configuration.
-        split: "train" or "val".
-        class_names: of a checkpoint; the data set's must be the same.
-    """
-    if not data["root"]:
-        raise InputError(
-            "data.root is not set: give the folder of your data set, data.root=DIR, holding images/ and "
-            "annotations/train.json and annotations/val.json, or use recipe=demo."
-        )
-    root = Path(str(data["root"]))
-    if data["generate"]:
-        ensure_shapes(root, **data["generate"])
-    annotations, images = root / data[split]["annotations"], root / data[split]["images"]
-    if not annotations.is_file() and data["missing"]:
-        raise InputError(f"No {annotations} here (looked in '{root.resolve()}'). {data['missing']}")
-    return load_coco(
-        annotations, images, keep_empty=data["keep_empty"], class_names=class_names, limit=data[split]["limit"]
-    )
 
 
 def _new_detector(config: Mapping[str, Any], index: CocoIndex) -> Detector:
@@ -195,7 +102,7 @@ def _new_task(config: Mapping[str, Any], detector: Detector, val_index: CocoInde
     return task
 
 
-def _data_module(
+def data_module(
     config: Mapping[str, Any], preprocessing: Preprocessing, train: CocoIndex | None, val: CocoIndex
 ) -> DetectionData:
     transform = TrainTransform(preprocessing, **config["augment"], seed=config["seed"]) if train is not None else None
@@ -210,20 +117,6 @@ def _data_module(
         workers=config["workers"],
         cache=config["data"].get("cache", False),
     )
-
-
-def evaluation_data(config: Mapping[str, Any], detector: Detector | ExportedDetector) -> dict[str, Any]:
-    """The data of the checkpoint's recipe, with what the command line gives instead."""
-    recorded = detector.provenance.get("config", {}).get("data")
-    given = config["data"]
-    if recorded is None and not given["root"]:
-        raise InputError("This checkpoint does not say which data it was trained on; give data.root=DIR.")
-    data = dict(recorded or {"generate": None, "missing": None, "keep_empty": True})
-    if given["root"] and given["root"] != data.get("root"):
-        data |= {"root": given["root"], "generate": None, "missing": None}
-    val = {"annotations": "annotations/val.json", "images": "images", "limit": None} | dict(data.get("val", {}))
-    data["val"] = val | {key: value for key, value in given["val"].items() if value is not None}
-    return data
 
 
 def _trainer(

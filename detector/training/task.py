@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from detector.api import Detector
 from detector.data.coco import CocoIndex
+from detector.data.collate import Batch
 from detector.errors import InputError
-from detector.evaluation.coco import evaluate
-from detector.structures import Batch
+from detector.evaluation.metrics import evaluate
+from detector.inference.detector import Detector
 from detector.training.schedule import OptimizerSettings, ScheduleSettings, configure
 from detector.training.trainer import rank, share_buffers, world_size
 

@@ -1,0 +1,130 @@
+"""The data doctor: everything that is wrong or odd about a data set, before a run is spent on it.
+
+Unlike `load_coco`, which stops at the first fault, it lists all of them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detector.apps.doctor.anchors import boxes_at_input, check_anchors
+from detector.apps.doctor.annotations import (
+    check_boxes,
+    check_categories,
+    check_entries,
+    check_ids,
+    check_references,
+)
+from detector.apps.doctor.balance import check_balance, check_empty
+from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
+from detector.apps.doctor.split import ERROR, INFO, WARNING, Finding, read_split
+from detector.data.preprocess import Preprocessing
+
+_ORDER = (ERROR, WARNING, INFO)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings about a data set, worst first.
+
+    Attributes:
+        splits: {split name: {"annotations": file, "images": folder, "pictures": M, "boxes": B}}.
+        findings: of the checks that found something.
+    """
+
+    splits: dict[str, dict[str, Any]]
+    findings: list[Finding]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings of each severity."""
+        return {severity: sum(f.severity == severity for f in self.findings) for severity in _ORDER}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a JSON file or a section of a report."""
+        findings = [finding.to_dict() for finding in self.findings]
+        return {"splits": self.splits, "counts": self.counts, "findings": findings}
+
+
+def examine(
+    splits: Mapping[str, tuple[str | Path, str | Path]],
+    *,
+    preprocessing: Preprocessing,
+    anchors: Mapping[str, Any] | None = None,
+    workers: int = 1,
+) -> Diagnosis:
+    """Run every check on a data set. All pictures are decoded.
+
+    Args:
+        splits: annotation file and picture folder of each, the training split first.
+        preprocessing: the training input; sizes of objects are judged there.
+        anchors: scales, ratios, stride and foreground_iou of the region proposal network; None leaves them alone.
+        workers: threads that decode.
+    """
+    read = [read_split(name, Path(file), Path(folder)) for name, (file, folder) in splits.items()]
+    usable = [split for split in read if not split.broken]
+    pictures = look_at_all(usable, workers)
+    sizes = {split.name: box_frames(split, pictures[split.name]) for split in usable}
+    findings = [
+        *check_entries(read),
+        *check_ids(usable),
+        *check_references(usable),
+        *check_categories(usable),
+        *check_boxes(usable, sizes, preprocessing),
+        *check_files(usable, pictures),
+        *check_repeats(usable, pictures),
+        *check_balance(usable),
+        *check_empty(usable),
+    ]
+    if anchors and usable:
+        # Only of what is trained on.
+        objects = boxes_at_input(usable[0], sizes[usable[0].name], preprocessing)
+        findings += check_anchors(*objects, **anchors)
+    findings.sort(key=lambda finding: _ORDER.index(finding.severity))
+    about = {
+        split.name: {
+            "annotations": str(split.annotation_file),
+            "images": str(split.image_dir),
+            "pictures": len(split.images),
+            "boxes": len(split.annotations),
+        }
+        for split in read
+    }
+    return Diagnosis(about, findings)
+
+
+def format_diagnosis(diagnosis: Diagnosis) -> str:
+    """A table of the findings, then each with its examples and remedy; for a terminal or a Markdown page."""
+    lines = [
+        f"{name}: {about['pictures']} pictures, {about['boxes']} boxes, {about['annotations']}"
+        for name, about in diagnosis.splits.items()
+    ]
+    lines += ["", _table(diagnosis.findings), ""]
+    for finding in diagnosis.findings:
+        lines.append(f"{finding.severity} {finding.check}: {finding.count} {finding.message}")
+        lines += [f"    {example}" for example in finding.examples]
+        hidden = finding.count - len(finding.examples)
+        if finding.severity != INFO and finding.check != "anchor_coverage" and hidden > 0:
+            lines.append(f"    ... and {hidden} more")
+        if finding.remedy:
+            lines.append(f"    -> {finding.remedy}")
+    counts = diagnosis.counts
+    return "\n".join([*lines, "", f"{counts[ERROR]} errors, {counts[WARNING]} warnings"])
+
+
+def _table(findings: Sequence[Finding]) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("severity", "check", "count", "what", box=box.MARKDOWN)
+    for finding in findings:
+        table.add_row(finding.severity, finding.check, str(finding.count), Text(finding.message))
+    text = io.StringIO()
+    Console(file=text, width=110, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())

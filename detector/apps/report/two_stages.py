@@ -1,0 +1,223 @@
+"""The two stages seen apart: what the anchors can reach, what the RPN proposes, what the head makes of how many.
+
+Backbone, RPN and thin map are computed once an image; the head runs again for each number of proposals. Proposals are
+ranked, so that a smaller number is the beginning of the list: what a network with that limit would propose.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detector.data.preprocess import pad, restore_boxes
+from detector.errors import InputError
+from detector.evaluation.metrics import evaluate
+from detector.inference.detections import Detections
+from detector.inference.detector import Detector
+from detector.inference.predictor import input_scale
+from detector.models.boxes import pairwise_iou
+from detector.models.rpn import Proposals
+
+if TYPE_CHECKING:
+    from detector.data.coco import CocoIndex
+
+RECALL_AT = (10, 50, 100, 300, 1000)
+BUDGETS = (10, 25, 50, 100, 200, 300, 1000)
+IOUS = np.arange(10, 20) / 20  # 0.50:0.95, as COCO
+EDGES = np.arange(21) / 20  # of the histogram of IoUs
+# COCO's sizes, in square pixels of the original picture.
+SIZES = {"all": (0, np.inf), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}
+
+
+def two_stages(
+    detector: Detector, index: CocoIndex, *, limit: int | None = None, budgets: Sequence[int] = BUDGETS
+) -> dict[str, Any]:
+    """Run the detector image by image, with a progress bar, and measure each stage.
+
+    An object is recalled at an IoU where some proposal reaches it, whatever its class; several objects may share a
+    proposal. An object is out of the anchors' reach where no anchor of the padded input has the IoU with it that makes
+    it foreground in training; its best anchor is foreground all the same (Ren et al. 2015, section 3.1.2), but it
+    learns from a worse start. Crowd regions are left out. Sizes are COCO's, by the file's areas.
+
+    Milliseconds are medians over the images, one image at a time on the detector's device, without reading, resizing
+    and restoring boxes; the first images warm the machine up, so that few images tell little.
+
+    Args:
+        limit: the first images only; None takes all of the index.
+        budgets: numbers of proposals; those above the network's limit are left out, and the limit itself is added.
+
+    Returns:
+        {"images": N, "limit": P of the network's test_limits,
+         "recall": {"proposals": numbers of RECALL_AT up to the limit, and the limit,
+                    "all", "small", "medium", "large": {"truths": count, "recall50": at IoU 0.5, "recall": mean over
+                        0.50:0.95; one value in [0, 1] for each number, or None without truths}},
+         "budgets": [{"proposals": n, "AP", "AP50": of the detections from n proposals, as detector.evaluation.evaluate
+                        gives them, "ms": shared part and head}],
+         "ms_shared": of backbone, neck, RPN and thin map,
+         "anchors": {"foreground_iou": float, "edges": 21 bounds from 0 to 1,
+                     "all", "small", "medium", "large": {"truths": count, "unmatched": share out of reach, None without
+                        truths, "histogram": 20 counts of the best IoU}}}.
+
+    Raises:
+        InputError: limit or a budget is below 1, the classes are not the detector's, or a picture cannot be read.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: at least 1 picture; leave it out to take all.")
+    numbers = _numbers(budgets, detector)
+    recall_at = _numbers(RECALL_AT, detector)
+    if tuple(index.class_names) != detector.class_names:
+        raise InputError(
+            f"The data set has the classes {list(index.class_names)}, the detector {list(detector.class_names)}; "
+            "take the data set that it was trained on, or one with the same classes."
+        )
+    places = range(len(index) if limit is None else min(limit, len(index)))
+    looks = _look_at_all(detector, index, places, numbers, recall_at)
+    areas = np.concatenate([index.areas[_truths(index, i)] for i in places])
+    milliseconds = 1000 * np.array([look.seconds for look in looks])  # (N, 1 + budgets)
+    return {
+        "images": len(looks),
+        "limit": detector.network.rpn.test_limits.after_nms,
+        "recall": {"proposals": recall_at, **_recall(np.concatenate([look.reach for look in looks]), areas)},
+        "budgets": _by_budget(looks, index, places, numbers, milliseconds),
+        "ms_shared": float(np.median(milliseconds[:, 0])),
+        "anchors": _coverage(
+            np.concatenate([look.anchor_iou for look in looks]), areas, detector.network.rpn.foreground_iou
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one image told.
+
+    Attributes:
+        reach: (G, R) best IoU of each truth with the first proposals, for each of R numbers of them.
+        anchor_iou: (G,) best IoU of each truth with an anchor.
+        found: the detections from each number of proposals.
+        seconds: of the shared part, then of the head with each number of proposals.
+    """
+
+    reach: np.ndarray
+    anchor_iou: np.ndarray
+    found: list[Detections]
+    seconds: list[float]
+
+
+def _numbers(wanted: Sequence[int], detector: Detector) -> list[int]:
+    """Ascending numbers of proposals up to the network's limit, which is the last."""
+    limit = detector.network.rpn.test_limits.after_nms
+    if any(number < 1 for number in wanted):
+        raise InputError(f"budgets={list(wanted)}: each is a number of proposals, 1 or more.")
+    return sorted({number for number in wanted if number < limit} | {limit})
+
+
+def _look_at_all(
+    detector: Detector, index: CocoIndex, places: Sequence[int], numbers: list[int], recall_at: list[int]
+) -> list[_Look]:
+    from tqdm import tqdm
+
+    if places:
+        _look(detector, index, places[0], numbers, recall_at)  # the first pass through a network is a slow one
+    # disable=None: no bar where nobody looks at a terminal.
+    return [_look(detector, index, i, numbers, recall_at) for i in tqdm(places, "two stages", disable=None)]
+
+
+@torch.no_grad()
+def _look(detector: Detector, index: CocoIndex, i: int, numbers: list[int], recall_at: list[int]) -> _Look:
+    network, device = detector.network.eval(), detector.device
+    image = index.read(i)
+    resized = detector.preprocessing(image)
+    scale = input_scale(image.shape[:2], resized.shape[:2])
+    sizes = torch.tensor([resized.shape[:2]], device=device)
+    pixels = torch.from_numpy(pad([resized])).to(device)
+    clock = [_now(device)]
+    rpn_map, head_map = network.features(pixels)
+    objectness, deltas, anchors = network.rpn(rpn_map)
+    proposals = network.rpn.propose(objectness, deltas, anchors, sizes)
+    thin_map = network.head.thin(head_map)
+    clock.append(_now(device))
+    found = []
+    for number in numbers:
+        first = Proposals(proposals.boxes[:, :number], proposals.valid[:, :number], proposals.scores[:, :number])
+        found.append(network.head.detect(network.head.subnet(thin_map, first.boxes), first, sizes)[0])
+        clock.append(_now(device))
+    truths = torch.from_numpy(index.boxes[_truths(index, i)] * np.tile(scale, 2)).float().to(device)
+    return _Look(
+        reach=_reach(proposals, truths, recall_at),
+        anchor_iou=pairwise_iou(anchors, truths).amax(dim=0).cpu().numpy(),
+        found=[_restored(boxes, detector, scale, image.shape[:2]) for boxes in found],
+        seconds=np.diff(clock).tolist(),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _truths(index: CocoIndex, i: int) -> np.ndarray:
+    """Rows of the objects of picture i that are no crowd regions."""
+    rows = np.arange(index.offsets[i], index.offsets[i + 1])
+    return rows[~index.crowd[rows]]
+
+
+def _reach(proposals: Proposals, truths: Tensor, recall_at: list[int]) -> np.ndarray:
+    iou = pairwise_iou(proposals.boxes[0], truths)  # (P, G), 0 where not valid: these boxes are empty
+    best = iou.cummax(dim=0).values.cpu().numpy()
+    return best[np.array(recall_at) - 1].T
+
+
+def _restored(
+    found: tuple[Tensor, Tensor, Tensor], detector: Detector, scale: np.ndarray, size: tuple[int, int]
+) -> Detections:
+    boxes, scores, labels = (tensor.cpu().numpy() for tensor in found)
+    return Detections(restore_boxes(boxes, scale, size), scores, labels, detector.class_names, size)
+
+
+def _by_budget(
+    looks: list[_Look], index: CocoIndex, places: Sequence[int], numbers: list[int], milliseconds: np.ndarray
+) -> list[dict[str, Any]]:
+    ground_truth = json.loads(index.annotation_file.read_text(encoding="utf-8"))
+    ids = [index.image_ids[i] for i in places]
+    rows = []
+    for place, number in enumerate(numbers):
+        found = zip(looks, ids, strict=True)
+        results = [row for look, image_id in found for row in look.found[place].to_coco(image_id, index.category_ids)]
+        figures = evaluate(results, ground_truth, image_ids=ids)
+        spent = float(np.median(milliseconds[:, 0] + milliseconds[:, place + 1]))
+        rows.append({"proposals": number, "AP": figures["AP"], "AP50": figures["AP50"], "ms": spent})
+    return rows
+
+
+def _recall(reach: np.ndarray, areas: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Of best IoUs (G, R); a size's bounds belong to it, as in COCO."""
+    found = {}
+    for name, (low, high) in SIZES.items():
+        own = reach[(areas >= low) & (areas <= high)]
+        hit = own[:, :, None] >= IOUS  # (G, R, 10)
+        found[name] = {
+            "truths": len(own),
+            "recall50": hit[:, :, 0].mean(axis=0).tolist() if len(own) else None,
+            "recall": hit.mean(axis=(0, 2)).tolist() if len(own) else None,
+        }
+    return found
+
+
+def _coverage(anchor_iou: np.ndarray, areas: np.ndarray, foreground_iou: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"foreground_iou": foreground_iou, "edges": EDGES.tolist()}
+    for name, (low, high) in SIZES.items():
+        own = anchor_iou[(areas >= low) & (areas <= high)]
+        found[name] = {
+            "truths": len(own),
+            "unmatched": float((own < foreground_iou).mean()) if len(own) else None,
+            "histogram": np.histogram(own, EDGES)[0].tolist(),
+        }
+    return found

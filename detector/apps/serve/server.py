@@ -1,0 +1,125 @@
+"""Bind, say where, and answer until a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import numpy as np
+import python_multipart  # noqa: F401  # Starlette misses it only when the first form comes
+import uvicorn
+from starlette.types import ASGIApp
+
+from detector.apps.serve.app import build_app
+from detector.apps.serve.connection import Connection
+from detector.apps.serve.guard import is_loopback
+from detector.apps.serve.limits import Limits
+from detector.errors import InputError
+from detector.inference.predictor import Predictor
+
+log = logging.getLogger(__name__)
+
+# Seconds that requests may still take after a signal.
+GRACE = 5
+
+
+def run(
+    predictor: Predictor,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    score_threshold: float = 0.3,
+    limits: Limits | None = None,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; requests that are under way then are answered.
+
+    Args:
+        predictor: what looks at the pictures.
+        host: a name or an address of this machine. Only 127.0.0.1, ::1 and localhost keep other machines out.
+        port: 0 takes any free one; the log says which.
+        score_threshold: of a request that names none.
+        limits: of a request, and of all of them together.
+
+    Raises:
+        InputError: a setting is wrong, or the port is taken.
+    """
+    # It warns of every form that it cannot read, and whoever sends one chooses how often.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    limits = limits or Limits()
+    app = build_app(predictor, limits, score_threshold=score_threshold, host=host)
+    # uvicorn ends the process itself where it cannot bind, and names no remedy.
+    with _bind(host, port) as listener, _ended_by_signal():
+        _warm_up(predictor)
+        if not is_loopback(host):
+            log.warning(
+                "host=%s: everyone who can reach this machine can use the detector; there is no password and no "
+                "encryption.",
+                host,
+            )
+        log.info("http://%s:%d  open this page; Ctrl-C stops the server.", _in_url(host), listener.getsockname()[1])
+        server_of(app, limits).run(sockets=[listener])
+    log.info("stopped")
+
+
+def server_of(app: ASGIApp, limits: Limits) -> uvicorn.Server:
+    """What answers with this application; `run(sockets=[...])` until a signal, or until `should_exit` is set."""
+    config = uvicorn.Config(
+        app,
+        http=partial(Connection, limits=limits),  # type: ignore[arg-type]  # called as a class, and never looked into
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE,
+    )
+    return uvicorn.Server(config)
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are the ordinary end of this block.
+
+    uvicorn catches both, answers what is under way, and raises them again for whoever was there before it.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    try:
+        with suppress(KeyboardInterrupt):
+            yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
+        raise InputError(f"port={port}; expected a whole number from 0 to 65535.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"Cannot listen on {host}, port {port}: {reason}. Choose another, or port=0 for any."
+        ) from error
+
+
+def _in_url(host: str) -> str:
+    """What a browser on this machine is to be told."""
+    if host in ("0.0.0.0", "::"):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
+
+
+def _warm_up(predictor: Predictor) -> None:
+    """The first call is slow; let no visitor pay for it. A detector that cannot predict is found out here."""
+    side = predictor.preprocessing.short_side
+    predictor.predict([np.full((side, side, 3), 127, np.uint8)])

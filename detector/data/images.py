@@ -1,0 +1,264 @@
+"""One door for pictures: training, evaluation, prediction and exports read files, arrays and tensors here.
+
+Everything becomes uint8 RGB (h, w, 3) as a person would see it. Numpy and Pillow only: an exported detector reads its
+pictures where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from detector.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+ImageSource: TypeAlias = Union[
+    str, "os.PathLike[str]", bytes, bytearray, memoryview, IO[bytes], Image.Image, np.ndarray, "torch.Tensor"
+]
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+_EXIF_ORIENTATION = 0x0112
+# Pillow's limit on pixels is one number for the process: who raises it for one file holds this.
+_PILLOW_LIMIT = threading.Lock()
+
+
+def read_image(
+    source: ImageSource, *, bgr: bool = False, exif: bool = True, max_pixels: int | None = None, name: str | None = None
+) -> np.ndarray:
+    """Read one picture.
+
+    Args:
+        source: a file; the bytes of one, or a binary file object that holds them; a Pillow image; an array (h, w),
+            (h, w, 1), (h, w, 3) or (h, w, 4), uint8, uint16 or float in [0, 1]; a tensor (C, h, w) with C of 1, 3 or
+            4, uint8 or float in [0, 1]. Alpha is dropped. 16-bit pictures are divided by 257. Files and Pillow images
+            of 32 bits a pixel do not say their range: [0, 1] (float only), [0, 255] or [0, 65535], the smallest that
+            holds them. Of an animated file (GIF, APNG, WebP) or one of several pages, the first frame; of a Pillow
+            image, its current one.
+        bgr: the channels of an array or a tensor are blue, green, red (OpenCV's order). Files know their order.
+        exif: turn files and Pillow images as their EXIF orientation says.
+        max_pixels: a file that declares more is refused before it is decoded; None leaves it to Pillow, whose limit
+            (179 million) guards against small files that unpack to fill the memory.
+        name: what messages call the source; None makes one up.
+
+    Returns:
+        uint8 RGB (h, w, 3), C-contiguous. It shares memory with `source` where that is such an array already.
+
+    Raises:
+        InputError: the file is missing, a folder, empty, not a picture, too large or damaged; the array has a shape, a
+            type or a range that no picture has.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _read_file(Path(source), name or str(source), exif, max_pixels)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _read_file(io.BytesIO(source), name or f"a picture in {len(source)} bytes", exif, max_pixels)
+    if hasattr(source, "read"):
+        content = _content_of(source, name or "a file object")
+        return read_image(content, exif=exif, max_pixels=max_pixels, name=name)
+    if isinstance(source, Image.Image):
+        name = name or getattr(source, "filename", "")
+        name = name or f"Pillow image (mode {source.mode}, {source.width} x {source.height})"
+        try:
+            return _from_pillow(source, exif)
+        except Exception as error:  # Pillow decodes late: a damaged file shows only now, as any kind of exception.
+            raise _undecodable(name, error) from error
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name or "array", bgr)
+    if is_tensor(source):
+        return _from_tensor(source, name or "tensor", bgr)
+    raise InputError(
+        f"cannot read a picture from {type(source).__name__}; give a path, the bytes of a file, a Pillow image, a "
+        f"numpy array (h, w, 3) or a tensor (3, h, w)."
+    )
+
+
+def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a torch tensor, without importing torch."""
+    return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """All picture files below a folder, sorted by path; hidden files are left out.
+
+    Raises:
+        InputError: the folder is missing, is a file, or holds no picture.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        what = "is a file, not a folder; give the folder that holds it" if root.exists() else "no such folder"
+        raise InputError(f"{root}: {what}; check the path.")
+    found = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if not found:
+        raise InputError(f"{root}: no picture in this folder; expected files that end in {_suffixes()}.")
+    return found
+
+
+def _suffixes() -> str:
+    return ", ".join(sorted(IMAGE_SUFFIXES))
+
+
+def _undecodable(name: object, error: Exception) -> InputError:
+    return InputError(
+        f"{name}: cannot be decoded ({error or type(error).__name__}); the file is damaged or incomplete: fetch it "
+        f"again, or take it out of the data."
+    )
+
+
+def _content_of(file: Any, name: str) -> bytes:
+    content = file.read()
+    if not isinstance(content, bytes):
+        raise InputError(
+            f"{name}: gives {type(content).__name__}, not bytes; open it in binary mode, open(path, 'rb')."
+        )
+    return content
+
+
+def _read_file(file: Path | io.BytesIO, name: str, exif: bool, max_pixels: int | None) -> np.ndarray:
+    if isinstance(file, Path) and os.path.isdir(file):
+        raise InputError(
+            f"{name}: is a folder, not a picture; detector.data.images.list_images gives the pictures in it."
+        )
+    try:
+        with _open(file, name, max_pixels) as image:
+            if image.format == "EPS":  # Pillow would run it: PostScript is a program
+                raise InputError(f"{name}: PostScript is not read; convert it to one of {_suffixes()}.")
+            return _from_pillow(image, exif)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file; check the path.") from error
+    except PermissionError as error:
+        raise InputError(f"{name}: may not be read by this user; change the file's permissions.") from error
+    except UnidentifiedImageError as error:
+        size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+        what = "not a picture that can be read" if size else "is empty (0 bytes), not a picture that can be read"
+        raise InputError(f"{name}: {what}; convert it to one of {_suffixes()}, or take it out of the data.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(
+            f"{name}: too many pixels to be safe to decode ({error}). If you trust it, allow as many with max_pixels=N."
+        ) from error
+    except Exception as error:  # Decoders raise what they like on damaged files: OSError, SyntaxError, struct.error ...
+        raise _undecodable(name, error) from error
+
+
+@contextmanager
+def _open(file: Path | io.BytesIO, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
+    """Pillow's open, which reads the header only, with a limit of our own if there is one."""
+    if max_pixels is None:
+        with Image.open(file) as image:
+            yield image
+        return
+    with _PILLOW_LIMIT:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    with image:
+        if image.width * image.height > max_pixels:
+            raise InputError(
+                f"{name}: {image.width} x {image.height} pixels, max_pixels={max_pixels}; raise it, or shrink "
+                f"the picture."
+            )
+        yield image
+
+
+def _from_pillow(image: Image.Image, exif: bool) -> np.ndarray:
+    if exif and _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return _to_rgb(_from_uint16(np.asarray(image)))
+    if image.mode in ("I", "F"):
+        return _to_rgb(_from_unknown_range(np.asarray(image)))
+    if image.mode == "P":
+        # A palette may hold transparency, which Pillow wants to go through RGBA.
+        image = image.convert("RGBA")
+    # A copy: an array that borrows Pillow's bytes is read-only.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # A broken EXIF block must not cost the picture.
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _from_uint16(pixels: np.ndarray) -> np.ndarray:
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, to the nearest
+
+
+def _from_unknown_range(pixels: np.ndarray) -> np.ndarray:
+    if not np.isfinite(pixels).all():
+        raise ValueError("it holds values that are not finite")
+    largest = pixels.max(initial=0)
+    if pixels.dtype.kind == "f" and largest <= 1:
+        pixels = pixels * 255
+    elif largest > 255:
+        pixels = pixels / 257
+    return np.rint(pixels).clip(0, 255).astype(np.uint8)
+
+
+def _to_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Grey (h, w) to RGB (h, w, 3)."""
+    return np.repeat(pixels[..., None], 3, axis=2)
+
+
+def _from_tensor(tensor: torch.Tensor, name: str, bgr: bool) -> np.ndarray:
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
+        raise InputError(
+            f"{name} of shape {tuple(tensor.shape)}: a picture is (3, h, w); give one at a time, channels first."
+        )
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # numpy knows no bfloat16
+    return _from_array(tensor.permute(1, 2, 0).numpy(), name, bgr)
+
+
+def _from_array(array: np.ndarray, name: str, bgr: bool) -> np.ndarray:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise InputError(
+            f"{name} of shape {array.shape}: a picture is (h, w), (h, w, 3) or (h, w, 4) and not empty; give one "
+            f"picture at a time, channels last."
+        )
+    pixels = _array_to_uint8(array, name)
+    if pixels.shape[2] == 1:
+        return _to_rgb(pixels[..., 0])
+    pixels = pixels[..., :3]
+    return np.ascontiguousarray(pixels[..., ::-1] if bgr else pixels)
+
+
+def _array_to_uint8(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.uint16:
+        return _from_uint16(array)
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind != "f":
+        raise InputError(f"{name} of type {array.dtype}: a picture is uint8, uint16 or float in [0, 1]; convert it.")
+    low, high = float(array.min()), float(array.max())
+    # A resize leaves values a hair outside; a NaN fails both comparisons.
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise InputError(
+            f"{name} of type {array.dtype} with values from {low:g} to {high:g}: a float picture lies in [0, 1]; "
+            f"divide by 255, or convert it to uint8."
+        )
+    return np.rint(array * 255.0).clip(0, 255).astype(np.uint8)

@@ -1,1 +1,0 @@
-"""From a trained network to one that runs fast, here or elsewhere."""

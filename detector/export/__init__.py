@@ -1,0 +1,1 @@
+"""Write a detector for other runtimes, and compare what they find with what torch finds."""

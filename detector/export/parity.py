@@ -1,0 +1,237 @@
+"""Does an export find what the checkpoint finds? Differences, average precision and latency, side by side.
+
+The gate: an export passes where its AP is at most so much below torch's, and, in float, where it agrees with torch on
+nearly every confident detection. Boxes alone would let a tie decide, AP alone would let a data set without objects.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from detector.inference.detections import Detections
+from detector.inference.predictor import Found, Predictor
+from detector.inference.runtime import fitted, on_canvas
+
+REFERENCE = "torch"
+# Turns of each contestant that are not timed: lazy initialisation, and torch's compilation for a size.
+WARM_UP = 3
+# A partner has the same class and at least this IoU ...
+PARTNER_IOU = 0.5
+# ... and agrees from this IoU on, with a score this near: a wrong graph misses both by far, rounding never does.
+AGREEING_IOU, AGREEING_SCORE = 0.95, 0.01
+CONFIDENT = 0.05
+# Share of torch's confident detections that a float export may miss: ties in suppression.
+MAX_DISAGREEMENT = 0.01
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two results on the same picture, or the worst over many pictures.
+
+    Attributes:
+        box: largest difference of a coordinate between partners, in pixels of the original picture.
+        score: largest difference of a score between partners.
+        partners: detections of the reference that have a partner.
+        total: detections of the reference.
+        confident, agreeing: detections of the reference with a score of CONFIDENT, and those whose partner agrees.
+        extra: detections with a score of CONFIDENT that are no partner of any of the reference's.
+    """
+
+    box: float = 0.0
+    score: float = 0.0
+    partners: int = 0
+    total: int = 0
+    confident: int = 0
+    agreeing: int = 0
+    extra: int = 0
+
+    def worst(self, other: Difference) -> Difference:
+        """Of both: the larger differences, the sums of the counts."""
+        return Difference(
+            max(self.box, other.box),
+            max(self.score, other.score),
+            self.partners + other.partners,
+            self.total + other.total,
+            self.confident + other.confident,
+            self.agreeing + other.agreeing,
+            self.extra + other.extra,
+        )
+
+
+def difference(reference: Detections, found: Detections) -> Difference:
+    """Match by class and IoU, best first, each detection at most once; the nearer score wins among equal boxes."""
+    free = np.ones(len(found), bool)
+    boxes, scores, agreeing = [0.0], [0.0], 0
+    partners = 0
+    overlaps = _iou(reference.boxes, found.boxes)
+    for i, label in enumerate(reference.labels):
+        gap = np.abs(found.scores - reference.scores[i])
+        fit = np.where(free & (found.labels == label), overlaps[i] - 1e-3 * gap, -1.0)
+        if not len(fit) or overlaps[i, j := int(fit.argmax())] < PARTNER_IOU or fit[j] < 0:
+            continue
+        free[j] = False
+        partners += 1
+        boxes.append(float(np.abs(found.boxes[j] - reference.boxes[i]).max()))
+        scores.append(float(gap[j]))
+        agreeing += bool(
+            reference.scores[i] >= CONFIDENT and overlaps[i, j] >= AGREEING_IOU and gap[j] <= AGREEING_SCORE
+        )
+    confident = int((reference.scores >= CONFIDENT).sum())
+    extra = int((found.scores[free] >= CONFIDENT).sum())
+    return Difference(max(boxes), max(scores), partners, len(reference), confident, agreeing, extra)
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union (A, B) of boxes xyxy."""
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    common = (high - low).clip(0).prod(-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(0).prod(-1) for boxes in (a, b)]
+    return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
+
+
+class OnCanvas(Predictor):
+    """A predictor that gives its network one canvas: what a fixed size of an export is compared with."""
+
+    def __init__(self, predictor: Predictor, canvas: tuple[int, int]) -> None:
+        self.predictor, self.canvas = predictor, canvas
+        self.class_names = predictor.class_names
+        self.preprocessing = fitted(predictor.preprocessing, canvas)
+
+    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
+        """See `Predictor.find`."""
+        return self.predictor.find(on_canvas(images, self.canvas), image_sizes)
+
+
+@dataclass
+class Record:
+    """What one contestant did: detections per picture, seconds per picture, and its difference from the reference."""
+
+    found: list[Detections] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    difference: Difference = field(default_factory=Difference)
+
+
+def take_turns(contestants: Mapping[str, Predictor], pictures: Iterable[np.ndarray]) -> dict[str, Record]:
+    """All contestants predict every picture, one after another, alone: batch 1, from decoded picture to boxes.
+
+    Args:
+        contestants: by name; REFERENCE is what the others are compared with.
+        pictures: uint8 RGB (h, w, 3) each; read one at a time.
+    """
+    records = {name: Record() for name in contestants}
+    for number, picture in enumerate(pictures):
+        for name, predictor in contestants.items():
+            for _ in range(WARM_UP if number == 0 else 0):
+                predictor.predict_images([picture], [None])
+            start = time.perf_counter()
+            found = predictor.predict_images([picture], [None])
+            records[name].seconds.append(time.perf_counter() - start)
+            records[name].found += found
+        for record in records.values():
+            of_picture = difference(records[REFERENCE].found[-1], record.found[-1])
+            record.difference = record.difference.worst(of_picture)
+    return records
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant in the table.
+
+    Attributes:
+        name: REFERENCE, the format, or what else took part.
+        precision: "float32" or "int8".
+        file_bytes: of the file, or of both.
+        difference: from the reference, over all pictures.
+        ap: average precision in points, 0 to 100; None where the pictures hold no object.
+        drop: points below the reference.
+        p50_ms, p90_ms: milliseconds a picture.
+        ratio: how many times faster than the reference: the median over the pictures.
+        complaints: why it fails the gate; empty where it passes.
+    """
+
+    name: str
+    precision: str
+    file_bytes: int
+    difference: Difference
+    ap: float | None
+    drop: float | None
+    p50_ms: float
+    p90_ms: float
+    ratio: float
+    complaints: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self) | {"passed": not self.complaints}
+
+
+def judge(
+    records: Mapping[str, Record],
+    average_precision: Callable[[Sequence[Detections]], float | None],
+    *,
+    files: Mapping[str, int],
+    precisions: Mapping[str, str],
+    max_drop: Mapping[str, float],
+    shown: Collection[str] = (),
+) -> list[Row]:
+    """The table, the reference first.
+
+    Args:
+        records: of `take_turns`.
+        average_precision: of the detections of all pictures, in their order; in [0, 1].
+        files: bytes of each contestant's file.
+        precisions: of each contestant.
+        max_drop: points of AP that an export of each precision may lose.
+        shown: names that take part for comparison and cannot fail, beside REFERENCE.
+    """
+    reference = records[REFERENCE]
+    points = {name: _points(average_precision(record.found)) for name, record in records.items()}
+    rows = []
+    for name, record in records.items():
+        ap, wanted, precision = points[name], points[REFERENCE], precisions[name]
+        drop = None if ap is None or wanted is None else wanted - ap
+        times = sorted(record.seconds)
+        rows.append(
+            Row(
+                name,
+                precision,
+                files[name],
+                record.difference,
+                ap,
+                drop,
+                1000 * statistics.median(times),
+                1000 * float(np.percentile(times, 90)),
+                statistics.median(r / s for r, s in zip(reference.seconds, record.seconds, strict=True)),
+                ()
+                if name == REFERENCE or name in shown
+                else tuple(_complaints(record.difference, wanted, drop, precision, max_drop[precision])),
+            )
+        )
+    return sorted(rows, key=lambda row: row.name != REFERENCE)
+
+
+def _points(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _complaints(
+    found: Difference, wanted: float | None, drop: float | None, precision: str, allowed: float
+) -> Iterable[str]:
+    # not <=: a drop that is no number must fail.
+    if drop is not None and not drop <= allowed:
+        yield f"AP is {drop:.2f} points lower; {allowed:g} are allowed"
+    if precision != "float32":
+        if not wanted:
+            yield "the checkpoint's own AP is 0, or the pictures hold no object: a loss could not be seen"
+        return
+    if not found.confident:
+        yield f"the checkpoint finds nothing with a score of {CONFIDENT} in these pictures: nothing was compared"
+    differing = found.confident - found.agreeing + found.extra
+    if differing > MAX_DISAGREEMENT * found.confident:
+        yield f"{differing} of {found.confident} confident detections differ"

@@ -1,0 +1,308 @@
+"""Post-training quantization to int8: OpenVINO's by NNCF, and ONNX Runtime's own, in QuantizeLinear, DequantizeLinear.
+
+The first is the faster one by far (README, results). Weights have a scale per output channel in both: with one scale
+per layer ShuffleNet V2 collapses (Tencent/ncnn, issue 571), because its depthwise kernels, normalisation folded in,
+differ in range from channel to channel. In float stay the first convolution (pixels are as fine as int8 already), RPN's
+outputs, the class and box outputs, and everything about boxes: coordinates need more than 256 values.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from detector.data.preprocess import pad
+from detector.errors import InputError
+from detector.export.formats import (
+    check_onnx,
+    check_openvino_path,
+    export_onnx,
+    openvino_model,
+    save_openvino,
+    set_onnx_properties,
+    unreported,
+    with_precision,
+)
+from detector.files import replacing
+from detector.inference.export_info import ExportInfo
+from detector.inference.runtime import INPUTS, ExportedDetector, fitted, on_canvas, openvino_run
+
+if TYPE_CHECKING:
+    from detector.inference.detector import Detector
+
+# Names of the operators with weights, in ONNX and OpenVINO.
+LAYERS = ("Conv", "MatMul", "Gemm", "Convolution", "GroupConvolution")
+# Likewise, of those that look at a tensor's shape only.
+SIZES = ("Shape", "ShapeOf")
+NO_PICTURES = "int8 needs pictures to calibrate on; give a folder of some hundreds."
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What NNCF's accuracy control goes by: it returns layers to float, the most harmful first, until it is content.
+
+    Attributes:
+        measure: average precision, 0 to 1, of a detector on some of the pictures, given by their numbers; of all of
+            them, and of each.
+        pictures: how many there are.
+        max_drop: points (0 to 100) that int8 may be worse.
+    """
+
+    measure: Callable[[ExportedDetector, Sequence[int]], tuple[float, list[float]]]
+    pictures: int
+    max_drop: float
+
+
+def export_int8(
+    detector: Detector,
+    path: str | Path,
+    pictures: Iterable[np.ndarray],
+    *,
+    batch: int | None = None,
+    canvas: tuple[int, int] | None = None,
+    accuracy: Accuracy | None = None,
+) -> ExportInfo:
+    """Write OpenVINO IR in int8, an .xml and a .bin beside it.
+
+    Args:
+        detector: on any device.
+        path: ends in .xml.
+        pictures: uint8 RGB (h, w, 3), like those that the detector will see; some hundreds fix the ranges. They are
+            preprocessed here.
+        batch, canvas: see `export_onnx`.
+        accuracy: None: quantize and leave it at that.
+
+    Raises:
+        InputError: no picture, a path that ends otherwise, or nncf, openvino or what ONNX needs is not installed.
+    """
+    nncf = import_nncf()
+    check_openvino_path(path)
+    model, info = openvino_model(detector, batch=batch, canvas=canvas)
+    samples = _samples(pictures, info)
+    options = {
+        "subset_size": len(samples),
+        "ignored_scope": nncf.IgnoredScope(names=sorted(float_nodes(openvino_nodes(model))), validate=False),
+    }
+    with quiet(nncf):
+        if accuracy is None:
+            quantized = nncf.quantize(model, nncf.Dataset(samples), **options)
+        else:
+            quantized = nncf.quantize_with_accuracy_control(
+                model,
+                nncf.Dataset(samples),
+                nncf.Dataset(range(accuracy.pictures)),
+                _validation(accuracy, info, Path(path)),
+                max_drop=accuracy.max_drop / 100,
+                **options,
+            )
+    info = with_precision(info, "int8", calibration_pictures=len(samples), nncf=nncf.__version__)
+    save_openvino(quantized, info, path)
+    return info
+
+
+def _validation(
+    accuracy: Accuracy, info: ExportInfo, path: Path
+) -> Callable[[Any, Iterable[int]], tuple[float, list[float]]]:
+    def validate(compiled: Any, numbers: Iterable[int]) -> tuple[float, list[float]]:
+        return accuracy.measure(ExportedDetector(info, openvino_run(compiled), path), list(numbers))
+
+    return validate
+
+
+def export_int8_onnx(
+    detector: Detector,
+    path: str | Path,
+    pictures: Iterable[np.ndarray],
+    *,
+    batch: int | None = None,
+    canvas: tuple[int, int] | None = None,
+) -> ExportInfo:
+    """Write an .onnx in int8, for where there is no OpenVINO. Arguments as of `export_int8`; path ends in .onnx.
+
+    Raises:
+        InputError: no picture, or onnx or onnxruntime is not installed.
+    """
+    quantization = import_quantization()
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        info = export_onnx(detector, source, batch=batch, canvas=canvas)
+        samples = _samples(pictures, info)
+        with _without_advice():
+            quantization.quantize_static(
+                str(source),
+                str(target),
+                _reader(quantization, samples),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=list(LAYERS),
+                nodes_to_exclude=sorted(float_nodes(onnx_nodes(_load(source).graph))),
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                calibrate_method=quantization.CalibrationMethod.MinMax,
+            )
+        model = _load(target)
+    info = with_precision(info, "int8", calibration_pictures=len(samples))
+    _drop_unused_domains(model)
+    set_onnx_properties(model, info)
+    check_onnx(model)
+    with replacing(path) as partial:
+        partial.write_bytes(model.SerializeToString())
+    return info
+
+
+@dataclass(frozen=True)
+class Node:
+    """A step of a graph.
+
+    Attributes:
+        kind: the operator.
+        sources: names of the nodes whose results it takes, in order; what no node makes is left empty.
+    """
+
+    kind: str
+    sources: tuple[str, ...]
+
+
+def onnx_nodes(graph: Any) -> dict[str, Node]:
+    """The nodes of an ONNX graph by name, each after its sources."""
+    made_by = {output: node.name for node in graph.node for output in node.output}
+    return {node.name: Node(node.op_type, tuple(made_by.get(name, "") for name in node.input)) for node in graph.node}
+
+
+def openvino_nodes(model: Any) -> dict[str, Node]:
+    """The nodes of an openvino.Model by name, each after its sources."""
+    found = {}
+    for node in model.get_ordered_ops():
+        sources = (place.get_source_output().get_node().get_friendly_name() for place in node.inputs())
+        found[node.get_friendly_name()] = Node(node.get_type_name(), tuple(sources))
+    return found
+
+
+def float_nodes(nodes: Mapping[str, Node]) -> set[str]:
+    """Names of the nodes of a detector's graph that stay in float; `nodes` come each after its sources."""
+    layers = [name for name, node in nodes.items() if node.kind in LAYERS]
+    sampling = next(name for name, node in nodes.items() if node.kind == "GridSample")
+    # RoIs come from the RPN's two outputs: the first layers that one meets on the way up from the sampling grid. The
+    # sizes of maps go into it too.
+    rpn_outputs = _above(nodes[sampling].sources[1], nodes, stop_at=(*LAYERS, *SIZES)).intersection(layers)
+    sampled = _below({sampling}, nodes)
+    hidden = next(name for name in layers if name in sampled)  # classes and boxes depend on it
+    return _above(layers[0], nodes) | _below(rpn_outputs, nodes) - {hidden}
+
+
+def _above(name: str, nodes: Mapping[str, Node], stop_at: Sequence[str] = ()) -> set[str]:
+    """A node and all that it depends on, but for what lies above nodes of the kinds in `stop_at`."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in nodes and current not in found:
+            found.add(current)
+            waiting += () if nodes[current].kind in stop_at else nodes[current].sources
+    return found
+
+
+def _below(names: set[str], nodes: Mapping[str, Node]) -> set[str]:
+    """These nodes and all that depend on them."""
+    found = set(names)
+    for name, node in nodes.items():
+        if found.intersection(node.sources):
+            found.add(name)
+    return found
+
+
+def _samples(pictures: Iterable[np.ndarray], info: ExportInfo) -> list[dict[str, np.ndarray]]:
+    samples = [_sample(picture, info) for picture in pictures]
+    if not samples:
+        raise InputError(NO_PICTURES)
+    return samples
+
+
+def _sample(picture: np.ndarray, info: ExportInfo) -> dict[str, np.ndarray]:
+    resized = fitted(info.preprocessing, info.canvas)(picture)
+    images = pad([resized])
+    images = on_canvas(images, info.canvas or images.shape[2:]).transpose(0, 2, 3, 1)
+    return dict(zip(INPUTS, (images, np.array([resized.shape[:2]], np.int64)), strict=True))
+
+
+def _reader(quantization: Any, samples: list[dict[str, np.ndarray]]) -> Any:
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.samples = iter(samples)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.samples, None)
+
+    return Reader()
+
+
+def _drop_unused_domains(model: Any) -> None:
+    """The quantizer declares its own domain whether it uses it or not."""
+    used = {node.domain for node in model.graph.node}
+    kept = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _load(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(path)
+
+
+def import_nncf() -> Any:
+    """The module nncf, which reports nothing to its makers.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        with unreported():  # its reporter is made on import
+            import nncf
+    except ImportError as error:
+        raise InputError("nncf is not installed: pip install 'light-head-detector[int8]'.") from error
+    return nncf
+
+
+@contextmanager
+def quiet(nncf: Any) -> Iterator[None]:
+    """Its progress bars stay; its notes on every node that is left in float are what was asked for."""
+    logger = logging.getLogger("nncf")
+    before = logger.level
+    nncf.set_log_level(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def import_quantization() -> Any:
+    """The module onnxruntime.quantization.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        from onnxruntime import quantization
+    except ImportError as error:
+        name = error.name or "onnxruntime"
+        raise InputError(f"{name} is not installed: pip install 'light-head-detector[onnx]'.") from error
+    return quantization
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """ONNX Runtime advises to simplify the graph first, through the root logger; torch's exporter has done it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

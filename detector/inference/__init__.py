@@ -1,0 +1,1 @@
+"""From anything that shows an image to detections in its pixels, in torch or on an exported network."""

@@ -1,0 +1,202 @@
+"""What prediction gives for one image: Detections, numpy arrays in pixels of the original image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from detector.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas
+    import supervision
+    from PIL.Image import Image
+
+
+# Of `Detections.rows` and `Detections.to_pandas`.
+ROW_COLUMNS = ("path", "frame", "time", "label", "name", "score", "x1", "y1", "x2", "y2")
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one picture, best first.
+
+    Attributes:
+        boxes: (D, 4) float32, xyxy in pixels of the original picture, inside it.
+        scores: (D,) float32 in [0, 1], descending.
+        labels: (D,) int64, index into class_names.
+        class_names: the names that labels index.
+        image_size: height and width of the original picture.
+        path: where the picture came from: a file, an address (without user name and password), a camera; None for what
+            was in memory.
+        frame: of a video: its number, from 0.
+        time: of a video: seconds since its first frame.
+        error: why the picture could not be read (`on_error="report"`); then there are no boxes, and no size, (0, 0).
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    path: str | None = field(default=None)
+    frame: int | None = None
+    time: float | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.scores)
+        if self.boxes.shape != (count, 4) or self.labels.shape != (count,):
+            raise ValueError(
+                f"Detections: boxes {self.boxes.shape}, scores {self.scores.shape}, labels {self.labels.shape}; "
+                f"expected (D, 4), (D,), (D,)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.class_names[label] for label in self.labels]
+
+    def above(self, threshold: float) -> Detections:
+        """The detections with score >= threshold."""
+        return self.where(self.scores >= threshold)
+
+    def of(self, labels: Sequence[int]) -> Detections:
+        """The detections of these classes, indices into class_names."""
+        return self.where(np.isin(self.labels, np.asarray(labels, np.int64)))
+
+    def where(self, keep: np.ndarray) -> Detections:
+        """The detections that a mask (D,) or an index array keeps."""
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
+
+    def to_coco(self, image_id: Any, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """COCO's results format: xywh boxes in original pixels.
+
+        Args:
+            image_id: the id that the annotation file uses for this picture.
+            category_ids: the data set's id of each class; None counts 1, 2, 3 ... in the order of class_names.
+        """
+        ids = list(category_ids) if category_ids is not None else list(range(1, len(self.class_names) + 1))
+        x1, y1, x2, y2 = self.boxes.astype(np.float64).T
+        rows = np.stack((x1, y1, x2 - x1, y2 - y1), axis=1)
+        return [
+            {"image_id": image_id, "category_id": int(ids[label]), "bbox": row.tolist(), "score": float(score)}
+            for row, label, score in zip(rows, self.labels, self.scores, strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, ready for JSON; the fields of the class and `names`."""
+        return {
+            "path": self.path,
+            "frame": self.frame,
+            "time": self.time,
+            "height": self.image_size[0],
+            "width": self.image_size[1],
+            "boxes": self.boxes.tolist(),
+            "scores": self.scores.tolist(),
+            "labels": self.labels.tolist(),
+            "names": self.names,
+            "error": self.error,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as one line without a line break at its end: a line of a JSON Lines file."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat dict of plain values for each detection: a line of a table."""
+        return [
+            {
+                "path": self.path,
+                "frame": self.frame,
+                "time": self.time,
+                "label": int(label),
+                "name": name,
+                "score": float(score),
+                **dict(zip(("x1", "y1", "x2", "y2"), box.tolist(), strict=True)),
+            }
+            for box, score, label, name in zip(self.boxes, self.scores, self.labels, self.names, strict=True)
+        ]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A table of ROW_COLUMNS, a line for each detection.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("to_pandas needs pandas, which is not installed: pip install pandas.") from error
+        return pandas.DataFrame(self.rows(), columns=list(ROW_COLUMNS))
+
+    def to_supervision(self) -> supervision.Detections:
+        """For Roboflow's `supervision`: xyxy, confidence, class_id, and the names as data["class_name"].
+
+        Raises:
+            InputError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise InputError(
+                "to_supervision needs supervision, which is not installed: pip install supervision."
+            ) from error
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32),
+            confidence=self.scores.astype(np.float32),
+            class_id=self.labels.astype(np.int64),
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def crop(self, image: Any = None) -> list[np.ndarray]:
+        """The part of the picture inside each box, rounded outwards to whole pixels: uint8 RGB (h, w, 3) copies.
+
+        Args:
+            image: anything that shows the picture; None reads `path` again.
+
+        Raises:
+            InputError: there is no picture to cut from, or it has another size than the one that was searched.
+        """
+        from detector.data.images import read_image
+
+        picture = read_image(self._again() if image is None else image)
+        if picture.shape[:2] != tuple(self.image_size):
+            raise InputError(
+                f"crop: the picture is {picture.shape[1]}x{picture.shape[0]}, the detections belong to one of "
+                f"{self.image_size[1]}x{self.image_size[0]}; give the picture that was searched."
+            )
+        height, width = self.image_size
+        corners = np.floor(self.boxes[:, :2]).astype(int).clip(0, (width - 1, height - 1))
+        ends = np.maximum(np.ceil(self.boxes[:, 2:]).astype(int), corners + 1)
+        return [picture[y1:y2, x1:x2].copy() for (x1, y1), (x2, y2) in zip(corners, ends, strict=True)]
+
+    def _again(self) -> str:
+        """The file to read the picture from once more."""
+        if self.path is None or self.frame is not None or self.error is not None or "://" in self.path:
+            raise InputError(
+                "the detections do not come from a picture file that can be read again: give the picture, draw(image), "
+                "crop(image)."
+            )
+        return self.path
+
+    def draw(self, image: Any = None, threshold: float = 0.0) -> Image:
+        """A copy of the picture with boxes, names and scores drawn on it.
+
+        Args:
+            image: anything that `predict` takes; None reads `path` again.
+            threshold: detections below this score are not drawn; 0 draws all that there are.
+
+        Raises:
+            InputError: no image was given and the detections do not come from a file.
+        """
+        from detector.inference import drawing
+
+        return drawing.draw_detections(self, self._again() if image is None else image, threshold)

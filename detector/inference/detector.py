@@ -1,0 +1,207 @@
+"""What a user holds: a Detector (network, preprocessing, class names), loaded from one file, predicting on anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detector.data.preprocess import Preprocessing, restore_boxes
+from detector.errors import InputError
+from detector.files import replacing
+from detector.inference.detections import Detections
+from detector.inference.predictor import Found, Predictor
+from detector.models.build import build_network
+from detector.models.fuse import fuse, multiply_pointwise
+from detector.models.light_head_rcnn import LightHeadRCNN
+
+FORMAT = "light-head-detector"
+VERSION = 1
+# Training wraps the network; its checkpoints carry this prefix, and so do ours: one format.
+PREFIX = "network."
+
+
+class Detector(Predictor):
+    """A network with what it needs to be used: how to preprocess, and what its labels mean.
+
+    Attributes:
+        network: LightHeadRCNN.
+        preprocessing: how a picture becomes network input.
+        class_names: label -> name.
+        spec: the plain dict that `build_network` takes.
+        provenance: how it was made: config, epoch, metrics, versions. Plain values.
+        fused: the network is the faster form that cannot be trained or saved.
+    """
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        class_names: Sequence[str],
+        preprocessing: Preprocessing,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not class_names:
+            raise InputError("A detector needs at least one class name.")
+        self.spec = dict(spec)
+        self.class_names = tuple(class_names)
+        self.preprocessing = preprocessing
+        self.provenance = dict(provenance or {})
+        self.network: LightHeadRCNN = build_network(spec, len(self.class_names))
+        self.fused = False
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None, *, fused: bool = True) -> Detector:
+        """Read a checkpoint; data only, no code is run.
+
+        Args:
+            path: `best.ckpt` or `last.ckpt` of a run, or what `save` wrote.
+            device: "cpu", "cuda", ...; None takes the GPU if there is one.
+            fused: made for prediction (`deploy.fuse`): normalisation folded into the convolutions, no shuffles. The
+                same boxes and scores up to rounding, sooner; but its maps c3, c4 and c5 have their channels in another
+                order, and it cannot be trained or saved.
+
+        Raises:
+            InputError: no such file, not a checkpoint of this project, or weights that do not fit its description.
+        """
+        checkpoint = read_checkpoint(path)
+        about = checkpoint["detector"]
+        weights = {
+            key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
+        }
+        try:
+            preprocessing = Preprocessing(**about["preprocessing"])
+            detector = cls(about["spec"], about["class_names"], preprocessing, about.get("provenance"))
+            detector.network.load_state_dict(weights)
+        except (InputError, KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"'{path}' does not fit its own description: it is damaged, or of another version ({reason})."
+            ) from error
+        if fused:
+            detector.network, detector.fused = fuse(detector.network), True
+            multiply_pointwise(detector.network)
+        return detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the weights, in plain types: the `detector` entry of a checkpoint."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": self.spec,
+            "class_names": list(self.class_names),
+            "preprocessing": self.preprocessing.to_dict(),
+            "provenance": self.provenance,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint that `load` reads. Written beside, then renamed: a broken write leaves the old file.
+
+        Raises:
+            InputError: the detector is fused: its folded weights fit no description.
+        """
+        if self.fused:
+            raise InputError("A fused detector cannot be saved: load it with Detector.load(path, fused=False).")
+        state = {PREFIX + key: value.cpu() for key, value in self.network.state_dict().items()}
+        with replacing(path) as partial:
+            torch.save({"detector": self.describe(), "state_dict": state}, partial)
+
+    def to(self, device: str | torch.device) -> Detector:
+        """Move the network; returns self. Raises InputError where the device does not exist."""
+        try:
+            self.network.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"Cannot use device '{device}': {error}") from error
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.mean.device
+
+    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
+        """See `Predictor.find`."""
+        outputs = self._outputs(torch.from_numpy(images), torch.from_numpy(image_sizes))
+        return [(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in outputs]
+
+    def find_among(self, images: np.ndarray, image_sizes: np.ndarray, max_proposals: int) -> list[Found]:
+        """See `Predictor.find_among`."""
+        tensors = torch.from_numpy(images), torch.from_numpy(image_sizes)
+        outputs = self._outputs(*tensors, max_proposals=max_proposals)
+        return [(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in outputs]
+
+    def _outputs(self, images: Tensor, image_sizes: Tensor, **budget: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = self.network.eval().detect(images.to(self.device), image_sizes.to(self.device), **budget)
+        return [(boxes.float().cpu(), scores.float().cpu(), labels.cpu()) for boxes, scores, labels in found]
+
+    def detect(
+        self,
+        images: Tensor,
+        image_sizes: Tensor,
+        scales: np.ndarray,
+        original_sizes: np.ndarray,
+        paths: Sequence[str | None] | None = None,
+    ) -> list[Detections]:
+        """Results of a padded batch: what evaluation calls. The network's part is that of `find`.
+
+        Args:
+            images: uint8 RGB (N, 3, H, W).
+            image_sizes: (N, 2), height and width inside the padding.
+            scales: (N, 2), input pixels per original pixel, (x, y).
+            original_sizes: (N, 2), height and width of the original pictures.
+
+        Returns:
+            Boxes in pixels of the original pictures.
+        """
+        outputs = self._outputs(images, image_sizes)
+        paths = paths or [None] * len(outputs)
+        results = []
+        for (boxes, scores, labels), scale, size, path in zip(outputs, scales, original_sizes, paths, strict=True):
+            original = (int(size[0]), int(size[1]))
+            restored = restore_boxes(boxes.numpy(), scale, original)
+            results.append(Detections(restored, scores.numpy(), labels.numpy(), self.class_names, original, path))
+        return results
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint as plain data.
+
+    Raises:
+        InputError: missing, truncated, of another project or of a newer version.
+    """
+    checkpoint = read_torch_file(path)
+    about = checkpoint.get("detector") if isinstance(checkpoint, dict) else None
+    if (
+        not isinstance(about, dict)
+        or about.get("format") != FORMAT
+        or not isinstance(about.get("version"), int)
+        or not isinstance(checkpoint.get("state_dict"), dict)
+    ):
+        raise InputError(
+            f"'{path}' is a torch file, but not a detector checkpoint. Backbone weights go to backbone.weights=PATH."
+        )
+    if about["version"] > VERSION:
+        raise InputError(
+            f"'{path}' has format version {about['version']}; this package reads up to {VERSION}: update it."
+        )
+    return checkpoint
+
+
+def read_torch_file(path: str | Path) -> Any:
+    """What a file of torch.save holds, as data; no code is run.
+
+    Raises:
+        InputError: missing or truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"No checkpoint at '{path}'. Give the path of a best.ckpt or last.ckpt that training wrote.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # On damaged bytes the unpickler raises anything: IndexError, KeyError, TypeError ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"'{path}' cannot be read as a checkpoint: it is truncated, or not one of ours ({reason[:200]})."
+        ) from error

@@ -1,0 +1,113 @@
+"""What an exported file says about itself, as text under a few keys: ONNX, OpenVINO and torch.export all carry that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detector.data.preprocess import PADDING, STRIDE, Preprocessing
+from detector.errors import InputError
+
+FORMAT = "light-head-detector-export"
+VERSION = 2  # 1 took pictures as (N, 3, H, W)
+# The folder of our keys in OpenVINO's rt_info, and the file of them inside a .pt2.
+SECTION = "light_head_detector"
+# Beside `format`; each holds JSON.
+KEYS = ("version", "class_names", "preprocessing", "input", "precision", "spec", "provenance")
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """Everything but the graph.
+
+    Attributes:
+        class_names: label -> name.
+        preprocessing: how a picture becomes network input.
+        batch: pictures that go through at once; None: any number.
+        canvas: height and width of the input; None: any multiples of STRIDE.
+        precision: "float32" or "int8".
+        spec: the plain dict that `build_network` takes, for the record.
+        provenance: of the checkpoint, and how the file was made.
+    """
+
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    batch: int | None = None
+    canvas: tuple[int, int] | None = None
+    precision: str = "float32"
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_properties(self) -> dict[str, str]:
+        """Text under each key; all but `format` are JSON."""
+        height, width = self.canvas or (None, None)
+        values = {
+            "version": VERSION,
+            "class_names": self.class_names,
+            "preprocessing": {
+                **self.preprocessing.to_dict(),
+                # For readers without this package: what its code does.
+                "colour_order": "RGB",
+                "layout": "NHWC",
+                "value_range": [0, 255],
+                "stride": STRIDE,
+                "padding": PADDING,
+                "padding_place": "right and bottom",
+            },
+            "input": {"batch": self.batch, "height": height, "width": width},
+            "precision": self.precision,
+            "spec": self.spec,
+            "provenance": self.provenance,
+        }
+        return {"format": FORMAT} | {key: json.dumps(value) for key, value in values.items()}
+
+    @classmethod
+    def from_properties(cls, properties: Mapping[str, str], path: str | Path) -> ExportInfo:
+        """Read what `to_properties` wrote.
+
+        Raises:
+            InputError: not an export of this project, or of another version, or damaged; the message names the file.
+        """
+        if properties.get("format") != FORMAT:
+            raise InputError(
+                f"'{path}' is no export of this project: its metadata has no format={FORMAT}. "
+                "Make one with tools/export.py."
+            )
+        try:
+            # Other tools add keys of their own.
+            values = {key: json.loads(properties[key]) for key in KEYS}
+            if values["version"] != VERSION:
+                remedy = "update it" if values["version"] > VERSION else "export the checkpoint again"
+                raise InputError(
+                    f"'{path}' has export version {values['version']}; this package reads {VERSION}: {remedy}."
+                )
+            sides = {key: values["preprocessing"][key] for key in ("short_side", "long_side")}
+            given = values["input"]
+            return cls(
+                tuple(map(str, values["class_names"])),
+                Preprocessing(**sides),
+                given["batch"],
+                _canvas(given["height"], given["width"]),
+                values["precision"],
+                values["spec"],
+                values["provenance"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"'{path}' is damaged: its metadata cannot be read ({error}). Export it again.") from error
+
+
+def _canvas(height: int | None, width: int | None) -> tuple[int, int] | None:
+    return None if height is None or width is None else (int(height), int(width))
+
+
+def check_canvas(canvas: Sequence[int]) -> tuple[int, int]:
+    """Height and width as the network takes them. Raises InputError where a feature map would not divide evenly."""
+    height, width = canvas
+    if min(height, width) < 1 or height % STRIDE or width % STRIDE:
+        raise InputError(f"size={height}x{width}; height and width must be multiples of {STRIDE}.")
+    return height, width

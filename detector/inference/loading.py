@@ -1,0 +1,51 @@
+"""Open any file that holds a detector: a checkpoint, or an export, which needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detector.inference.detections import Detections
+from detector.inference.runtime import ExportedDetector, check_threads, is_export
+
+if TYPE_CHECKING:
+    import torch
+
+    from detector.inference.detector import Detector
+
+
+def load(
+    path: str | Path, device: str | torch.device | None = None, *, threads: int | None = None
+) -> Detector | ExportedDetector:
+    """Open a detector by the kind of its file; both kinds predict alike.
+
+    Args:
+        path: a checkpoint (.ckpt, .pt), or an export: .onnx, .xml (OpenVINO) or .pt2 (torch.export).
+        device: "cpu", "cuda", ...; None takes the GPU for a checkpoint if there is one, the CPU for an export.
+        threads: that one prediction may use; None leaves it to the runtime. torch has one number for the process.
+
+    Raises:
+        InputError: see `Detector.load` and `ExportedDetector.load`.
+    """
+    if is_export(path):
+        return ExportedDetector.load(path, None if device is None else str(device), threads=threads)
+    from detector.inference.detector import Detector
+
+    check_threads(threads)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    return Detector.load(path, device)
+
+
+def predict(
+    source: Any,
+    *,
+    ckpt: str | Path,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    **options: Any,
+) -> list[Detections]:
+    """Open a file and find objects in pictures: see `Predictor.predict`. To predict often, `load` once."""
+    return load(ckpt, device, threads=threads).predict(source, **options)

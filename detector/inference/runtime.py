@@ -1,0 +1,299 @@
+"""Predict with an exported detector: ONNX Runtime and OpenVINO without torch, torch.export with it.
+
+from detector.inference.runtime import ExportedDetector
+
+for found in ExportedDetector.load("best.onnx").predict("street.jpg"):
+    print(found.names, found.scores)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from detector.data.preprocess import PADDING, Preprocessing
+from detector.errors import InputError
+from detector.inference.export_info import KEYS, SECTION, ExportInfo
+from detector.inference.predictor import Found, Predictor
+from detector.inference.sources import is_count
+
+# images (N, H, W, 3), image_sizes -> boxes, scores, labels, counts: see DetectionGraph.forward.
+Run: TypeAlias = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
+INPUTS = ("images", "image_sizes")
+OUTPUTS = ("boxes", "scores", "labels", "counts")
+# A map of one row or column has another memory layout; torch.export guards against it.
+SMALLEST_TORCH_CANVAS = (64, 64)
+# Calls with one shape of images before OpenVINO compiles for it, and for how many shapes it may: see `specialised`.
+OFTEN, SPECIALISED = 50, 4
+
+
+class ExportedDetector(Predictor):
+    """A detector in another runtime; predicts as `Detector` does.
+
+    Attributes:
+        class_names, preprocessing: as of the checkpoint. With a fixed canvas, pictures that would not fit are shrunk
+            further: see FittedPreprocessing.
+        info: what the file says about itself.
+        path: of the file.
+    """
+
+    def __init__(self, info: ExportInfo, run: Run, path: Path, smallest: tuple[int, int] = (0, 0)) -> None:
+        """
+        Args:
+            info: of the file.
+            run: one call of the graph.
+            path: of the file, for messages.
+            smallest: height and width below which the runtime cannot go.
+        """
+        self.info, self.path = info, path
+        self.class_names = info.class_names
+        self.preprocessing = fitted(info.preprocessing, info.canvas)
+        self._run, self._smallest = run, smallest
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How it was made."""
+        return dict(self.info.provenance)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | None = None, *, threads: int | None = None) -> ExportedDetector:
+        """Open an export.
+
+        Args:
+            path: .onnx, .xml (OpenVINO; its .bin lies beside) or .pt2 (torch.export).
+            device: None or "cpu"; "cuda" for ONNX Runtime, "gpu" for OpenVINO (Intel), where their packages have it.
+            threads: that one prediction may use; None leaves it to the runtime. torch has one number for the process.
+
+        Raises:
+            InputError: no such file, not an export of this project, damaged, of a newer version, or the runtime is not
+                installed.
+        """
+        path = Path(path)
+        if path.suffix not in OPENERS:
+            raise InputError(f"'{path}' is no export: expected a file that ends in {', '.join(OPENERS)}.")
+        if not path.is_file():
+            raise InputError(f"No exported detector at '{path}'. Make one with tools/export.py.")
+        check_threads(threads)
+        info, run, smallest = OPENERS[path.suffix](path, str(device or "cpu").lower(), threads)
+        return cls(info, run, path, smallest)
+
+    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
+        """See `Predictor.find`."""
+        images = on_canvas(images, self.info.canvas or np.maximum(images.shape[2:], self._smallest))
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))  # as `pad` has them in memory already
+        step = self.info.batch or len(images)
+        found: list[Found] = []
+        for start in range(0, len(images), step):
+            place = slice(start, start + step)
+            boxes, scores, labels, counts = self._run(images[place], image_sizes[place].astype(np.int64))
+            found += [(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.tolist())]
+        return found
+
+
+@dataclass(frozen=True)
+class FittedPreprocessing(Preprocessing):
+    """For a fixed canvas: a picture that would stick out is shrunk until it fits, so a portrait on a landscape canvas.
+
+    Attributes:
+        canvas: height and width.
+    """
+
+    canvas: tuple[int, int]
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize; the aspect ratio is kept up to rounding."""
+        wanted = super().target_size(height, width)
+        if wanted[0] <= self.canvas[0] and wanted[1] <= self.canvas[1]:
+            return wanted
+        scale = min(self.canvas[0] / height, self.canvas[1] / width)
+        fitting = max(1, round(height * scale)), max(1, round(width * scale))
+        return min(fitting[0], self.canvas[0]), min(fitting[1], self.canvas[1])
+
+
+def fitted(preprocessing: Preprocessing, canvas: tuple[int, int] | None) -> Preprocessing:
+    """The preprocessing for a canvas; the same where it is not fixed."""
+    return FittedPreprocessing(**preprocessing.to_dict(), canvas=canvas) if canvas else preprocessing
+
+
+def on_canvas(images: np.ndarray, canvas: Any) -> np.ndarray:
+    """Pad uint8 (N, 3, H, W) right and bottom to a canvas (height, width) that is no smaller; in memory as `pad`."""
+    height, width = map(int, canvas)
+    if images.shape[2:] == (height, width):
+        return images
+    padded = np.empty((len(images), height, width, 3), np.uint8)
+    padded[:] = PADDING
+    padded[:, : images.shape[2], : images.shape[3]] = images.transpose(0, 2, 3, 1)
+    return padded.transpose(0, 3, 1, 2)
+
+
+def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise _missing("onnxruntime", "onnx", path) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads or 0
+    names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "gpu": "CUDAExecutionProvider"}
+    provider = names.get(device.partition(":")[0])
+    if provider not in onnxruntime.get_available_providers():
+        raise _no_device(device, "ONNX Runtime")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # its exceptions have no public base class
+        raise _damaged(path, "an ONNX file", error) from error
+    info = ExportInfo.from_properties(session.get_modelmeta().custom_metadata_map, path)
+
+    def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
+        return session.run(list(OUTPUTS), dict(zip(INPUTS, (images, image_sizes), strict=True)))
+
+    return info, run, (0, 0)
+
+
+def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
+    try:
+        import openvino
+    except ImportError as error:
+        raise _missing("openvino", "openvino", path) from error
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise InputError(f"'{path}' has no '{weights.name}' beside it: an OpenVINO export is two files, copy both.")
+    core = openvino.Core()
+    try:
+        model = core.read_model(path)
+    except Exception as error:  # RuntimeError, mostly
+        raise _damaged(path, "an OpenVINO model", error) from error
+    properties = _rt_info(model)
+    info = ExportInfo.from_properties(properties, path)
+    if properties.get("weights_sha256") != json.dumps(sha256(weights)):
+        raise InputError(f"'{weights}' is damaged, or belongs to another '{path.name}'. Copy or export both again.")
+    options = openvino_options(threads)
+    if device.upper().partition(".")[0] not in {name.partition(".")[0] for name in core.available_devices}:
+        raise _no_device(device, "OpenVINO")
+    run = openvino_run(core.compile_model(model, device.upper(), options))
+    if info.batch and info.canvas:
+        return info, run, (0, 0)
+
+    def compile_for(shape: tuple[int, ...]) -> Run:
+        fixed = model.clone()
+        fixed.reshape(dict(zip(INPUTS, (list(shape), [shape[0], 2]), strict=True)))
+        return openvino_run(core.compile_model(fixed, device.upper(), options))
+
+    return info, specialised(run, compile_for), (0, 0)
+
+
+def openvino_options(threads: int | None) -> dict[str, Any]:
+    """What a model is compiled with: one prediction at a time, as soon as can be, in float32 where it is not int8."""
+    # Processors with bfloat16 would use it unasked.
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    return options
+
+
+def specialised(run: Run, compile_for: Callable[[tuple[int, ...]], Run]) -> Run:
+    """`run`, but a graph of its own for each of a few shapes of images that come often: those of a camera or a video.
+
+    OpenVINO works out every shape anew in each call where they may change: a fifth to a half of its time. Compiling
+    takes it some tenths of a second, so a shape (batch, height and width) has to come OFTEN first.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    own: dict[tuple[int, ...], Run] = {}
+    lock = threading.Lock()
+
+    def choose(shape: tuple[int, ...]) -> Run:
+        with lock:
+            if shape not in own:
+                seen[shape] += 1
+                if seen[shape] <= OFTEN or len(own) == SPECIALISED:
+                    return run
+                own[shape] = compile_for(shape)
+            return own[shape]
+
+    return lambda images, image_sizes: choose(images.shape)(images, image_sizes)
+
+
+def openvino_run(compiled: Any) -> Run:
+    """How an openvino.CompiledModel of ours is called, from any thread: it has room for the results of one call."""
+    lock = threading.Lock()
+
+    def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
+        with lock:
+            found = compiled(dict(zip(INPUTS, (images, image_sizes), strict=True)), share_inputs=True)
+            return [found[name] for name in OUTPUTS]
+
+    return run
+
+
+def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
+    import torch
+    import torchvision  # noqa: F401  # brings the operator for suppression
+
+    if device != "cpu":
+        raise InputError(f"device={device!r}: a .pt2 runs on the CPU; load the checkpoint itself for another device.")
+    extra: dict[str, Any] = {f"{SECTION}.json": ""}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its own file format
+            module = torch.export.load(str(path), extra_files=extra).module()
+        properties = json.loads(extra[f"{SECTION}.json"] or "{}")
+    except Exception as error:  # zipfile's, pickle's, json's, torch's own
+        raise _damaged(path, "a torch.export file", error) from error
+    info = ExportInfo.from_properties(properties, path)
+    if threads:
+        torch.set_num_threads(threads)
+
+    def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            outputs = module(torch.from_numpy(images), torch.from_numpy(image_sizes))
+        return [output.numpy() for output in outputs]
+
+    return info, run, SMALLEST_TORCH_CANVAS
+
+
+# How each kind of file is opened; other files are checkpoints.
+OPENERS = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_torch}
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises InputError where it is neither None nor a whole number, 1 or more."""
+    if threads is not None and not is_count(threads):
+        raise InputError(f"threads={threads}; expected a whole number, 1 or more, or nothing.")
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether a file's name is that of an export; anything else is taken for a checkpoint."""
+    return Path(path).suffix in OPENERS
+
+
+def _rt_info(model: Any) -> dict[str, str]:
+    places = {key: [SECTION, key] for key in ("format", *KEYS, "weights_sha256")}
+    return {key: str(model.get_rt_info(place).value) for key, place in places.items() if model.has_rt_info(place)}
+
+
+def sha256(path: str | Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _missing(package: str, extra: str, path: Path) -> InputError:
+    return InputError(f"'{path}' needs {package}, which is not installed: pip install 'light-head-detector[{extra}]'.")
+
+
+def _damaged(path: Path, what: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"'{path}' cannot be read as {what}: it is damaged, or not one ({reason}). Export it again.")
+
+
+def _no_device(device: str, runtime: str) -> InputError:
+    return InputError(f"device={device!r}: {runtime} as installed here has no such device; use device=cpu.")

@@ -1,0 +1,267 @@
+"""What a source expands to: one thing, or any nesting of lists and generators of things, becomes a flow of pictures.
+
+"street.jpg", Path("street.jpg")      a picture file
+"frames/*.jpg", "**/*.png"            the pictures and videos that match, sorted
+"folder"                              its pictures, with subfolders, sorted; hidden files are left out
+"https://host/street.jpg"             downloaded: see detector.inference.remote
+b"...", io.BytesIO, open(p, "rb")     the bytes of a picture file
+PIL image, numpy array, torch tensor  see detector.data.images.read_image
+"drive.mp4"                           its frames: see detector.inference.video
+"rtsp://camera/1", "rtmp://..."       the frames of a stream, until it ends
+"webcam:0", 0                         the frames of a camera, without end
+[...], (...), a generator             each of its items, in order; a generator is read as it goes
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from detector.data.images import IMAGE_SUFFIXES, is_tensor, list_images, read_image
+from detector.errors import InputError
+from detector.inference.remote import fetch, without_credentials
+from detector.inference.video import (
+    CAMERA,
+    STREAM_SCHEMES,
+    VIDEO_SUFFIXES,
+    Frame,
+    count_frames,
+    read_camera,
+    read_stream,
+    read_video,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read.
+
+    Attributes:
+        bgr: arrays and tensors are in OpenCV's channel order.
+        every: of a video or stream, frames 0, every, 2 * every ...
+        max_pixels: see `read_image`.
+        allow_private: see `fetch`.
+    """
+
+    bgr: bool = False
+    every: int = 1
+    max_pixels: int | None = None
+    allow_private: bool = False
+
+    def __post_init__(self) -> None:
+        if not is_count(self.every):
+            raise InputError(f"every={self.every}; expected a whole number, 1 or more.")
+        if self.max_pixels is not None and not is_count(self.max_pixels):
+            raise InputError(f"max_pixels={self.max_pixels}; expected a whole number, 1 or more, or None.")
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture of a source, or why there is none.
+
+    Attributes:
+        image: uint8 RGB (h, w, 3); (0, 0, 3) where there is an error.
+        path: the file, address (without user name and password) or camera; None for what was in memory.
+        frame, time, rate: of a video: its number from 0, seconds since the first, and how many are given per second.
+        live: of a camera or a stream: it should not wait for others.
+        error: why it could not be read.
+    """
+
+    image: np.ndarray
+    path: str | None = None
+    frame: int | None = None
+    time: float | None = None
+    rate: float | None = None
+    live: bool = False
+    error: InputError | None = None
+
+
+def read_pictures(source: Any, reading: Reading) -> Iterator[Picture]:
+    """Every picture of a source, one in memory at a time, in order.
+
+    What cannot be read is a Picture with an error, and the rest follows; errors of a generator of the user's pass.
+    """
+    if is_collection(source):
+        for part in source:
+            yield from read_pictures(part, reading)
+        return
+    try:
+        items = expand(source)
+    except InputError as error:
+        items = []
+        yield _broken(source, error)
+    for item in items:
+        yield from _read_item(item, reading)
+
+
+def is_collection(source: Any) -> bool:
+    """Whether a source is a list, a generator or the like, of other sources."""
+    single = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, np.ndarray, Mapping)
+    return isinstance(source, Iterable) and not (
+        isinstance(source, single) or is_tensor(source) or hasattr(source, "read")
+    )
+
+
+def expand(source: Any) -> list[Any]:
+    """The files of a folder or a pattern; anything else is one item.
+
+    Raises:
+        InputError: the folder, or what the pattern matches, holds nothing to look at.
+    """
+    if not isinstance(source, (str, os.PathLike)) or _scheme(source):
+        return [source]
+    if os.path.isdir(source):  # unlike pathlib's, no error for a name that no file can have
+        return list(list_images(source))
+    if isinstance(source, str) and glob.has_magic(source) and not os.path.exists(source):
+        return _matches(source)
+    return [source]
+
+
+def search_root(source: Any) -> Path | None:
+    """The folder that a folder or a pattern searches; None for anything else."""
+    if not isinstance(source, (str, os.PathLike)) or _scheme(source):
+        return None
+    if os.path.isdir(source):
+        return Path(source)
+    if not isinstance(source, str) or not glob.has_magic(source) or os.path.exists(source):
+        return None
+    parts = Path(source).parts
+    return Path(*parts[: next(place for place, part in enumerate(parts) if glob.has_magic(part))])
+
+
+def leave_out(source: Any, folder: Path) -> Any:
+    """A source with its folders and patterns replaced by their files, less those in `folder`: results of earlier runs.
+
+    Only where `folder` is inside of what is searched: who searches `folder` itself wants what is there.
+
+    Raises:
+        InputError: there is nothing else.
+    """
+    if isinstance(source, (list, tuple)):
+        return [leave_out(part, folder) for part in source]
+    root, results = search_root(source), folder.resolve()
+    if root is None or root.resolve() not in results.parents:
+        return source
+    try:
+        files = expand(source)
+    except InputError:
+        return source  # it will be told when it is read
+    left_out = {parent for parent in {file.parent for file in files} if parent.resolve().is_relative_to(results)}
+    kept = [file for file in files if file.parent not in left_out]
+    if not kept:
+        raise InputError(f"{source}: has pictures in {folder} only, which is where results go; give another folder.")
+    return kept
+
+
+def count_pictures(source: Any, every: int = 1) -> int | None:
+    """How many pictures a source will give, if that can be told without reading them; videos may say it roughly."""
+    if is_collection(source):
+        parts = [count_pictures(part, every) for part in source] if isinstance(source, (list, tuple)) else [None]
+        return None if None in parts else sum(part or 0 for part in parts)
+    try:
+        counts = [_count_item(item, every) for item in expand(source)]
+    except InputError:
+        return None  # it will be told when it is read
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def is_live(source: Any) -> bool:
+    """Whether a source is a camera or a network stream: it ends when somebody ends it."""
+    return _is_camera(source) or _scheme(source) in STREAM_SCHEMES
+
+
+def is_video(source: Any) -> bool:
+    """Whether a source is a file or an address that calls itself a video."""
+    if not isinstance(source, (str, os.PathLike)):
+        return False
+    path = urlsplit(str(source)).path if _scheme(source) in ("http", "https") else source
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def source_name(source: Any) -> str | None:
+    """What messages and results call a source; None for what is in memory. A password in an address is left out."""
+    if isinstance(source, (str, os.PathLike)):
+        return without_credentials(source) if isinstance(source, str) else str(source)
+    return f"{CAMERA}{source}" if _is_camera(source) else None
+
+
+def _read_item(item: Any, reading: Reading) -> Iterator[Picture]:
+    name = source_name(item)
+    try:
+        if is_live(item) or is_video(item):
+            for frame in _frames(item, reading):
+                yield Picture(frame.image, name, frame.index, frame.time, frame.rate, live=is_live(item))
+        else:
+            yield Picture(_read_still(item, reading), name)
+    except InputError as error:
+        yield _broken(item, error)
+
+
+def _frames(item: Any, reading: Reading) -> Iterator[Frame]:
+    if _is_camera(item):
+        return read_camera(str(item).removeprefix(CAMERA), every=reading.every)
+    scheme = _scheme(item)
+    if scheme in STREAM_SCHEMES:
+        return read_stream(str(item), every=reading.every)
+    if scheme:
+        content = io.BytesIO(fetch(str(item), allow_private=reading.allow_private))
+        return read_video(content, every=reading.every, name=source_name(item))
+    return read_video(item, every=reading.every)
+
+
+def _read_still(item: Any, reading: Reading) -> np.ndarray:
+    scheme = _scheme(item)
+    if not scheme:
+        return read_image(item, bgr=reading.bgr, max_pixels=reading.max_pixels)
+    if scheme not in ("http", "https"):
+        known = ", ".join(("http", "https", *STREAM_SCHEMES))
+        raise InputError(
+            f"{source_name(item)}: addresses of {scheme} are not read; there is {known}. A file is given by its path."
+        )
+    content = fetch(str(item), allow_private=reading.allow_private)
+    return read_image(content, max_pixels=reading.max_pixels, name=source_name(item))
+
+
+def _broken(item: Any, error: InputError) -> Picture:
+    return Picture(np.zeros((0, 0, 3), np.uint8), source_name(item), live=is_live(item), error=error)
+
+
+def _scheme(item: Any) -> str:
+    """Of a string that is an address, in small letters; "" for anything else. A Path is always a file."""
+    scheme, separator, _ = item.partition("://") if isinstance(item, str) else ("", "", "")
+    return scheme.lower() if separator and scheme.isascii() and scheme.replace("+", "").isalnum() else ""
+
+
+def _is_camera(item: Any) -> bool:
+    if isinstance(item, str):
+        return item.startswith(CAMERA)
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _matches(pattern: str) -> list[Path]:
+    found = [Path(name) for name in glob.iglob(pattern, recursive=True)]
+    kept = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and path.is_file())
+    if not kept:
+        what = f"{len(found)} matches, none a picture or a video" if found else "no such file"
+        raise InputError(f"{pattern}: {what}; check the pattern.")
+    return kept
+
+
+def _count_item(item: Any, every: int) -> int | None:
+    if is_live(item) or (is_video(item) and _scheme(item)):
+        return None
+    return count_frames(item, every=every) if is_video(item) else 1
+
+
+def is_count(value: Any) -> bool:
+    """Whether an option is a whole number, 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

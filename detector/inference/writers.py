@@ -1,0 +1,260 @@
+"""What was found, as files: annotated copies, crops, JSON, a table, COCO. Each file is complete or absent, but for the
+lines of a camera or a stream, which are there as soon as they are known.
+
+places = Places(out, source, ["jsonl"])
+with WRITERS["jsonl"](out, ["jsonl"], predictor.class_names) as add:
+    for picture, found in predictor.search(source, Options()):
+        add(picture, found, places(found))
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from detector.errors import InputError
+from detector.files import replacing, write_json
+from detector.inference.detections import ROW_COLUMNS, Detections
+from detector.inference.sources import Picture, is_live, search_root
+from detector.inference.video import read_comment, write_video
+
+# What copies say about who wrote them: a file that does not is not replaced.
+MADE_BY = "light-head-detector"
+
+# Takes a picture, what was found in it, and where its files go, without a suffix.
+Writer: TypeAlias = Callable[[Picture, Detections, Path], None]
+
+
+class Places:
+    """Where the files of each picture go: a folder's own layout, no name twice, and none of a file that must stay.
+
+    Raises:
+        InputError: annotated copies or crops would lie among the pictures that are searched: the next run would search
+            them too.
+    """
+
+    def __init__(self, out: Path, source: Any, save: list[str]) -> None:
+        self.out, self.roots = out, [root for part in _parts(source) if (root := search_root(part))]
+        if {"images", "crops"} & {*save} and out.resolve() in [root.resolve() for root in self.roots]:
+            raise InputError(
+                f"out={out}: is the folder that is searched, and the next run would search what this one writes there; "
+                f"give another folder, out={out / 'predictions'}."
+            )
+        self.copies = "images" in save
+        self.taken: set[Path] = set()
+        self.last: tuple[str | None, Path] = None, out
+
+    def __call__(self, found: Detections) -> Path:
+        """Without a suffix; the frames of one video share theirs."""
+        if found.frame and found.path == self.last[0]:
+            return self.last[1]
+        path = Path(str(found.path))
+        root = next((root for root in self.roots if path.is_relative_to(root)), path.parent)
+        inside = path.relative_to(root) if "://" not in str(found.path) else Path(_name_of(str(found.path)))
+        inside = inside.with_name(inside.stem.replace(":", "_")) if inside.name else Path("source")
+        place = next(place for place in _numbered(self.out / inside) if not self._is_taken(place, found))
+        self.taken.add(place)
+        self.last = found.path, place
+        return place
+
+    def _is_taken(self, place: Path, found: Detections) -> bool:
+        return place in self.taken or (self.copies and _must_stay(annotated(place, found), found))
+
+
+def _parts(source: Any) -> Iterator[Any]:
+    if not isinstance(source, (list, tuple)):
+        yield source
+        return
+    for part in source:
+        yield from _parts(part)
+
+
+def _numbered(place: Path) -> Iterator[Path]:
+    """street, street_2, street_3 ..."""
+    yield place
+    yield from (place.with_name(f"{place.name}_{number}") for number in itertools.count(2))
+
+
+def _must_stay(path: Path, found: Detections) -> bool:
+    """Whether a file must not be replaced: it is searched; a camera's copy, which nobody can make again; or somebody
+    else's, an original."""
+    if not path.exists():
+        return False
+    itself = found.path is not None and os.path.exists(found.path) and path.samefile(found.path)
+    return itself or is_live(found.path) or not _is_copy(path)
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether an earlier run wrote a file."""
+    try:
+        if path.suffix == ".mp4":
+            return read_comment(path) == MADE_BY
+        with path.open("rb") as file:
+            return b"tEXtSoftware\0" + MADE_BY.encode() in file.read(256)
+    except (InputError, OSError):
+        return False
+
+
+def _save_picture(image: Image.Image, path: Path) -> None:
+    about = PngInfo()
+    about.add_text("Software", MADE_BY)  # comes before the pixels
+    with replacing(path) as partial:
+        image.save(partial, pnginfo=about)
+
+
+def _name_of(url: str) -> str:
+    """A file name for an address."""
+    parts = urlsplit(url)
+    name = parts.path.rstrip("/").rpartition("/")[2] or parts.hostname or ""
+    return re.sub(r"[^\w.-]", "_", name).strip(".") or "picture"
+
+
+def annotated(place: Path, found: Detections) -> Path:
+    """The annotated copy of a picture, or of its video."""
+    return place.with_name(place.name + (".png" if found.frame is None else ".mp4"))
+
+
+@contextmanager
+def write_images(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """Annotated copies: a .png for each picture, an .mp4 for each video."""
+    with ExitStack() as stack:
+        current: dict[Path, Callable[[Any], None]] = {}
+
+        def add(picture: Picture, found: Detections, place: Path) -> None:
+            path = annotated(place, found)
+            if found.frame is None or path not in current:
+                stack.close()  # the video before is complete
+                current.clear()
+            if found.error is not None:
+                return
+            drawn = found.draw(picture.image)
+            if found.frame is None:
+                _save_picture(drawn, path)
+                return
+            if not current:
+                current[path] = stack.enter_context(write_video(path, picture.rate or 25, MADE_BY))
+            current[path](np.asarray(drawn))
+
+        yield add
+
+
+@contextmanager
+def write_crops(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """crops/: a .png of each object, named after its picture, its rank and its class."""
+
+    def add(picture: Picture, found: Detections, place: Path) -> None:
+        if not len(found):
+            return
+        frame = "" if found.frame is None else f"_{found.frame:06d}"
+        for rank, (crop, name) in enumerate(zip(found.crop(picture.image), found.names, strict=True)):
+            inside = place.relative_to(out)
+            word = re.sub(r"[^\w-]", "_", name)
+            names = _numbered(out / "crops" / inside.parent / f"{inside.name}{frame}_{rank}_{word}")
+            paths = (one.with_name(f"{one.name}.png") for one in names)
+            _save_picture(Image.fromarray(crop), next(path for path in paths if not _must_stay(path, found)))
+
+    yield add
+
+
+def record(found: Detections, place: Path, save: list[str]) -> dict[str, Any]:
+    copy = str(annotated(place, found)) if "images" in save and found.error is None else None
+    return found.to_dict() | {"annotated": copy}
+
+
+@contextmanager
+def write_all(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """detections.json: a list with an entry for each picture, those that could not be read too."""
+    records: list[dict[str, Any]] = []
+    yield lambda picture, found, place: records.append(record(found, place, save))
+    write_json(out / "detections.json", records)
+
+
+@contextmanager
+def write_lines(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """detections.jsonl: the same, a line for each picture; nothing of it is kept in memory."""
+    with replacing(out / "detections.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+        yield _line_writer(file, save)
+
+
+@contextmanager
+def append_lines(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """The same of what has no end: each line can be read as soon as it is known, and a later run adds its own."""
+    with _appended(out / "detections.jsonl") as file:
+        yield _line_writer(file, save)
+
+
+def _line_writer(file: IO[str], save: list[str]) -> Writer:
+    def add(picture: Picture, found: Detections, place: Path) -> None:
+        file.write(json.dumps(record(found, place, save), ensure_ascii=False, allow_nan=False) + "\n")
+
+    return add
+
+
+def _appended(path: Path, newline: str | None = None) -> IO[str]:
+    """A file to add lines to; each is flushed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", buffering=1, encoding="utf-8", newline=newline)
+
+
+@contextmanager
+def write_table(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """detections.csv: a line for each object."""
+    with replacing(out / "detections.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ROW_COLUMNS)
+        table.writeheader()
+        yield lambda picture, found, place: table.writerows(found.rows())
+
+
+@contextmanager
+def append_table(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """The same of what has no end: see `append_lines`."""
+    with _appended(out / "detections.csv", newline="") as file:
+        table = csv.DictWriter(file, ROW_COLUMNS)
+        if not file.tell():
+            table.writeheader()
+        yield lambda picture, found, place: table.writerows(found.rows())
+
+
+@contextmanager
+def write_coco(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+    """coco.json: a data set of what was found, for labelling tools; its annotations are COCO results too."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+
+    def add(picture: Picture, found: Detections, place: Path) -> None:
+        if found.error is not None:
+            return
+        height, width = found.image_size
+        number = len(images) + 1
+        images.append({"id": number, "file_name": found.path, "frame": found.frame, "width": width, "height": height})
+        for row in found.to_coco(number):
+            area = row["bbox"][2] * row["bbox"][3]
+            annotations.append({"id": len(annotations) + 1, **row, "area": area, "iscrowd": 0})
+
+    yield add
+    categories = [{"id": number, "name": name} for number, name in enumerate(class_names, 1)]
+    write_json(out / "coco.json", {"images": images, "categories": categories, "annotations": annotations})
+
+
+WRITERS = {
+    "images": write_images,
+    "crops": write_crops,
+    "json": write_all,
+    "jsonl": write_lines,
+    "csv": write_table,
+    "coco": write_coco,
+}
+# Of a camera or a stream: what can be followed, and takes no more memory the longer it lasts.
+LIVE_WRITERS = {"images": write_images, "crops": write_crops, "jsonl": append_lines, "csv": append_table}

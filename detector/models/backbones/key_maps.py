@@ -1,0 +1,196 @@
+"""The tensors of other libraries' files under our names, and the authors' ShuffleNet V2 in our order of channels.
+
+The authors' released network (github.com/megvii-model/ShuffleNet-Series, ShuffleNetV2) and ours are the same up to the
+order of channels. Theirs splits the channels of a unit into even ones, which pass, and odd ones; ours shuffles two
+halves and splits in the middle. So the channels of each branch are put into our order, and what reads them follows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from detector.errors import InputError
+from detector.models.backbones.contract import Backbone
+from detector.models.backbones.external import External
+from detector.models.backbones.mobilenet import MobileNetV2
+from detector.models.backbones.shufflenet_v2 import DownsamplingUnit, ShuffleNetV2, Stage
+
+# A channel by its origin: the branch that made it (PROJECTION, or the number of the unit whose main branch it was), and
+# its number among the outputs of that branch.
+Channel = tuple[int, int]
+PROJECTION = -1
+STAGES = ("stage2", "stage3", "stage4")
+BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def library_names(backbone: Backbone) -> dict[str, str]:
+    """Our name for each of a library's whole model that a backbone has under another one, and of what is on top.
+
+    timm's and torchvision's models say themselves what their parts are called. In torchvision's MobileNet V2,
+    features.18 is conv5. Its DenseNet files write "norm.1" for what the model calls "norm1".
+    """
+    if isinstance(backbone, External):
+        names = {theirs: ours for ours, theirs in backbone.names_in_library().items()}
+        return {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): names[name] for name in names} | names
+    if isinstance(backbone, MobileNetV2):
+        names = {"features.18.0.weight": "conv5.0.weight"}
+        names |= {f"features.18.1.{part}": f"conv5.1.{part}" for part in BN}
+        return names | {f"classifier.1.{part}": f"fc.{part}" for part in ("weight", "bias")}
+    return {}
+
+
+def is_megvii(names: Iterable[str]) -> bool:
+    return any(re.match(r"features\.\d+\.branch_main\.", name) for name in names)
+
+
+def megvii_names(backbone: ShuffleNetV2) -> dict[str, str]:
+    """Our name for each of the authors', those of a classifier included: conv_last is conv5, classifier.0 is fc."""
+    starts, number = {}, 0
+    for stage in STAGES:
+        starts[stage] = number
+        number += len(getattr(backbone, stage))
+    branches = {"branch1": "branch_proj", "branch2": "branch_main"}
+    names = {f"conv_last.{rest}": f"conv5.{rest}" for rest in ("0.weight", *(f"1.{part}" for part in BN))}
+    names["classifier.0.weight"] = "fc.weight"
+    for ours in backbone.state_dict():
+        if match := re.match(r"(stage\d)\.(\d+)\.(branch\d)\.(.+)", ours):
+            stage, unit, branch, rest = match.groups()
+            names[f"features.{starts[stage] + int(unit)}.{branches[branch]}.{rest}"] = ours
+        elif ours.startswith("conv1."):
+            names[ours.replace("conv1", "first_conv", 1)] = ours
+    return names
+
+
+def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> ShuffleNetV2:
+    """The backbone itself, if it can become the network of an authors' file.
+
+    Args:
+        tensors: of the file, under its names.
+        source: the file, for the message.
+
+    Raises:
+        InputError: it is of another family, has residuals, no shuffle or four stages, or its layout has no place for a
+            projection that keeps its channels.
+    """
+    if not isinstance(backbone, ShuffleNetV2) or "stage1" in backbone._modules:
+        raise InputError(
+            f"backbone.weights={source}: a ShuffleNet V2 of the authors' code, for backbone=v2_0.5x, v2_1x, v2_1.5x, "
+            "v2_2x and their V2* variants only. Choose the one of this width."
+        )
+    units = [unit for stage in STAGES for unit in getattr(backbone, stage)]
+    if not backbone.stage2.shuffle or any(getattr(unit, "last", None) is not None for unit in units):
+        raise InputError(
+            f"backbone.weights={source}: the authors' network shuffles and has no residuals. Set backbone.shuffle=true "
+            "and backbone.residual=false."
+        )
+    for theirs, ours in megvii_names(backbone).items():
+        if theirs in tensors and ours.endswith(".0.branch1.2.weight"):
+            outputs, inputs = backbone.get_parameter(ours).shape[:2]
+            if tensors[theirs].shape[:2] == (inputs, inputs) != (outputs, inputs):
+                raise InputError(
+                    f"backbone.weights={source}: {theirs} keeps its {inputs} channels, and layout=torchvision has "
+                    f"{outputs} there. Add backbone.layout=paper: 0.5x alone is the same in both layouts."
+                )
+    return backbone
+
+
+def in_our_order(tensors: Mapping[str, Tensor], backbone: ShuffleNetV2) -> dict[str, Tensor]:
+    """The authors' tensors with their channels in the order in which our units use them.
+
+    c3, c4 and c5 are then the authors' up to the order of channels (`feature_order`), and conv5 and fc, which read c5
+    in that order, give the authors' logits.
+
+    Args:
+        tensors: under our names; those that are absent, or of another shape, are left as they are.
+        backbone: gives the shapes and, in an uneven pair of branches, the order. See `megvii_backbone`.
+    """
+    own, result = backbone.state_dict(), dict(tensors)
+
+    def reorder(prefix: str, outputs: Sequence[int] | None = None, inputs: Sequence[int] | None = None) -> None:
+        for name, tensor in tensors.items():
+            if name.rpartition(".")[0] != prefix or not tensor.ndim:
+                continue
+            if name in own and tensor.shape != own[name].shape:
+                continue
+            tensor = tensor if outputs is None else tensor[list(outputs)]
+            result[name] = tensor if inputs is None else tensor[:, list(inputs)]
+
+    reads = None  # place in the authors' order of each channel that the next stage reads; None: the same order
+    for name in STAGES:
+        stage: Stage = getattr(backbone, name)
+        outputs, inputs = stage_order(stage)
+        reorder(f"{name}.0.branch1.0", outputs=reads)
+        reorder(f"{name}.0.branch1.1", outputs=reads)
+        reorder(f"{name}.0.branch1.2", outputs[PROJECTION], reads)
+        reorder(f"{name}.0.branch1.3", outputs[PROJECTION])
+        for unit, taken in enumerate([reads, *inputs[:-1]]):
+            reorder(f"{name}.{unit}.branch2.0", inputs=taken)
+            reorder(f"{name}.{unit}.branch2.5", outputs[unit])
+            reorder(f"{name}.{unit}.branch2.6", outputs[unit])
+        reads = inputs[-1]
+    if "conv5.0.weight" in tensors and tensors["conv5.0.weight"].shape[1] == len(reads or ()):
+        reorder("conv5.0", inputs=reads)
+    if "fc.weight" in tensors:  # the authors' classifier has no bias
+        result.setdefault("fc.bias", tensors["fc.weight"].new_zeros(len(tensors["fc.weight"])))
+    return result
+
+
+def feature_order(backbone: ShuffleNetV2) -> dict[str, list[int]]:
+    """For c3, c4, c5: the authors' channel at each place of ours."""
+    ends = (stage_order(getattr(backbone, stage))[1][-1] for stage in STAGES)
+    return dict(zip(backbone.channels, ends, strict=True))
+
+
+def stage_order(stage: Stage) -> tuple[dict[int, list[int]], list[list[int]]]:
+    """How the authors' channels have to be ordered to be ours in one stage.
+
+    Each channel is followed through both networks. One that passes is read by a later unit, or leaves the stage; every
+    branch has equally many such channels for each reader in both networks, so they are paired within branch and reader.
+
+    Returns:
+        For each branch (PROJECTION, 0, 1, ...) the authors' output at each of our outputs. And for the readers (units
+        1, 2, ..., then whatever follows the stage) the authors' input at each of our inputs.
+    """
+    first = stage[0]
+    assert isinstance(first, DownsamplingUnit)
+    projected, main = (len(first.get_parameter(name)) for name in ("branch1.2.weight", "branch2.5.weight"))
+    pair = [(PROJECTION, i) for i in range(projected)] + [(0, i) for i in range(main)]
+    our_pair = pair if first.order is None else [pair[i] for i in first.order.tolist()]
+    outputs: dict[int, dict[int, int]] = defaultdict(dict)
+    inputs = []
+    for ours, theirs in zip(_our_reads(our_pair, len(stage)), _their_reads(pair, len(stage)), strict=True):
+        places: dict[int, deque[int]] = defaultdict(deque)
+        for place, (branch, _) in enumerate(theirs):
+            places[branch].append(place)
+        inputs.append([places[branch].popleft() for branch, _ in ours])
+        for (branch, index), place in zip(ours, inputs[-1], strict=True):
+            outputs[branch][index] = theirs[place][1]
+    return {branch: [order[i] for i in range(len(order))] for branch, order in outputs.items()}, inputs
+
+
+def _our_reads(pair: list[Channel], units: int) -> list[list[Channel]]:
+    """What the main branches of units 1, 2, ... read, and what leaves the stage: halves are shuffled, then split."""
+    half, reads = len(pair) // 2, []
+    for unit in range(1, units):
+        shuffled = _interleaved(pair)
+        reads.append(shuffled[half:])
+        pair = shuffled[:half] + [(unit, i) for i in range(half)]
+    return [*reads, _interleaved(pair)]
+
+
+def _their_reads(pair: list[Channel], units: int) -> list[list[Channel]]:
+    """The same for the authors: even channels pass, odd ones are read, nothing else is shuffled."""
+    half, reads = len(pair) // 2, []
+    for unit in range(1, units):
+        reads.append(pair[1::2])
+        pair = pair[::2] + [(unit, i) for i in range(half)]
+    return [*reads, pair]
+
+
+def _interleaved(pair: list[Channel]) -> list[Channel]:
+    half = len(pair) // 2
+    return [channel for both in zip(pair[:half], pair[half:], strict=True) for channel in both]

@@ -1,0 +1,196 @@
+"""Pre-trained weights for a backbone: ImageNet by name, or a file (ours, torchvision's, timm's, the authors')."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detector.errors import InputError
+from detector.models.backbones.contract import Backbone
+from detector.models.backbones.input_frame import BGR, FRAMES, RGB, for_normalised_rgb
+from detector.models.backbones.key_maps import in_our_order, is_megvii, library_names, megvii_backbone, megvii_names
+from detector.models.backbones.published import REMEDY, published_weights, whole_model
+
+# What a classifier of ours has on top of a backbone.
+CLASSIFIER = ("conv5.", "fc.")
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What `load_weights` did. Names are the backbone's, except where it says otherwise.
+
+    Attributes:
+        source: where the weights came from, or None.
+        format: whose names they had there: "our names" (torchvision's for most families), "the authors' ShuffleNet V2",
+            "a whole model's names" (torchvision or timm).
+        input_frame: what the weights were trained on, see `load_weights`.
+        matched: tensors taken from there.
+        ignored: names there, for which a backbone has no place (the classifier's).
+        kept: tensors that are not there and keep their start (the identity of V2*).
+        problems: with `partial`, one phrase for each tensor that is missing there, or of another shape, or unknown.
+        random: with `partial`, tensors that keep their random start.
+        classifier: the tensors "conv5..." and "fc..." that lie there; those of the authors under these names.
+    """
+
+    source: str | None
+    format: str = ""
+    input_frame: str = RGB
+    matched: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
+    classifier: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        if self.source is None:
+            return "backbone: random weights"
+        text = f"backbone: {len(self.matched)} tensors from {self.source}, {len(self.ignored)} of a classifier ignored"
+        text += f", {len(self.kept)} of V2* start as the identity" if self.kept else ""
+        return text + (f", {len(self.random)} start at random" if self.random else "")
+
+
+def load_weights(
+    backbone: Backbone, source: str | Path | None, *, input_frame: str | None = None, partial: bool = False
+) -> WeightsReport:
+    """Fill a backbone with trained weights, in place.
+
+    The names of its tensors tell whose file it is. V2 weights fit V2*: what V2* has more keeps its identity start. The
+    authors' ShuffleNet V2 becomes ours exactly (`key_maps`), up to the border of the image (`input_frame`).
+
+    Args:
+        backbone: as built by `build_backbone`.
+        source: "imagenet" (the published file, downloaded once into the cache of torch or of timm), the path of a state
+            dict (or of a dict that holds one as "state_dict"; .safetensors too), or None for no weights.
+        input_frame: what the weights were trained on: "rgb_imagenet", normalised RGB as we have it, or "bgr255", BGR
+            pixels in 0-255. None: "bgr255" for the authors' files, else "rgb_imagenet".
+        partial: load what fits, and leave the rest at random.
+
+    Raises:
+        InputError: there is no such file, no network, no published file for this backbone, or the file is damaged or
+            made for another architecture. The backbone is unchanged then.
+    """
+    if source is None:
+        return WeightsReport(None)
+    if input_frame not in (None, *FRAMES):
+        raise InputError(f"input={input_frame} is unknown; there is {' and '.join(FRAMES)}.")
+    if source == "imagenet":
+        content, source = published_weights(backbone)
+    else:
+        content = _read(Path(source))
+    return _load(backbone, _state_dict(content, str(source)), str(source), input_frame, partial)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"backbone.weights={path}: there is no such file. {REMEDY}")
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # both raise whatever the bytes lead them to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"backbone.weights={path}: not a whole file of torch weights ({reason}). {REMEDY}") from error
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise InputError(f"backbone.weights={path}: needs the package safetensors: pip install safetensors.") from error
+    return load_file(path)
+
+
+def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
+    """Names and tensors, without the "module." of a network that was saved in its data-parallel wrapper."""
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"backbone.weights={source}: holds no state dict (names and tensors). {REMEDY}")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def _load(
+    backbone: Backbone, content: dict[str, Tensor], source: str, input_frame: str | None, partial: bool
+) -> WeightsReport:
+    own = backbone.state_dict()
+    authors = megvii_backbone(backbone, content, source) if is_megvii(content) else None
+    ours = library_names(backbone) if authors is None else megvii_names(authors)
+    tensors = {ours.get(name, name): value for name, value in content.items()}
+    theirs = {name: other for other, name in ours.items()} | {ours.get(name, name): name for name in content}
+
+    ignored = _above(backbone, tensors)
+    given = {name: value for name, value in tensors.items() if name not in ignored}
+    kept = [name for name in own if name not in given and _may_be_absent(name, given, authors is not None)]
+    problems = _mismatches(own, given, kept, theirs)
+    fitting = [name for name in own if name in given and given[name].shape == own[name].shape]
+    if problems and not (partial and fitting):
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(
+            f"backbone.weights={source}: made for another architecture: {'; '.join(problems[:3])}{more}. "
+            "Choose the backbone, width and layout that the file was made for."
+        )
+
+    frame = input_frame or (RGB if authors is None else BGR)
+    if authors is not None:
+        tensors = in_our_order(tensors, authors)
+    if frame == BGR and ("conv1.0.weight" in fitting or not partial):
+        tensors = for_normalised_rgb(tensors)
+    backbone.load_state_dict({name: tensors[name] for name in fitting}, strict=False)
+    return WeightsReport(
+        source,
+        format=_format(authors is not None, fitting, theirs),
+        input_frame=frame,
+        matched=tuple(fitting),
+        ignored=tuple(theirs.get(name, name) for name in ignored),
+        kept=tuple(name for name in kept if ".extra." in name),
+        problems=tuple(problems),
+        random=tuple(name for name in own if name not in (*fitting, *kept) and not name.endswith(".order")),
+        classifier={name: value for name, value in tensors.items() if name.startswith(CLASSIFIER) and name not in own},
+    )
+
+
+def _format(authors: bool, fitting: list[str], theirs: Mapping[str, str]) -> str:
+    if authors:
+        return "the authors' ShuffleNet V2"
+    return "our names" if all(theirs.get(name, name) == name for name in fitting) else "a whole model's names"
+
+
+def _above(backbone: Backbone, names: Collection[str]) -> list[str]:
+    """Those of a classifier on top of this backbone."""
+    own, whole = backbone.state_dict(), whole_model(backbone)
+    return [name for name in names if name not in own and (name.startswith(CLASSIFIER) or name in whole)]
+
+
+def _may_be_absent(name: str, given: Collection[str], authors: bool) -> bool:
+    if name.endswith(".num_batches_tracked"):  # files older than torch 0.4.1
+        return True
+    if name.endswith(".order") and authors:  # ours alone
+        return True
+    return ".extra." in name and not any(".extra." in other for other in given)
+
+
+def _mismatches(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], kept: Collection[str], theirs: Mapping[str, str]
+) -> list[str]:
+    """One phrase for each tensor that does not fit, in the order of the network."""
+
+    def named(name: str) -> str:
+        other = theirs.get(name, name)
+        return name if other == name else f"{other} (our {name})"
+
+    problems = []
+    for name, tensor in own.items():
+        expected = tuple(tensor.shape)
+        if name in given and tuple(given[name].shape) != expected:
+            problems.append(f"{named(name)} is {tuple(given[name].shape)}, expected {expected}")
+        elif name not in given and name not in kept:
+            problems.append(f"{named(name)} is missing, expected {expected}")
+    return problems + [f"{name} has no place here" for name in given if name not in own]

@@ -1,0 +1,113 @@
+"""The light Xception that Light-Head R-CNN and ShuffleNet V2 compare with (Li et al. 2017, table 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detector.errors import InputError
+from detector.models.backbones.contract import Backbone
+from detector.models.backbones.layers import depthwise, pointwise, pooled_stem
+
+
+class Block(nn.Module):
+    """Three separable convolutions 3x3 (depthwise, 1x1), narrow in between, and a shortcut: receptive field 7.
+
+    BN after each convolution, ReLU after the 1x1 ones only (Chollet 2017, section 4.7, finds none better after the
+    depthwise ones), the last one after the addition: no pre-activation (Li et al. 2017).
+
+    Args:
+        inputs, middle, outputs: channels; `middle` between the separable convolutions.
+        stride: of the last depthwise convolution and of the shortcut, as in Chen et al. 2018 (DeepLabv3+), figure 4.
+        dilation: of every depthwise convolution.
+        project: the shortcut is a 1x1 convolution and BN, else the input itself.
+    """
+
+    def __init__(self, inputs: int, middle: int, outputs: int, *, stride: int, dilation: int, project: bool) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            *depthwise(inputs, stride=1, dilation=dilation),
+            *pointwise(inputs, middle),
+            *depthwise(middle, stride=1, dilation=dilation),
+            *pointwise(middle, middle),
+            *depthwise(middle, stride=stride, dilation=dilation),
+            *pointwise(middle, outputs, None),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if project:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.branch(x))
+
+
+class Xception(Backbone):
+    """The light Xception up to its last stage. Convolutions start as torch's do.
+
+    Published are the stem, the channels and repeats of the 1x width (Li et al. 2017, table 7), "all convolutions of the
+    bottleneck structure replaced by channel-wise ones", the receptive field of a block, 7 (Ma et al. 2018, section 4),
+    and the costs at 224 x 224 of four widths, 40 / 145 / 305 / 525 M (Ma et al. 2018, table 8). The block is not.
+    Ours: the block of Chen et al. 2018 (DeepLabv3+), whose separable convolutions are three, with a bottleneck of 1/6:
+    39.6 / 143.7 / 306.6 / 530.3 M with stages times the width and stems of 8, 24, 36 and 48 (12 at 0.5x: 41.5 M).
+    Tried, in M at 0.5x / 1x / 1.5x / 2x, all with receptive field 7 and the same stems ("joined": the shortcut is
+    averaged and concatenated, as in ShuffleNet V1):
+
+        three separable, bottleneck 1/4                    55 / 205 / 444 / 773
+        three separable, bottleneck 1/5                    46 / 168 / 359 / 625
+        the same, 1/6, stride in the first or the second   35 / 128 / 272 / 471, 38 / 139 / 296 / 512
+        three separable, bottleneck 1/4, joined            50 / 182 / 391 / 678
+        three separable, bottleneck 1/5, joined            40 / 146 / 308 / 534, but 1/5 of 144 is no whole number
+        the same, 1/4, stride in the first                 43 / 155 / 334 / 579
+        1x1, three depthwise, 1x1; 1/4, joined             40 / 149 / 323 / 562
+
+    Args:
+        stem_channels: outputs of the first convolution.
+        channels: outputs of the last three stages, which give c3, c4 and c5.
+        repeats: blocks in each stage.
+        bottleneck: outputs of a block over the channels between its separable convolutions.
+        dilate_c5: the last stage keeps stride 16 and dilates its later 3x3 convolutions instead (setting L of
+            Light-Head R-CNN): every second pixel of c5 is what it would be without.
+
+    Raises:
+        InputError: a value is outside what is stated above.
+    """
+
+    def __init__(
+        self,
+        *,
+        stem_channels: int,
+        channels: Sequence[int],
+        repeats: Sequence[int],
+        bottleneck: int,
+        dilate_c5: bool,
+    ) -> None:
+        super().__init__()
+        if len(channels) != 3 or len(repeats) != 3 or min(repeats) < 1 or not 1 <= bottleneck <= min(channels):
+            raise InputError(
+                f"backbone: channels={list(channels)}, repeats={list(repeats)}, bottleneck={bottleneck}; give three "
+                "channels and repeats, repeats and bottleneck of at least 1, the bottleneck no more than the channels."
+            )
+        self.stem = pooled_stem(stem_channels)
+        self.stage2 = _stage(stem_channels, channels[0], repeats[0], bottleneck, dilated=False)
+        self.stage3 = _stage(channels[0], channels[1], repeats[1], bottleneck, dilated=False)
+        self.stage4 = _stage(channels[1], channels[2], repeats[2], bottleneck, dilated=dilate_c5)
+        self.channels = dict(zip(("c3", "c4", "c5"), channels, strict=True))
+        self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
+        self.stages = (("stem",), ("stage2",), ("stage3",), ("stage4",))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """See `Backbone.forward`."""
+        c3 = self.stage2(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        c4 = self.stage3(c3)
+        return {"c3": c3, "c4": c4, "c5": self.stage4(c4)}
+
+
+def _stage(inputs: int, outputs: int, blocks: int, bottleneck: int, *, dilated: bool) -> nn.Sequential:
+    middle = outputs // bottleneck
+    first = Block(inputs, middle, outputs, stride=1 if dilated else 2, dilation=1, project=True)
+    dilation = 2 if dilated else 1
+    rest = (Block(outputs, middle, outputs, stride=1, dilation=dilation, project=False) for _ in range(blocks - 1))
+    return nn.Sequential(first, *rest)

@@ -1,0 +1,276 @@
+"""The light head, in the order of Li et al. 2017 (Light-Head R-CNN), section 3.
+
+Large separable convolution -> thin feature map -> PS-RoI Align -> one hidden FC -> class logits and box deltas; the
+loss with online hard example mining; the final boxes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from detector.errors import InputError
+from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
+from detector.models.matching import Matches, gather_boxes, match, sample
+from detector.models.ps_roi_align import ps_roi_align
+from detector.models.rpn import Proposals
+
+if TYPE_CHECKING:
+    from detector.data.collate import Batch
+
+# Bins per side of a RoI (p in the paper).
+BINS = 7
+# Deltas are learned in units of these: Girshick 2015 (Fast R-CNN), released code.
+BOX_STD = (0.1, 0.1, 0.2, 0.2)
+# Candidates per final box that NMS looks at in one go.
+FEW = 4
+
+
+class LargeSeparableConv(nn.Module):
+    """k x 1 then 1 x k, plus 1 x k then k x 1: section 3.2, figure 3. No normalisation, one ReLU after the sum."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, mid_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        column, row = (kernel_size, 1), (1, kernel_size)
+        self.column_row = self._branch(in_channels, mid_channels, out_channels, column, row)
+        self.row_column = self._branch(in_channels, mid_channels, out_channels, row, column)
+
+    @staticmethod
+    def _branch(inputs: int, mid: int, outputs: int, first: tuple[int, int], second: tuple[int, int]) -> nn.Sequential:
+        convs = [
+            nn.Conv2d(a, b, size, padding=(size[0] // 2, size[1] // 2))
+            for a, b, size in ((inputs, mid, first), (mid, outputs, second))
+        ]
+        for conv in convs:
+            # The released code draws from N(0, 0.01), made for 2048 input channels and a learning rate of its own;
+            # ours: keep the variance, so that the thin map of a small backbone is not born at zero.
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+        return nn.Sequential(*convs)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.relu(self.column_row(features) + self.row_column(features))
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Per RoI.
+
+    Attributes:
+        class_logits: (N, P, K + 1); the last is background.
+        box_deltas: (N, P, B, 4) in units of BOX_STD; B = 1 (class-agnostic) or K.
+    """
+
+    class_logits: Tensor
+    box_deltas: Tensor
+
+
+class LightHead(nn.Module):
+    """Thin feature map and R-CNN subnet.
+
+    Args:
+        in_channels, stride: of the feature map.
+        num_classes: K, without background.
+        mid_channels, kernel_size: of the large separable convolution (S: 64, L: 256; 15).
+        thin_channels: C of the thin map's C * 7 * 7 channels (alpha in the paper: 10).
+        hidden_channels: of the FC layer (2048).
+        align_reduce: "mean" of the 2x2 samples of a bin (the paper), or "max" (the released code).
+        class_agnostic: one box per RoI for all classes (the paper), or one per class (the released code).
+        sampling: "ohem" keeps the sample_count RoIs per image of highest loss over the whole batch (section 3.3 and the
+            released code); "random" draws them, foreground_share of them foreground (Fast R-CNN).
+        foreground_iou: RoIs at or above this are foreground, the rest background (0.5).
+        box_weight: of the box loss against the class loss (2).
+        smooth_l1_beta: 1.
+        score_threshold, nms_threshold, max_detections: of the final boxes.
+    """
+
+    box_std: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        stride: int,
+        num_classes: int,
+        *,
+        mid_channels: int,
+        kernel_size: int,
+        thin_channels: int,
+        hidden_channels: int,
+        align_reduce: str,
+        class_agnostic: bool,
+        sampling: str,
+        sample_count: int,
+        foreground_share: float,
+        foreground_iou: float,
+        box_weight: float,
+        smooth_l1_beta: float,
+        score_threshold: float,
+        nms_threshold: float,
+        max_detections: int,
+    ) -> None:
+        super().__init__()
+        if sampling not in ("ohem", "random"):
+            raise InputError(f"light_head.sampling={sampling!r} is unknown; there is ohem and random.")
+        if align_reduce not in ("mean", "max"):
+            raise InputError(f"light_head.align_reduce={align_reduce!r} is unknown; there is mean and max.")
+        if kernel_size % 2 == 0:
+            raise InputError(f"light_head.kernel_size={kernel_size!r}; it must be odd, or the thin map grows.")
+        self.scale = 1 / stride
+        self.num_classes = num_classes
+        self.align_reduce, self.class_agnostic = align_reduce, class_agnostic
+        self.sampling, self.sample_count, self.foreground_share = sampling, sample_count, foreground_share
+        self.foreground_iou, self.box_weight, self.smooth_l1_beta = foreground_iou, box_weight, smooth_l1_beta
+        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.max_detections = max_detections
+        thin = thin_channels * BINS * BINS
+        self.thin = LargeSeparableConv(in_channels, thin, mid_channels=mid_channels, kernel_size=kernel_size)
+        self.hidden = nn.Linear(thin, hidden_channels)
+        self.class_logits = nn.Linear(hidden_channels, num_classes + 1)
+        self.box_deltas = nn.Linear(hidden_channels, 4 if class_agnostic else 4 * num_classes)
+        self.register_buffer("box_std", torch.tensor(BOX_STD), persistent=False)
+        for layer, std in ((self.class_logits, 0.01), (self.box_deltas, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor, rois: Tensor) -> HeadOutput:
+        """Classify and refine RoIs (N, P, 4), xyxy in pixels of the padded input, on a map (N, C, h, w)."""
+        thin_features = self.thin(features)  # (N, C * 7 * 7, h, w)
+        return self.subnet(thin_features, rois)
+
+    def subnet(self, thin_features: Tensor, rois: Tensor) -> HeadOutput:
+        """The part that is paid for per RoI: section 3.3."""
+        # Cell i is centred on pixel stride * i (see AnchorGrid), but ps_roi_align takes stride * (i + 0.5).
+        # The released code of Light-Head has no such half cell either.
+        roi_features = ps_roi_align(
+            thin_features, rois + 0.5 / self.scale, spatial_scale=self.scale, output_size=BINS, reduce=self.align_reduce
+        )  # (N, P, C, 7, 7)
+        hidden = torch.relu(self.hidden(roi_features.flatten(2)))
+        box_deltas = self.box_deltas(hidden).float().unflatten(-1, (-1, 4))
+        return HeadOutput(self.class_logits(hidden).float(), box_deltas)
+
+    def rois_for_training(self, proposals: Proposals, batch: Batch) -> tuple[Proposals, Matches]:
+        """Proposals with the ground truth appended (N, P + G), and what each answers for.
+
+        The objects themselves are RoIs too, or an untrained RPN would leave the head without foreground (Fast R-CNN's
+        released code). Random sampling happens here, before anything is computed for a RoI.
+        """
+        real = (batch.labels >= 0) & ~batch.crowd
+        rois = Proposals(
+            torch.cat((proposals.boxes, batch.boxes * real[..., None]), dim=1),
+            torch.cat((proposals.valid, real), dim=1),
+            torch.cat((proposals.scores, real.to(proposals.scores.dtype)), dim=1),
+        )
+        matches = match(
+            rois.boxes,
+            batch.boxes,
+            batch.labels,
+            batch.crowd,
+            foreground_iou=self.foreground_iou,
+            background_iou=self.foreground_iou,
+            best_is_foreground=False,
+        )
+        matches = Matches(matches.index, matches.foreground & rois.valid, matches.background & rois.valid)
+        return (rois, matches) if self.sampling == "ohem" else self._sampled(rois, matches)
+
+    def _sampled(self, rois: Proposals, matches: Matches) -> tuple[Proposals, Matches]:
+        foreground, background = sample(matches, count=self.sample_count, foreground_share=self.foreground_share)
+        count = min(self.sample_count, foreground.shape[1])
+        kept = (foreground | background).to(torch.uint8).topk(count, dim=1).indices  # (N, count)
+        boxes = gather_boxes(rois.boxes, kept)
+        picked = Proposals(boxes, (foreground | background).gather(1, kept), rois.scores.gather(1, kept))
+        return picked, Matches(matches.index.gather(1, kept), foreground.gather(1, kept), background.gather(1, kept))
+
+    def losses(self, output: HeadOutput, rois: Proposals, matches: Matches, batch: Batch) -> dict[str, Tensor]:
+        """Class and box loss over the chosen RoIs; finite with no RoI and no object, all outputs stay in the graph."""
+        used = matches.foreground | matches.background
+        labels = batch.labels.gather(1, matches.index).masked_fill(~matches.foreground, self.num_classes)
+        class_loss = F.cross_entropy(output.class_logits.flatten(0, 1), labels.flatten(), reduction="none")
+        class_loss = class_loss.view_as(labels)
+        box_loss = self._box_loss(output.box_deltas, rois.boxes, gather_boxes(batch.boxes, matches.index), labels)
+        # where, not times: a RoI outside the sample must not turn inf * 0 into nan.
+        box_loss = torch.where(matches.foreground, box_loss, 0.0)
+        if self.sampling == "ohem":
+            used = self._hardest((class_loss + box_loss).detach(), used)
+        count = used.sum().clamp(min=1)
+        return {
+            "head_class": torch.where(used, class_loss, 0.0).sum() / count,
+            "head_box": torch.where(used, box_loss, 0.0).sum() / count,
+        }
+
+    def _box_loss(self, deltas: Tensor, rois: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
+        """Weighted smooth L1 (N, P) between predicted and wanted deltas, of the RoI's own class if class-specific."""
+        wanted = encode_boxes(targets, rois) / self.box_std
+        if self.class_agnostic:
+            predicted = deltas[:, :, 0]
+        else:
+            own = labels.clamp(max=self.num_classes - 1)[..., None, None].expand(*labels.shape, 1, 4)
+            predicted = deltas.gather(2, own)[:, :, 0]
+        # A background RoI's target is some far-away box; clamp, so that what is masked later stays finite.
+        loss = F.smooth_l1_loss(predicted, wanted.clamp(-100, 100), beta=self.smooth_l1_beta, reduction="none")
+        return self.box_weight * loss.sum(dim=-1)
+
+    def _hardest(self, loss: Tensor, used: Tensor) -> Tensor:
+        """OHEM (Shrivastava et al. 2016): the sample_count * N RoIs of highest loss of the batch."""
+        flat = loss.masked_fill(~used, -1.0).flatten()
+        values, index = flat.topk(min(self.sample_count * len(loss), len(flat)))
+        # Not values >= 0: a loss that is not a number must be chosen, so that training notices it.
+        return torch.zeros_like(used).flatten().scatter_(0, index, ~(values < 0)).view_as(used)
+
+    @torch.no_grad()
+    def detect(
+        self, output: HeadOutput, proposals: Proposals, image_sizes: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The final boxes of each image, best first: (D, 4) xyxy in pixels of the padded input, (D,) scores, labels."""
+        scores = output.class_logits.softmax(dim=-1)[..., :-1] * proposals.valid[..., None]  # (N, P, K)
+        boxes = decode_boxes(output.box_deltas * self.box_std, proposals.boxes[:, :, None])  # (N, P, B, 4)
+        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).view_as(boxes)
+        return [self._final(*image) for image in zip(boxes, scores, strict=True)]
+
+    def _final(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """NMS by class over boxes (P, B, 4) and scores (P, K): see `detect`.
+
+        Only what was kept suppresses, so the best few decide by themselves if enough of them survive; if not, the next
+        few join the survivors. A trained network has some tens of candidates, an untrained one P * K.
+        """
+        sides = (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1)
+        possible = (scores > self.score_threshold) & (sides > 1e-2)
+        ranked = torch.where(possible, scores, -1.0).flatten()
+        boxes, total = boxes.flatten(0, 1), int(possible.sum())
+        few = FEW * self.max_detections
+        kept = self._survivors(ranked.topk(min(few, total)).indices, boxes, ranked)
+        if len(kept) < self.max_detections and few < total:
+            kept = self._survivors(ranked.topk(total).indices, boxes, ranked)
+        per_box = len(ranked) // len(boxes)
+        return boxes[kept // per_box], ranked[kept], kept % self.num_classes
+
+    def _survivors(self, order: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
+        """Which of the candidates in this order (M,), best first, survive NMS by class; at most max_detections.
+
+        Candidate i is class i % K of RoI i // K, and has a box for all classes or one for each.
+        """
+        per_box = len(scores) // len(boxes)
+        few = FEW * self.max_detections
+        kept = order[:0]
+        for start in range(0, len(order), few):
+            index = torch.cat((kept, order[start : start + few]))
+            chosen = boxes[index // per_box], scores[index], index % self.num_classes
+            kept = index[suppress_by_class(*chosen, self.nms_threshold)]
+            if len(kept) >= self.max_detections:
+                break
+        return kept[: self.max_detections]
+
+
+def suppress_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """Places (D,) of the boxes (M, 4) that survive NMS among those of their own label, best first.
+
+    Classes are moved apart, as torchvision's batched_nms does, but in float64, where the move costs no precision.
+    """
+    if boxes.device.type != "mps":  # which has no float64
+        boxes, scores = boxes.double(), scores.double()
+    return nms(boxes + (labels * (boxes.amax() + 1))[:, None], scores, threshold)

@@ -1,0 +1,83 @@
+"""The network: backbone, neck, RPN, light head. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from detector.models.backbones import Backbone
+from detector.models.backbones.input_frame import MEAN, STD
+from detector.models.light_head import LightHead
+from detector.models.rpn import RPN, Proposals
+
+if TYPE_CHECKING:
+    from detector.data.collate import Batch
+
+
+class LightHeadRCNN(nn.Module):
+    """Light-Head R-CNN (Li et al. 2017) on any backbone that gives c3, c4 and c5.
+
+    Takes raw uint8 pixels: mean and standard deviation belong to the network, so that nobody can forget them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone, neck: nn.Module, rpn: RPN, head: LightHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.rpn = rpn
+        self.head = head
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 RGB (N, 3, H, W) -> float, zero mean and unit deviation over ImageNet, channels last in memory."""
+        # Row by row: three channels are too short a dimension for a processor to broadcast over.
+        rows, width = images.permute(0, 2, 3, 1).flatten(2), images.shape[3]  # (N, H, 3W)
+        rows = (rows - self.mean.flatten().repeat(width)).div_(self.std.flatten().repeat(width))
+        return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of the RPN and the map of the light head."""
+        return self.neck(self.backbone(self.normalise(images)))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The training losses; so named because DistributedDataParallel wraps forward."""
+        return self.losses(batch)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """rpn_objectness, rpn_box, head_class, head_box: scalars whose sum is to be minimised."""
+        rpn_map, head_map = self.features(batch.images)
+        objectness, deltas, anchors = self.rpn(rpn_map)
+        losses = self.rpn.losses(objectness, deltas, anchors, batch)
+        with torch.no_grad():
+            proposals = self.rpn.propose(objectness, deltas, anchors, batch.image_sizes)
+            rois, matches = self.head.rois_for_training(proposals, batch)
+        output = self.head(head_map, rois.boxes)
+        return losses | self.head.losses(output, rois, matches, batch)
+
+    @torch.inference_mode()
+    def detect(
+        self, images: Tensor, image_sizes: Tensor, max_proposals: int | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Find objects.
+
+        Args:
+            images: uint8 RGB (N, 3, H, W).
+            image_sizes: (N, 2), height and width of each picture inside the padding.
+            max_proposals: the head sees the best of P so many; None: all.
+
+        Returns:
+            Per image: boxes (D, 4) xyxy in pixels of the padded input, scores (D,), labels (D,), best first.
+        """
+        rpn_map, head_map = self.features(images)
+        objectness, deltas, anchors = self.rpn(rpn_map)
+        proposals = self.rpn.propose(objectness, deltas, anchors, image_sizes)
+        if max_proposals is not None:
+            best = slice(max_proposals)
+            proposals = Proposals(proposals.boxes[:, best], proposals.valid[:, best], proposals.scores[:, best])
+        return self.head.detect(self.head(head_map, proposals.boxes), proposals, image_sizes)

@@ -1,0 +1,187 @@
+"""Region proposal network: objectness and deltas for every anchor -> a fixed number of proposals per image.
+
+Source: Ren et al. 2015 (Faster R-CNN), section 3.1; settings of Li et al. 2017 (Light-Head R-CNN), section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from detector.models.anchors import AnchorGrid
+from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
+from detector.models.matching import Matches, gather_boxes, match, sample
+
+if TYPE_CHECKING:
+    from detector.data.collate import Batch
+
+
+@dataclass(frozen=True)
+class ProposalLimits:
+    """How many boxes survive.
+
+    Attributes:
+        before_nms: anchors per image, by objectness, that are decoded at all.
+        after_nms: P, the fixed number of proposals per image.
+    """
+
+    before_nms: int
+    after_nms: int
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """P boxes per image, best first.
+
+    Attributes:
+        boxes: (N, P, 4) xyxy in pixels of the padded input, inside the picture; zeros where not valid.
+        valid: (N, P) bool; an image with fewer boxes is filled up.
+        scores: (N, P) objectness in [0, 1].
+    """
+
+    boxes: Tensor
+    valid: Tensor
+    scores: Tensor
+
+
+class RPN(nn.Module):
+    """A small convolution, then objectness (N, A) and deltas (N, A, 4) for the A anchors of the map.
+
+    Args:
+        in_channels, stride: of the feature map.
+        channels: of the hidden map (Light-Head: 256 in setting S, 512 in L).
+        separable: a 5x5 depthwise and a 1x1 convolution (ThunderNet, section 3.2) in place of the 3x3.
+        scales, ratios: see AnchorGrid.
+        foreground_iou, background_iou: matching thresholds (0.7, 0.3).
+        sample_count, foreground_share: anchors per image in the loss (256, 0.5).
+        smooth_l1_beta: where the box loss turns from square to linear (sigma 3 in the released code: 1/9).
+        nms_threshold: IoU above which the worse of two proposals goes (0.7).
+        train_limits, test_limits: see ProposalLimits (Light-Head: 12000 / 2000 and 6000 / 1000).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        stride: int,
+        *,
+        channels: int,
+        separable: bool,
+        scales: Sequence[float],
+        ratios: Sequence[float],
+        foreground_iou: float,
+        background_iou: float,
+        sample_count: int,
+        foreground_share: float,
+        smooth_l1_beta: float,
+        nms_threshold: float,
+        train_limits: ProposalLimits,
+        test_limits: ProposalLimits,
+    ) -> None:
+        super().__init__()
+        self.anchors = AnchorGrid(scales=scales, ratios=ratios, stride=stride)
+        self.hidden = _separable(in_channels, channels) if separable else _dense(in_channels, channels)
+        self.objectness = nn.Conv2d(channels, self.anchors.per_cell, 1)
+        self.deltas = nn.Conv2d(channels, 4 * self.anchors.per_cell, 1)
+        self.foreground_iou, self.background_iou = foreground_iou, background_iou
+        self.sample_count, self.foreground_share = sample_count, foreground_share
+        self.smooth_l1_beta = smooth_l1_beta
+        self.nms_threshold = nms_threshold
+        self.train_limits, self.test_limits = train_limits, test_limits
+        for layer in (self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw outputs for a map (N, C, h, w).
+
+        Returns:
+            objectness logits (N, A), deltas (N, A, 4), both float32, and the anchors (A, 4) in pixels of the padded
+            input; A = h * w * shapes, ordered as AnchorGrid orders them.
+        """
+        hidden = self.hidden(features)
+        objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
+        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4)
+        height, width = features.shape[-2:]
+        return objectness.float(), deltas.float(), self.anchors(height, width)
+
+    @torch.no_grad()
+    def propose(self, objectness: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor) -> Proposals:
+        """Decode the best anchors, clip them to the picture, suppress doubles, keep P.
+
+        Not differentiable: the head's loss must not move the proposals (Ren et al. 2015, approximate joint training).
+        """
+        limits = self.train_limits if self.training else self.test_limits
+        logits, index = objectness.topk(min(limits.before_nms, objectness.shape[1]), dim=1)
+        deltas = deltas.gather(1, index[..., None].expand(*index.shape, 4))
+        boxes = clip_boxes(decode_boxes(deltas, anchors[index]), image_sizes)
+        # An empty box can never be right, and has no IoU with its own copies: it would fill the list.
+        logits = logits.masked_fill(((boxes[..., 2:] - boxes[..., :2]) < 1e-2).any(dim=2), float("-inf"))
+        return self._suppress(boxes, logits, limits.after_nms)
+
+    def _suppress(self, boxes: Tensor, logits: Tensor, count: int) -> Proposals:
+        out_boxes = boxes.new_zeros(len(boxes), count, 4)
+        out_logits = logits.new_full((len(boxes), count), float("-inf"))
+        for i, (image_boxes, image_logits) in enumerate(zip(boxes, logits, strict=True)):
+            keep = nms(image_boxes, image_logits, self.nms_threshold)[:count]
+            out_boxes[i, : len(keep)] = image_boxes[keep]
+            out_logits[i, : len(keep)] = image_logits[keep]
+        valid = out_logits.isfinite()
+        return Proposals(out_boxes * valid[..., None], valid, out_logits.sigmoid())
+
+    def losses(self, objectness: Tensor, deltas: Tensor, anchors: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Objectness and box loss over a sample of the anchors of each image, averaged over the sampled anchors.
+
+        Ren et al. 2015, equation 1. Finite without any object; every output stays in the graph.
+        """
+        with torch.no_grad():
+            matches = match(
+                anchors,
+                batch.boxes,
+                batch.labels,
+                batch.crowd,
+                foreground_iou=self.foreground_iou,
+                background_iou=self.background_iou,
+                best_is_foreground=True,
+            )
+            matches = Matches(matches.index, matches.foreground, matches.background & _in_picture(anchors, batch))
+            foreground, background = sample(matches, count=self.sample_count, foreground_share=self.foreground_share)
+            sampled = foreground | background
+            image, anchor = foreground.nonzero(as_tuple=True)
+            targets = encode_boxes(gather_boxes(batch.boxes, matches.index)[image, anchor], anchors[anchor])
+        count = sampled.sum().clamp(min=1)
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            objectness[sampled], foreground[sampled].to(objectness.dtype), reduction="sum"
+        )
+        box_loss = F.smooth_l1_loss(deltas[image, anchor], targets, beta=self.smooth_l1_beta, reduction="sum")
+        return {"rpn_objectness": objectness_loss / count, "rpn_box": box_loss / count}
+
+
+def _in_picture(anchors: Tensor, batch: Batch) -> Tensor:
+    """Which anchors are centred on the picture, not on its padding: (N, A). Padding is too easy to learn from."""
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    return (centers < batch.image_sizes.flip(-1)[:, None]).all(dim=-1)
+
+
+def _dense(inputs: int, outputs: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+    nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.ReLU(inplace=True))
+
+
+def _separable(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 5, padding=2, groups=inputs, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )

@@ -1,0 +1,93 @@
+"""Results of another detector are scored without ours; cost is that of the network as it was trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from report_case import write_case
+from scored_data import write_scored_data
+from tool_runner import tool_environment
+
+from detector.apps.report.reporting import _cost, _usual_canvas, evaluate_results
+from detector.data.coco import load_coco
+from detector.errors import InputError
+from detector.inference.detector import Detector
+from detector.models.fuse import fuse
+
+REPORT = {"pictures": 2, "properties": 3, "proposals": 0, "doctor": 0}
+
+
+def config(folder: Path, **changes: Any) -> dict[str, Any]:
+    files = {"results": folder / "dt.json", "annotations": folder / "gt.json", "images": folder / "images"}
+    return files | {"ckpt": None, "max_proposals": None, "out": None, "metrics": "coco", "report": REPORT} | changes
+
+
+def test_results_are_scored_and_reported(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "case")
+    figures = evaluate_results(config(folder))
+    assert json.loads((folder / "eval/metrics.json").read_text()) == figures
+    diagnosis = json.loads((folder / "eval/diagnosis.json").read_text())
+    assert (diagnosis["images"], diagnosis["truths"], len(diagnosis["worst"])) == (3, 6, 2)
+    assert diagnosis["two_stages"] is None
+    assert "brightness" in diagnosis["slices"]
+    page = (folder / "eval/report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert {path.name for path in (folder / "eval").iterdir()} == {"metrics.json", "diagnosis.json", "report.html"}
+    assert evaluate_results(config(folder, report=False, out=folder / "bare")) == figures
+    assert [path.name for path in (folder / "bare").iterdir()] == ["metrics.json"]
+    assert "mAP" in evaluate_results(config(folder, metrics="voc", out=folder / "voc"))
+
+
+def test_results_need_no_torch(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "case")
+    code = (
+        "import sys; from detector.apps.report.reporting import evaluate_results; "
+        f"evaluate_results({json.dumps(config(folder), default=str).replace('null', 'None')}); "
+        "print(sorted({'torch', 'torchvision', 'lightning', 'albumentations'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=tool_environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"annotations": None}, "annotations=instances.json"),
+        ({"ckpt": "a.ckpt"}, "give one of"),
+        ({"max_proposals": 5}, "needs the detector"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        evaluate_results(config(tmp_path, **changes))
+
+
+def test_cost_is_of_the_network_as_it_was_trained(tmp_path: Path, small_detector: Detector) -> None:
+    # Pictures of 48 x 64, 64 x 48, 64 x 96, 40 x 100 and 80 x 60 for an input of 64 x 96: three canvases.
+    root = write_scored_data(tmp_path / "data", small_detector)
+    index = load_coco(root / "annotations/val.json", root / "images")
+    count = sum(parameter.numel() for parameter in small_detector.network.parameters())
+    small_detector.network, small_detector.fused = fuse(small_detector.network), True
+    assert sum(parameter.numel() for parameter in small_detector.network.parameters()) < count
+    options = {"trainer": {"precision": "32-true"}, "val": {"batch_size": 2}}
+    cost = _cost(small_detector, index, options, [0.25, 0.5, 0.001])
+    cards = {name: (value, unit) for name, value, unit in cost["cards"]}
+    assert cards["parameters"] == (count / 1e6, "million")
+    assert cards["ms"][0] == 250
+    assert f"{count:,}" in dict(cost["pairs"])["parameters"]
+    assert cards["multiply-adds"][0] > 0.1
+
+
+def test_the_usual_canvas(tmp_path: Path, small_detector: Detector) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector)
+    index = load_coco(root / "annotations/val.json", root / "images")
+    # 48 x 64 -> 64 x 85 -> canvas 64 x 96, as is 64 x 96, and 40 x 100 -> 38 x 96; the upright ones: 96 x 64.
+    assert _usual_canvas(small_detector, index) == (64, 96)
+    index.sizes[:] = np.array([[0, 0]])
+    assert _usual_canvas(small_detector, index) == (64, 96)

@@ -1,0 +1,289 @@
+"""What was found, as files: read back by somebody else's reader, each complete or absent."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from painted import NAMES, Painted, paint
+from PIL import Image
+from pycocotools.coco import COCO
+
+from detector.errors import InputError
+from detector.inference import sources
+from detector.inference.detections import Detections
+from detector.inference.predictor import Options
+from detector.inference.video import Frame
+from detector.inference.writers import LIVE_WRITERS, WRITERS, Places
+
+SIZE = (64, 96)
+OBJECTS = [(10, 5, 30, 25, 0, 255), (40, 30, 90, 60, 1, 204)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """a.png and sub/b.png with a cat and a dog, c.png with nothing, d.png broken."""
+    root = tmp_path / "in"
+    (root / "sub").mkdir(parents=True)
+    for name, objects in (("a", OBJECTS), ("sub/b", OBJECTS[:1]), ("c", [])):
+        Image.fromarray(paint(SIZE, *objects)).save(root / f"{name}.png")
+    (root / "d.png").write_bytes(b"broken")
+    return root
+
+
+def write(source: Any, out: Path, save: list[str], **options: Any) -> list[Detections]:
+    places, given = Places(out, source, save), []
+    with ExitStack() as stack:
+        writers = [stack.enter_context(WRITERS[name](out, save, NAMES)) for name in save]
+        for picture, found in Painted().search(source, Options(on_error="report", **options)):
+            place = places(found)
+            given.append(found)
+            for add in writers:
+                add(picture, found, place)
+    return given
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_form_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = write(folder, out, list(WRITERS))
+    assert files(out) == [
+        "a.png", "c.png", "coco.json",
+        "crops/a_0_cat.png", "crops/a_1_dog.png", "crops/sub/b_0_cat.png",
+        "detections.csv", "detections.json", "detections.jsonl", "sub/b.png",
+    ]  # fmt: skip
+    crop = np.asarray(Image.open(out / "crops/a_1_dog.png"))
+    np.testing.assert_array_equal(crop, np.broadcast_to((0, 204, 0), (30, 50, 3)))
+    drawn = np.asarray(Image.open(out / "a.png"))
+    assert drawn.shape == (*SIZE, 3)
+    assert (drawn != paint(SIZE, *OBJECTS)).any()
+    np.testing.assert_array_equal(Image.open(out / "c.png"), paint(SIZE))
+
+    records = json.loads((out / "detections.json").read_text())
+    assert records == [json.loads(line) for line in (out / "detections.jsonl").read_text().splitlines()]
+    assert [record["path"] for record in records] == [str(folder / n) for n in ("a.png", "c.png", "d.png", "sub/b.png")]
+    assert [record["annotated"] for record in records] == [
+        str(out / "a.png"), str(out / "c.png"), None, str(out / "sub/b.png"),
+    ]  # fmt: skip
+    assert [record["names"] for record in records] == [["cat", "dog"], [], [], ["cat"]]
+    assert "not a picture" in records[2]["error"]
+    assert [one.to_dict() for one in found] == [
+        {key: value for key, value in record.items() if key != "annotated"} for record in records
+    ]
+
+    with (out / "detections.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["path"], row["name"], float(row["x1"]), float(row["y2"])) for row in table] == [
+        (str(folder / "a.png"), "cat", 10, 25), (str(folder / "a.png"), "dog", 40, 60),
+        (str(folder / "sub/b.png"), "cat", 10, 25),
+    ]  # fmt: skip
+
+
+def test_coco_as_pycocotools_reads_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder, tmp_path / "out", ["coco"])
+    data = COCO(str(tmp_path / "out/coco.json"))
+    assert [category["name"] for category in data.loadCats(data.getCatIds())] == list(NAMES)
+    by_name = {Path(image["file_name"]).name: image for image in data.loadImgs(data.getImgIds())}
+    assert set(by_name) == {"a.png", "b.png", "c.png"}
+    boxes = data.loadAnns(data.getAnnIds(imgIds=by_name["a.png"]["id"]))
+    assert [(one["bbox"], one["category_id"], one["area"]) for one in boxes] == [
+        ([10, 5, 20, 20], 1, 400), ([40, 30, 50, 30], 2, 1500),
+    ]  # fmt: skip
+    results = data.loadRes(data.dataset["annotations"])  # they are results, too
+    assert len(results.getAnnIds()) == 3
+
+
+def test_a_video_becomes_a_video(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    from detector.inference.video import write_video
+
+    for name in ("one", "two"):
+        with write_video(tmp_path / f"{name}.mp4", 10) as add:
+            for index in range(8):
+                add(paint(SIZE, (8 * index, 30, 8 * index + 20, 60, 0, 250)))
+    Image.fromarray(paint(SIZE)).save(tmp_path / "still.png")
+    out = tmp_path / "out"
+    source = [str(tmp_path / name) for name in ("one.mp4", "still.png", "two.mp4", "one.mp4")]
+    found = write(source, out, ["images", "crops", "json"], every=2)
+    assert [one.frame for one in found] == [0, 2, 4, 6, None, 0, 2, 4, 6, 0, 2, 4, 6]
+    assert [name for name in files(out) if not name.startswith("crops")] == [
+        "detections.json", "one.mp4", "one_2.mp4", "still.png", "two.mp4",
+    ]  # fmt: skip
+    assert "crops/one_000006_0_cat.png" in files(out)
+    with av.open(str(out / "one.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 5  # every second of ten a second: as fast as it was
+    assert len(frames) == 4
+    inside = [frame[45, 8 * 2 * index + 10] for index, frame in enumerate(frames)]
+    np.testing.assert_allclose(inside, [(250, 0, 0)] * 4, atol=30)
+    records = json.loads((out / "detections.json").read_text())
+    assert {record["annotated"] for record in records[:4]} == {str(out / "one.mp4")}
+    assert {record["annotated"] for record in records[-4:]} == {str(out / "one_2.mp4")}
+
+
+class Stop(Exception):
+    """Something goes wrong while writing."""
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "coco", "images"])
+def test_nothing_half_written(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("av")
+    picture, found = next(Painted().search(paint(SIZE, *OBJECTS), Options()))
+    frame = Detections(found.boxes, found.scores, found.labels, NAMES, SIZE, "a.mp4", 0, 0.0)
+
+    def start_and_fail() -> None:
+        with WRITERS[kind](tmp_path / "out", [kind], NAMES) as add:
+            add(picture, frame, tmp_path / "out" / "a")
+            raise Stop
+
+    with pytest.raises(Stop):
+        start_and_fail()
+    assert files(tmp_path) == []
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def test_originals_stay_and_earlier_copies_do_not(folder: Path) -> None:
+    """Beside the original, beside somebody else's picture of that name, in a folder with others, and of a copy."""
+    (folder / "e.jpg").write_bytes((folder / "c.png").read_bytes())
+    (folder / "e.png").write_bytes(b"somebody else's")
+    (folder / "sub" / "a.png").write_bytes((folder / "c.png").read_bytes())
+    originals = snapshot(folder)
+    copies = ["a_2.png", "a_2_2.png", "e_2.png", "sub/a_2.png", "sub/c.png"]
+    for _ in range(2):
+        write(folder / "a.png", folder, ["images"])
+        write(folder / "a_2.png", folder, ["images"])  # itself a copy, but what is searched stays
+        write([folder / "e.jpg"], folder, ["images"])
+        write([folder / "a.png", folder / "c.png"], folder / "sub", ["images"])
+        assert files(folder) == sorted([*originals, *copies])
+        assert {name: (folder / name).read_bytes() for name in originals} == originals
+    assert (np.asarray(Image.open(folder / "a_2.png")) != paint(SIZE, *OBJECTS)).any()
+
+
+def test_the_results_name_the_copy_that_was_written(folder: Path) -> None:
+    write(folder / "a.png", folder, ["images", "jsonl"])
+    assert json.loads((folder / "detections.jsonl").read_text())["annotated"] == str(folder / "a_2.png")
+
+
+def test_an_original_video_stays(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    from detector.inference.video import write_video
+
+    with write_video(tmp_path / "drive.mp4", 10) as add:
+        for _ in range(3):
+            add(paint(SIZE, *OBJECTS))
+    original = (tmp_path / "drive.mp4").read_bytes()
+    for _ in range(2):
+        write(tmp_path / "drive.mp4", tmp_path, ["images"])
+        assert files(tmp_path) == ["drive.mp4", "drive_2.mp4"]
+        assert (tmp_path / "drive.mp4").read_bytes() == original
+    with av.open(str(tmp_path / "drive_2.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 3
+
+
+def test_original_crops_stay(folder: Path, tmp_path: Path) -> None:
+    crop = tmp_path / "out" / "crops" / "a_1_dog.png"
+    crop.parent.mkdir(parents=True)
+    crop.write_bytes(b"somebody else's")
+    (tmp_path / "out" / "a.png").write_bytes(b"in nobody's way: there are no copies")
+    for _ in range(2):
+        write(folder / "a.png", tmp_path / "out", ["crops"])
+        assert files(crop.parent) == ["a_0_cat.png", "a_1_dog.png", "a_1_dog_2.png"]
+        assert crop.read_bytes() == b"somebody else's"
+
+
+@pytest.mark.parametrize("save", [["images"], ["crops", "json"]])
+def test_results_among_what_is_searched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: list[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    before = snapshot(tmp_path)
+    for source, out in (
+        (folder, folder), (".", folder), ("*.png", Path()), ([["sub/b.png"], "../in"], Path()),
+        (folder, tmp_path / "link"), ("sub", Path("sub/../sub")),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"out=.*: is the folder that is searched.* out=.*predictions\.$"):
+            write(source, out, save)
+    assert snapshot(tmp_path) == before
+    Places(folder, str(folder), ["json", "jsonl", "csv", "coco"])  # tables among pictures are no harm
+
+
+@pytest.fixture
+def camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    """webcam:0 shows three frames."""
+
+    def frames(name: str, *, every: int) -> Iterator[Frame]:
+        for index in range(3):
+            yield Frame(paint(SIZE, *OBJECTS), index, index / 10, 10.0)
+
+    monkeypatch.setattr(sources, "read_camera", frames)
+
+
+@pytest.mark.usefixtures("camera")
+def test_lines_of_a_camera_can_be_followed(tmp_path: Path) -> None:
+    lines, table = tmp_path / "out" / "detections.jsonl", tmp_path / "out" / "detections.csv"
+    for before in (0, 3):  # a second run adds to what the first has found
+        places = Places(tmp_path / "out", "webcam:0", ["jsonl", "csv"])
+        with ExitStack() as stack:
+            writers = [stack.enter_context(LIVE_WRITERS[name](places.out, [], NAMES)) for name in ("jsonl", "csv")]
+            for index, (picture, found) in enumerate(Painted().search("webcam:0", Options())):
+                for add in writers:
+                    add(picture, found, places(found))
+                records = [json.loads(line) for line in lines.read_text().splitlines()]
+                assert [record["frame"] for record in records] == [0, 1, 2][:before] + list(range(index + 1))
+                with table.open(newline="") as file:
+                    rows = list(csv.DictReader(file))
+                assert [row["frame"] for row in rows] == [str(r["frame"]) for r in records for _ in r["names"]]
+    assert [(record["path"], record["names"]) for record in records] == [("webcam:0", ["cat", "dog"])] * 6
+    assert files(tmp_path) == ["out/detections.csv", "out/detections.jsonl"]
+
+
+@pytest.mark.usefixtures("camera")
+def test_what_a_camera_has_shown_stays(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    write("webcam:0", tmp_path, ["images", "crops"])
+    before = snapshot(tmp_path)
+    assert "crops/webcam_0_000002_1_dog.png" in before
+    write("webcam:0", tmp_path, ["images", "crops"])
+    after = snapshot(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 2 * len(before)
+    assert "webcam_0_2.mp4" in after
+
+
+def named(path: str, frame: int | None = None) -> Detections:
+    return Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64), NAMES, SIZE, path, frame)
+
+
+def test_places(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = [str(tmp_path / "in"), f"{tmp_path}/q/**/*.jpg", "x/y.png", "https://host/p/a%20b.jpg?c=1", "webcam:0"]
+    places = Places(Path("out"), source, ["images"])
+    for path, place in (
+        (f"{tmp_path}/in/sub/a.png", "sub/a"),
+        (f"{tmp_path}/in/sub/a.jpg", "sub/a_2"),
+        (f"{tmp_path}/q/r/s.jpg", "r/s"),
+        ("x/y.png", "y"),
+        ("other/y.tar.png", "y.tar"),
+        ("https://host/p/a%20b.jpg?c=1", "a_20b"),
+        ("https://host/", "host"),
+        (f"{tmp_path}/in", "source"),  # a folder without pictures
+        ("https://host/..", "picture"),
+        ("webcam:0", "webcam_0"),
+    ):
+        assert places(named(path)) == Path("out") / place
+    assert [places(named("v.mp4", frame)) for frame in (0, 1, 5, 0, 1)] == [
+        Path("out/v"), Path("out/v"), Path("out/v"), Path("out/v_2"), Path("out/v_2"),
+    ]  # fmt: skip
