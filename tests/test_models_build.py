@@ -98,8 +98,8 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
 
 
 def commands_of_table_7() -> list[str]:
-    readme = (CONF.parent / "README.md").read_text()
-    return re.findall(r"\| `python tools/train\.py (recipe=paper backbone=\S+(?: backbone\.weights=\S+)?)` \|", readme)
+    page = (CONF.parent / "docs/table7.md").read_text()
+    return re.findall(r"\| `python tools/train\.py (recipe=paper backbone=\S+(?: backbone\.weights=\S+)?)` \|", page)
 
 
 @pytest.mark.parametrize("command", commands_of_table_7())
