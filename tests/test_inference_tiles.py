@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from torchvision.ops import box_iou
 
 from detector.errors import InputError
-from detector.inference.tiles import Found, Tiling, merge_flipped, merge_tiles, mirror_boxes, pairwise_iou
+from detector.inference.tiles import Found, Tiling, merge_flipped, merge_tiles, mirror_boxes
 
 SIZE = (300, 500)  # height and width
 WHOLE = np.array([[0, 0, 500, 300]])
@@ -31,13 +29,6 @@ def look(objects: list[tuple[float, ...]], region: np.ndarray) -> Found:
     x1, y1, x2, y2 = region
     parts = [(max(row[0], x1), max(row[1], y1), min(row[2], x2), min(row[3], y2), *row[4:]) for row in objects]
     return found(*(part for part in parts if part[0] < part[2] and part[1] < part[3]))
-
-
-def test_pairwise_iou_as_torchvision() -> None:
-    rng = np.random.default_rng(0)
-    a, b = (np.sort(rng.uniform(0, 50, (n, 2, 2)), axis=1).reshape(n, 4) for n in (7, 5))
-    np.testing.assert_allclose(pairwise_iou(a, b), box_iou(torch.from_numpy(a), torch.from_numpy(b)), atol=1e-9)
-    assert pairwise_iou(np.zeros((1, 4)), np.zeros((1, 4))).item() == 0
 
 
 @pytest.mark.parametrize("tile", [(200, 150, 40), (101, 77, 0), (160, 299, 159), (499, 300, 13), (50, 40, 39)])

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from detector.data.boxes import box_iou
 from detector.inference.detections import Detections
 from detector.inference.predictor import Found, Predictor
 from detector.inference.runtime import fitted, on_canvas
@@ -69,7 +70,7 @@ def difference(reference: Detections, found: Detections) -> Difference:
     free = np.ones(len(found), bool)
     boxes, scores, agreeing = [0.0], [0.0], 0
     partners = 0
-    overlaps = _iou(reference.boxes, found.boxes)
+    overlaps = box_iou(reference.boxes, found.boxes)
     for i, label in enumerate(reference.labels):
         gap = np.abs(found.scores - reference.scores[i])
         fit = np.where(free & (found.labels == label), overlaps[i] - 1e-3 * gap, -1.0)
@@ -85,14 +86,6 @@ def difference(reference: Detections, found: Detections) -> Difference:
     confident = int((reference.scores >= CONFIDENT).sum())
     extra = int((found.scores[free] >= CONFIDENT).sum())
     return Difference(max(boxes), max(scores), partners, len(reference), confident, agreeing, extra)
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union (A, B) of boxes xyxy."""
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    common = (high - low).clip(0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(0).prod(-1) for boxes in (a, b)]
-    return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
 
 
 class OnCanvas(Predictor):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from detector.data.boxes import box_area, box_iou, intersection
 from detector.errors import InputError
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (D, 4), scores (D,), labels (D,), best first
@@ -101,7 +102,7 @@ def merge_flipped(straight: Found, mirrored: Found) -> Found:
     """
     boxes, scores, labels = (np.concatenate(parts) for parts in zip(straight, mirrored, strict=True))
     look = np.repeat((0, 1), (len(straight[1]), len(mirrored[1])))
-    same = pairwise_iou(boxes, boxes)
+    same = box_iou(boxes, boxes)
     same[(labels[:, None] != labels) | (look[:, None] == look)] = 0
     free = np.ones(len(scores), bool)
     merged, sure, kinds = [], [], []
@@ -120,13 +121,6 @@ def merge_flipped(straight: Found, mirrored: Found) -> Found:
     return _ranked([(np.array(merged), np.array(sure), np.array(kinds, labels.dtype))])
 
 
-def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union (A, B) of boxes a (A, 4) and b (B, 4); 0 between empty ones."""
-    intersection = _intersection(a, b)
-    union = _area(a)[:, None] + _area(b) - intersection
-    return intersection / np.maximum(union, 1e-9)
-
-
 def _merge_class(
     boxes: np.ndarray, scores: np.ndarray, look: np.ndarray, cut: np.ndarray, regions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +129,7 @@ def _merge_class(
     stays = _suppress(whole, look[~cut])
     whole, sure = whole[stays], sure[stays]
     pieces, hopes, seen = boxes[cut], scores[cut], regions[look[cut]]
-    held = _intersection(pieces, whole) >= COVERED * np.maximum(_area(pieces), 1e-9)[:, None]
+    held = intersection(pieces, whole) >= COVERED * np.maximum(box_area(pieces), 1e-9)[:, None]
     alone = ~(held & (sure >= SURE * hopes[:, None])).any(axis=1)
     joined, best = _join(pieces[alone], hopes[alone], seen[alone])
     boxes, scores = np.concatenate((whole, joined)), np.concatenate((sure, best))
@@ -150,7 +144,7 @@ def _suppress(boxes: np.ndarray, look: np.ndarray) -> np.ndarray:
     stays = np.ones(len(boxes), bool)
     for place in range(len(boxes)):
         if stays[place]:
-            same = pairwise_iou(boxes[place : place + 1], boxes[place + 1 :])[0] > SAME_IOU
+            same = box_iou(boxes[place : place + 1], boxes[place + 1 :])[0] > SAME_IOU
             stays[place + 1 :] &= ~(same & (look[place + 1 :] != look[place]))
     return stays
 
@@ -161,8 +155,8 @@ def _join(boxes: np.ndarray, scores: np.ndarray, seen: np.ndarray) -> tuple[np.n
     for place in range(len(boxes)):
         common = _clip(seen, seen[place])
         mine, theirs = _clip(boxes[place], common), _clip(boxes, common)
-        shared = _area(_clip(mine, theirs))
-        iou = shared / np.maximum(_area(mine) + _area(theirs) - shared, 1e-9)
+        shared = box_area(_clip(mine, theirs))
+        iou = shared / np.maximum(box_area(mine) + box_area(theirs) - shared, 1e-9)
         partner = (iou > SAME_IOU) & (seen != seen[place]).any(axis=1)
         group[np.isin(group, group[partner])] = group[place]
     members = [group == value for value in np.unique(group)]
@@ -188,15 +182,6 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 def _clip(boxes: np.ndarray, to: np.ndarray) -> np.ndarray:
     low, high = np.maximum(boxes[..., :2], to[..., :2]), np.minimum(boxes[..., 2:], to[..., 2:])
     return np.concatenate((low, np.maximum(low, high)), axis=-1)
-
-
-def _intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
-    return (high - low).clip(0).astype(np.float64).prod(axis=2)
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2:] - boxes[:, :2]).clip(0).astype(np.float64).prod(axis=1)
 
 
 def _ranked(parts: list[Found]) -> Found:
