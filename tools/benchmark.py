@@ -10,7 +10,6 @@ python tools/benchmark.py predict ckpt=best.ckpt exports=[best.onnx,best.xml]   
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 import os
@@ -29,16 +28,14 @@ import torch
 import torchvision
 import yaml
 from omegaconf import DictConfig
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
 from detector.data.coco import load_coco
 from detector.data.images import read_image
+from detector.data.progress import progress
 from detector.data.scenes import render_scene
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
+from detector.evaluation.tables import markdown_table
 from detector.export.formats import import_openvino
 from detector.export.quantize import import_nncf
 from detector.files import replacing, write_json
@@ -76,7 +73,7 @@ def main(config: DictConfig) -> None:
 
 def benchmark_peers(config: DictConfig) -> None:
     turns = config.turns or TURNS["peers"]
-    results = list(tqdm(peers(config, turns), total=6, desc="contests", disable=None))
+    results = list(progress(peers(config, turns), "contests", total=6, unit="contest"))
     log.info("%s\n%s", machine(), render_peers(results))
     if config.out:
         rows = [result.to_dict() for result in results]
@@ -98,18 +95,18 @@ def peers(config: DictConfig, turns: int) -> Iterator[Contest]:
 
 
 def render_peers(results: list[Contest]) -> str:
-    table = Table("what", "ours, ms", "torchvision, ms", "times faster")
-    for row in (result.to_dict() for result in results):
-        table.add_row(str(row["name"]), *(f"{row[key]:.{digits}f}" for key, digits in
-                      (("ours_ms", 1), ("peer_ms", 1), ("ratio", 2))))  # fmt: skip
-    return text_of(table, width=100)
+    rows = [
+        (row["name"], f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.2f}")
+        for row in (result.to_dict() for result in results)
+    ]
+    return markdown_table(("what", "ours, ms", "torchvision, ms", "times faster"), rows)
 
 
 def benchmark_backbones(config: DictConfig) -> None:
     entries = {name: yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text()) for name in chosen(config.only)}
     rows = [
         describe(name, entry, with_field=config.receptive_field)
-        for name, entry in tqdm(entries.items(), desc="cost and receptive field", disable=None)
+        for name, entry in progress(entries.items(), "cost and receptive field", unit="backbone")
     ]
     networks: dict[str, Any] = {
         row.name: (build_classifier(entries[row.name], CLASSES), row.image_size) for row in rows
@@ -198,7 +195,7 @@ def per_multiply_add(
 
 
 def bar(turns: Iterable[int], title: str) -> Iterable[int]:
-    return tqdm(turns, desc=title, disable=None)
+    return progress(turns, title, unit="turn")
 
 
 def render_predictions(
@@ -208,26 +205,21 @@ def render_predictions(
     efficiency: list[dict[str, Any]],
     threads: int,
 ) -> str:
-    table = Table("what", "threads", "p50, ms", "p90, ms", "p99, ms", "times torch", box=box.MARKDOWN)
-    for timing in timings:
-        times = [f"{timing.percentile(share):.1f}" for share in (0.5, 0.9, 0.99)]
-        table.add_row(timing.name, str(timing.threads), *times, f"{timing.share:.2f}")
-    pieces = Table(f"part (torch, {threads} threads)", "ms", box=box.MARKDOWN)
-    for part, milliseconds in spent.items():
-        pieces.add_row(part, f"{milliseconds:.2f}")
-    peaks = Table("peak memory of a process", "MB", box=box.MARKDOWN)
-    for name, megabytes in memory.items():
-        peaks.add_row(name, f"{megabytes:.0f}")
-    tables = [table, pieces, peaks]
+    times = [
+        (t.name, t.threads, *(f"{t.percentile(share):.1f}" for share in (0.5, 0.9, 0.99)), f"{t.share:.2f}")
+        for t in timings
+    ]
+    tables = [
+        markdown_table(("what", "threads", "p50, ms", "p90, ms", "p99, ms", "times torch"), times, width=None),
+        markdown_table((f"part (torch, {threads} threads)", "ms"), [(part, f"{ms:.2f}") for part, ms in spent.items()]),
+        markdown_table(("peak memory of a process", "MB"), [(name, f"{size:.0f}") for name, size in memory.items()]),
+    ]
     if efficiency:
-        rates = Table("network alone", "threads", "ms", "multiply-adds, G", "ms per G", box=box.MARKDOWN)
-        for row in efficiency:
-            cost = row["multiply_adds"] / 1e9
-            rates.add_row(
-                row["name"], str(row["threads"]), f"{row['ms']:.1f}", f"{cost:.3f}", f"{row['ms'] / cost:.1f}"
-            )
-        tables.append(rates)
-    return "\n".join(text_of(piece, width=140) for piece in tables)
+        costs = [(row, row["multiply_adds"] / 1e9) for row in efficiency]
+        rates = [(r["name"], r["threads"], f"{r['ms']:.1f}", f"{c:.3f}", f"{r['ms'] / c:.1f}") for r, c in costs]
+        heads = ("network alone", "threads", "ms", "multiply-adds, G", "ms per G")
+        tables.append(markdown_table(heads, rates, width=None))
+    return "\n\n".join(tables)
 
 
 HEADS = (
@@ -239,19 +231,18 @@ HEADS = (
 
 def render_backbones(rows: list[Row]) -> str:
     """A Markdown table."""
-    table = Table(box=box.MARKDOWN)
-    for place, head in enumerate(HEADS):
-        table.add_column(head, justify="right" if place else "left", no_wrap=True)
+    lines = []
     for row in rows:
         block = max(row.field.blocks.values(), default=None) if row.field else None
-        table.add_row(
-            row.name, str(row.image_size), number(row.parameters, 2), number(row.multiply_adds, 1),
+        line = (
+            row.name, row.image_size, number(row.parameters, 2), number(row.multiply_adds, 1),
             number(row.published, 0 if (row.published or 0) >= 10 else 1), percent(row.deviation),
             number(row.memory_access, 1), number(row.detection_multiply_adds, 2), number(block, 0),
             number(row.field.stages["c5"] if row.field else None, 0), number(row.effective, 0),
             number(row.milliseconds.get(1), 1), number(row.milliseconds.get(8), 1),
         )  # fmt: skip
-    return text_of(table, width=250)
+        lines.append(line)
+    return markdown_table(HEADS, lines, width=None)
 
 
 def render_deviations(rows: list[Row]) -> str:
@@ -312,12 +303,6 @@ def number(value: float | None, digits: int) -> str:
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:+.1f}%"
-
-
-def text_of(table: Table, width: int) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"  # type: ignore[attr-defined]
 
 
 SUBJECTS = {"peers": benchmark_peers, "backbones": benchmark_backbones, "predict": benchmark_predict}

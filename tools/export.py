@@ -15,7 +15,6 @@ Exit code 1 when an export is worse than `check.max_drop` allows, or differs fro
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import sys
@@ -31,16 +30,15 @@ from launch import launch, plain
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
 from detector.apps.evaluate import evaluation_data
 from detector.data.coco import CocoIndex
 from detector.data.images import list_images, read_image
+from detector.data.progress import progress
 from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
+from detector.evaluation.tables import markdown_table
 from detector.export.formats import export_onnx, export_openvino, export_torch, import_onnx, import_openvino
 from detector.export.parity import AGREEING_IOU, AGREEING_SCORE, CONFIDENT, REFERENCE, OnCanvas, Row, judge, take_turns
 from detector.export.quantize import Accuracy, export_int8, export_int8_onnx, import_nncf, import_quantization
@@ -252,7 +250,7 @@ def check(
     shown = {ANY_SIZE: detector} if canvas else {}
     contestants |= shown
     contestants |= {name: ExportedDetector.load(path, threads=threads) for name, path in places.items()}
-    pictures = tqdm(map(index.read, range(len(index))), total=len(index), unit="picture", disable=None)
+    pictures = progress(map(index.read, range(len(index))), "check", total=len(index))
     files = dict.fromkeys((REFERENCE, ANY_SIZE), Path(values["ckpt"]).stat().st_size)
     files |= {name: sum(part.stat().st_size for part in parts_of(path)) for name, path in places.items()}
     precision = scorer(index)
@@ -271,12 +269,13 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def render(rows: list[Row], images: int, canvas: tuple[int, int] | None) -> str:
-    table = Table("", "AP", "drop", "box, px", "score", "matched", "agree", "p50, ms", "p90, ms", "faster", "MiB", "")
+    heads = ("", "AP", "drop", "box, px", "score", "matched", "agree", "p50, ms", "p90, ms", "faster", "MiB", "")
+    lines = []
     for row in rows:
         found = row.difference
-        table.add_row(
+        line = (
             row.name,
-            *("-" if value is None else f"{value:.2f}" for value in (row.ap, row.drop)),
+            *(None if value is None else f"{value:.2f}" for value in (row.ap, row.drop)),
             f"{found.box:.2g}",
             f"{found.score:.2g}",
             f"{100 * found.partners / max(found.total, 1):.1f}%",
@@ -287,16 +286,14 @@ def render(rows: list[Row], images: int, canvas: tuple[int, int] | None) -> str:
             f"{row.file_bytes / 2**20:.1f}",
             "FAILED" if row.complaints else "ok",
         )
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        lines.append(line)
     legend = (
         f"{images} pictures, one at a time. box, score: largest difference from torch of matched detections. agree: "
         f"confident ones (score {CONFIDENT}) found at IoU {AGREEING_IOU} with a score within {AGREEING_SCORE}"
     )
     if canvas:
         legend += f". torch pads and shrinks to {canvas[0]} x {canvas[1]}, as the exports do; '{ANY_SIZE}' does not"
-    return f"{legend}\n{text}"
+    return f"{legend}\n{markdown_table(heads, lines, align='l' + 'r' * 10 + 'l', width=None)}"
 
 
 if __name__ == "__main__":

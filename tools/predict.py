@@ -22,9 +22,9 @@ from typing import Any
 from launch import launch, plain
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 import detector
+from detector.data.progress import progress
 from detector.errors import InputError
 from detector.inference.predictor import Options
 from detector.inference.sources import count_pictures, is_live, leave_out
@@ -51,7 +51,7 @@ def main(config: DictConfig) -> None:
         kinds = LIVE_WRITERS if endless else WRITERS
         writers = [stack.enter_context(kinds[name](out, save, predictor.class_names)) for name in save]
         with stop.ends() if endless else nullcontext():
-            for picture, found in tqdm(results, total=count_pictures(source, options.every), unit="", disable=None):
+            for picture, found in progress(results, "predict", count_pictures(source, options.every)):
                 with stop.waits():
                     place = place_of(found)
                     for add in writers:

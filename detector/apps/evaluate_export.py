@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from detector.apps.evaluate import evaluation_data
 from detector.apps.report.reporting import report_on_export
 from detector.data.coco import CocoIndex
+from detector.data.progress import progress
 from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
@@ -51,7 +50,7 @@ def evaluate_export(config: Mapping[str, Any]) -> dict[str, Any]:
 def find_all(detector: Predictor, index: CocoIndex, batch_size: int) -> list[dict[str, Any]]:
     """COCO's results of every picture of an index, in its order."""
     results: list[dict[str, Any]] = []
-    for start in tqdm(range(0, len(index), batch_size), unit="batch", disable=None):
+    for start in progress(range(0, len(index), batch_size), "predict", unit="batch"):
         numbers = range(start, min(start + batch_size, len(index)))
         found = detector.predict_images([index.read(i) for i in numbers], [None] * len(numbers))
         for i, detections in zip(numbers, found, strict=True):

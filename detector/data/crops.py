@@ -14,6 +14,7 @@ import numpy as np
 
 from detector.data import shapes
 from detector.data.preprocess import resize
+from detector.data.progress import progress
 from detector.data.scenes import CLASS_NAMES, Scene, render_scene
 from detector.errors import InputError
 from detector.files import write_json
@@ -67,7 +68,7 @@ def generate(folder: Path, *, seed: int, train: int, val: int, size: int) -> Non
     for split, count in zip(shapes.SPLITS, (train, val), strict=True):
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True)
-        for index in shapes.progress_bar(range(count), f"drawing crops/{split}"):
+        for index in progress(range(count), f"drawing crops/{split}"):
             scene = render_scene(shapes.scene_seed(seed, split, index))
             for number, window in enumerate(windows(scene, _window_seed(seed, split, index))):
                 crop = scene.image[window.y : window.y + window.side, window.x : window.x + window.side]

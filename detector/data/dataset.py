@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from detector.data.coco import CocoIndex
+from detector.data.progress import progress
 from detector.data.transforms import Transform
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _decode(index: CocoIndex) -> list[np.ndarray]:
     """The first pictures of an index, as many as CACHE_BYTES hold; not writable, because they are used again."""
     pictures: list[np.ndarray] = []
     used = 0
-    for i in _progress(len(index)):
+    for i in progress(range(len(index)), "decode"):
         picture = index.read(i)
         if used + picture.nbytes > CACHE_BYTES:
             logger.warning(
@@ -93,12 +94,3 @@ def _decode(index: CocoIndex) -> list[np.ndarray]:
         used += picture.nbytes
     logger.info("cache: %d of %d pictures, %.0f MiB", len(pictures), len(index), used / 1024**2)
     return pictures
-
-
-def _progress(count: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return range(count)
-    # disable=None: silent where nobody watches.
-    return tqdm(range(count), desc="decode", unit="picture", leave=False, disable=None)

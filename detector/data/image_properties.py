@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from detector.data.progress import progress
+
 if TYPE_CHECKING:
     from detector.data.coco import CocoIndex
 
@@ -22,11 +24,8 @@ def image_properties(index: CocoIndex, limit: int | None = None) -> dict[Any, di
     Raises:
         InputError: a picture cannot be read; the message names it.
     """
-    from tqdm import tqdm
-
     places = range(len(index) if limit is None else min(limit, len(index)))
-    # disable=None: no bar where nobody looks at a terminal.
-    return {index.image_ids[i]: measure(index.read(i)) for i in tqdm(places, "pictures", disable=None)}
+    return {index.image_ids[i]: measure(index.read(i)) for i in progress(places, "light and sharpness")}
 
 
 def measure(image: np.ndarray) -> dict[str, float]:

@@ -6,18 +6,18 @@ data set begins with the pictures of a smaller one. The same versions of numpy a
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from detector.data.progress import progress
 from detector.data.scenes import CLASS_NAMES, SIZE, Scene, render_scene
 from detector.errors import InputError
 from detector.files import write_json
@@ -96,7 +96,7 @@ def generate(folder: Path, *, seed: int, train: int, val: int, size: int = SIZE)
     (folder / "annotations").mkdir()
     for split, count in zip(SPLITS, (train, val), strict=True):
         content = _content(split, seed)
-        for index in progress_bar(range(count), f"drawing shapes/{split}"):
+        for index in progress(range(count), f"drawing shapes/{split}"):
             scene = render_scene(scene_seed(seed, split, index), size=size)
             name = f"{split}_{index:06d}.jpg"
             (folder / "images" / name).write_bytes(jpeg(scene.image, scene.jpeg_quality))
@@ -199,13 +199,3 @@ def _move_into_place(fresh: Path, root: Path, stamp_name: str, stamp: Mapping[st
             time.sleep(0.1)
         finally:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def progress_bar(items: Iterable[int], title: str) -> Iterable[int]:
-    """A progress bar where tqdm is installed and somebody watches."""
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        return items
-    bar: Iterable[int] = tqdm(items, desc=title, unit="picture", disable=None, leave=False)
-    return bar

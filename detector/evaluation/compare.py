@@ -7,7 +7,6 @@ cancels. What it does not know is how much another training run with another see
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from detector.evaluation.resampling import (
     leave_one_out,
     match_detections,
 )
+from detector.evaluation.tables import markdown_table
 
 # The range of areas, and the IoU thresholds of 0.50:0.95, that a figure is the mean of.
 FIGURES: dict[str, tuple[str, slice]] = {
@@ -239,23 +239,22 @@ def format_comparison(result: Mapping[str, Any], a: str, b: str, images: int = 5
         a, b: names of the two.
         images: how many of the images that changed are listed on each side.
     """
-    from rich.table import Table
-    from rich.text import Text
-
-    table = _table("figure", "a", "b", "b - a", "95% interval", "b better")
+    rows = []
     for name, row in [*result["figures"].items(), *result["per_class"].items()]:
         interval = "-" if row["low"] is None else f"{row['low']:+.4f} .. {row['high']:+.4f}"
         share = "-" if row["b_better"] is None else f"{row['b_better']:.1%}"
-        cells = [_number(row["a"]), _number(row["b"]), _number(row["difference"], sign=True), interval, share]
-        table.add_row(Text(name), *cells)
-    lines = [f"a: {a}", f"b: {b}", f"{result['images']} images, {result['draws']} draws", "", _text(table)]
+        rows.append(
+            [name, _number(row["a"]), _number(row["b"]), _number(row["difference"], sign=True), interval, share]
+        )
+    table = markdown_table(("figure", "a", "b", "b - a", "95% interval", "b better"), rows)
+    lines = [f"a: {a}", f"b: {b}", f"{result['images']} images, {result['draws']} draws", "", table]
     for key in ("better", "worse"):
-        if rows := result[key][:images]:
-            changed: Table = _table("image", "change of AP", f"{key} in b: what changed")
-            for row in rows:
-                name = row.get("file_name") or row["image_id"]
-                changed.add_row(Text(str(name)), f"{row['change']:+.5f}", Text(row["what"]))
-            lines += ["", _text(changed)]
+        if rows := [
+            [row.get("file_name") or row["image_id"], f"{row['change']:+.5f}", row["what"]]
+            for row in result[key][:images]
+        ]:
+            heads = ("image", "change of AP", f"{key} in b: what changed")
+            lines += ["", markdown_table(heads, rows, align="lrl")]
     return "\n".join([*lines, "", verdict(result)])
 
 
@@ -270,25 +269,6 @@ def verdict(result: Mapping[str, Any]) -> str:
     if row["high"] < 0:
         return f"b is worse on images like these: {span}."
     return f"These images do not tell: {span} holds zero. More images, or a larger difference, would."
-
-
-def _table(*heads: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.MARKDOWN)
-    table.add_column(heads[0], overflow="fold")
-    for head in heads[1:]:
-        table.add_column(head, justify="left" if "what" in head else "right", overflow="fold")
-    return table
-
-
-def _text(table: Any) -> str:
-    from rich.console import Console
-
-    text = io.StringIO()
-    Console(file=text, width=110, color_system=None, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
 def _number(value: float | None, sign: bool = False) -> str:

@@ -14,7 +14,6 @@ Pascal VOC: see detector.evaluation.voc.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from detector.errors import InputError
 from detector.evaluation.backends import Scores, score_with_hotcoco, score_with_pycocotools
 from detector.evaluation.columns import Found, GroundTruth
+from detector.evaluation.tables import markdown_table
 from detector.evaluation.voc import score_voc
 from detector.files import write_json
 
@@ -194,23 +194,10 @@ def format_table(metrics: Mapping[str, Any], title: str) -> str:
 
 def _table(rows: list[tuple[str, float | None]], heads: tuple[str, str], columns: int) -> str:
     """Name and value pairs, read from top to bottom in each of `columns` columns."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.MARKDOWN)
-    for _ in range(columns):
-        table.add_column(heads[0], overflow="fold")
-        table.add_column(heads[1], justify="right", no_wrap=True)
     height = -(-len(rows) // columns)
-    for line in range(height):
-        # Text, because a class name such as "[b]" would be read as markup.
-        cells = [Text(cell) for name, value in rows[line::height] for cell in (name, _format(value))]
-        table.add_row(*cells)
-    text = io.StringIO()
-    Console(file=text, width=100, color_system=None, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines()) + "\n"
+    lines = [[cell for name, value in rows[line::height] for cell in (name, _format(value))] for line in range(height)]
+    lines = [line + [""] * (2 * columns - len(line)) for line in lines]
+    return markdown_table(heads * columns, lines, align="lr" * columns, width=100) + "\n"
 
 
 def _format(value: float | None) -> str:

@@ -5,7 +5,6 @@ Unlike `load_coco`, which stops at the first fault, it lists all of them.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from detector.apps.doctor.balance import check_balance, check_empty
 from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
 from detector.apps.doctor.split import ERROR, INFO, WARNING, Finding, read_split
 from detector.data.preprocess import Preprocessing
+from detector.evaluation.tables import markdown_table
 
 _ORDER = (ERROR, WARNING, INFO)
 
@@ -117,14 +117,5 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
 
 
 def _table(findings: Sequence[Finding]) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("severity", "check", "count", "what", box=box.MARKDOWN)
-    for finding in findings:
-        table.add_row(finding.severity, finding.check, str(finding.count), Text(finding.message))
-    text = io.StringIO()
-    Console(file=text, width=110, color_system=None, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
+    rows = [(finding.severity, finding.check, finding.count, finding.message) for finding in findings]
+    return markdown_table(("severity", "check", "count", "what"), rows, align="llll")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,6 +14,7 @@ from PIL import Image
 from detector.apps.doctor.split import ERROR, WARNING, Finding, Split, found
 from detector.data.images import read_image
 from detector.data.preprocess import resize
+from detector.data.progress import progress
 from detector.errors import InputError
 
 # Two pictures are alike when at most this many of the 64 bits of their difference hashes differ, and small copies of
@@ -83,7 +83,7 @@ def look_at_all(splits: Sequence[Split], workers: int = 1) -> dict[str, list[Pic
     """
     paths = list(dict.fromkeys(split.path(row) for split in splits for row in range(len(split.images))))
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        pictures = dict(zip(paths, _progress(pool.map(look_at, paths), len(paths)), strict=True))
+        pictures = dict(zip(paths, progress(pool.map(look_at, paths), "decode", len(paths)), strict=True))
     return {split.name: [pictures[split.path(row)] for row in range(len(split.images))] for split in splits}
 
 
@@ -180,13 +180,3 @@ def _orientation(path: Path) -> int:
 
 def _show(size: tuple[int, ...]) -> str:
     return "no size" if 0 in size else f"{size[1]} x {size[0]}"
-
-
-def _progress(items: Iterable[Any], count: int) -> Iterable[Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    # disable=None: silent where nobody watches.
-    bar: Iterable[Any] = tqdm(items, total=count, desc="decode", unit="picture", leave=False, disable=None)
-    return bar

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from detector.data.preprocess import pad, restore_boxes
+from detector.data.progress import progress
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
 from detector.inference.detections import Detections
@@ -121,12 +122,9 @@ def _numbers(wanted: Sequence[int], detector: Detector) -> list[int]:
 def _look_at_all(
     detector: Detector, index: CocoIndex, places: Sequence[int], numbers: list[int], recall_at: list[int]
 ) -> list[_Look]:
-    from tqdm import tqdm
-
     if places:
         _look(detector, index, places[0], numbers, recall_at)  # the first pass through a network is a slow one
-    # disable=None: no bar where nobody looks at a terminal.
-    return [_look(detector, index, i, numbers, recall_at) for i in tqdm(places, "two stages", disable=None)]
+    return [_look(detector, index, i, numbers, recall_at) for i in progress(places, "two stages")]
 
 
 @torch.no_grad()
