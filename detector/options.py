@@ -11,10 +11,11 @@ those express neither `auto | list` nor text that looks like a number.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Self
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.types import Strict
 
 from detector.errors import InputError
@@ -28,12 +29,17 @@ Share = Annotated[float, Strict(), Field(ge=0), Field(le=1)]
 BelowOne = Annotated[float, Strict(), Field(ge=0), Field(lt=1)]
 Flag = Annotated[bool, Strict()]
 
+# A text in a type says in a message what is expected, where the type alone does not: Annotated[list[Positive], "..."].
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
 
 class Options(BaseModel):
     """A frozen set of options; unknown names and values that do not fit are refused.
 
     In Python by the constructor, with pydantic's ValidationError (a ValueError); from YAML, a command line or a
     checkpoint by `parse`, with an InputError of one line.
+
+    Values given for a nested set change its default: what is not given keeps what the outer class says.
     """
 
     model_config = ConfigDict(
@@ -54,43 +60,136 @@ class Options(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise InputError(_in_one_line(error, values, where)) from None
+            raise InputError(_in_one_line(cls, error.errors(include_url=False)[0], values, where)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain types: what `parse` takes, and what a checkpoint holds."""
         return self.model_dump(mode="json")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _change_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {name: _changed(defaults.get(name), given) for name, given in values.items()}
 
-def _in_one_line(error: ValidationError, values: Any, where: str) -> str:
-    """The first thing that is wrong, as a user wrote it: key=value, then what is expected."""
-    found = error.errors(include_url=False)
-    first, path = found[0], _path(found[0], values, where)
-    if first["type"] == "value_error":  # raised by a validator of the project: a sentence of its own
-        return str(first["ctx"]["error"])
-    if first["type"] == "extra_forbidden":
+
+def _changed(default: Any, given: Any) -> Any:
+    """The given value; of a set of options whose default is of the same kind, its default with what is given."""
+    if not isinstance(default, Options) or not isinstance(given, Mapping):
+        return given
+    own = {name: getattr(default, name) for name in type(default).model_fields}
+    if given.get("name", own.get("name")) != own.get("name"):  # another backbone has options of its own
+        return given
+    return own | {name: _changed(own.get(name), value) for name, value in given.items()}
+
+
+def type_of(options: type[Options], *names: str) -> Any:
+    """The type that an option is declared with, by the names that lead to it; None where there is none."""
+    kind: Any = options
+    for name in names:
+        found = [hints[name] for part in sets_in(kind) if name in (hints := _hints(part))]
+        values = [get_args(part)[1] for part in alternatives(kind) if get_origin(part) is dict]
+        if not found + values:
+            return None
+        kind = Union[tuple(found or values)]  # noqa: UP007 - of a tuple
+    return kind
+
+
+def names_in(kind: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all options below a type, outer ones first."""
+    for part in sets_in(kind):
+        for name, inner in _hints(part).items():
+            yield prefix + name
+            yield from names_in(inner, f"{prefix}{name}.")
+
+
+def sets_in(kind: Any) -> list[type[Options]]:
+    """The classes of options that a type consists of: several in a union."""
+    return [part for part in alternatives(kind) if isinstance(part, type) and issubclass(part, Options)]
+
+
+def alternatives(kind: Any) -> list[Any]:
+    """The members of a union, with what Annotated says taken away; of another type itself."""
+    if get_origin(kind) is Annotated:
+        return alternatives(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return [part for member in get_args(kind) for part in alternatives(member)]
+    return [kind]
+
+
+def _hints(options: type[Options]) -> dict[str, Any]:
+    hints = get_type_hints(options, include_extras=True)
+    return {name: hints[name] for name in options.model_fields}
+
+
+def _in_one_line(options: type[Options], error: Any, values: Any, where: str) -> str:
+    """What is wrong, as a user wrote it: key=value, then what is expected."""
+    if error["type"] == "value_error":  # raised by a validator of the project: a sentence of its own
+        return str(error["ctx"]["error"])
+    names, value = _place(error, values)
+    path = ".".join(filter(None, (where, *names)))
+    if error["type"] == "extra_forbidden":
         return f"{path} is not an option."
-    if first["type"] == "missing":
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
         return f"{path} is missing: add {path}=... to the command line."
-    # Of a type with alternatives, `auto | list`, each says what it would take.
-    expected = [_expectation(other) for other in found if _path(other, values, where) == path]
-    shown = first["input"] if isinstance(first["input"], str) else json.dumps(first["input"], default=str)
-    return f"{path}={shown}: expected {', or '.join(dict.fromkeys(expected))}."
+    if error["type"] == "union_tag_invalid":  # what kind of backbone
+        return f"{path}.name={error['ctx']['tag']}: expected one of {error['ctx']['expected_tags']}."
+    return f"{path}={shown(value)}: expected {_expected(type_of(options, *names), path)}."
 
 
-def _expectation(error: Any) -> str:
-    message: str = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return message[0].lower() + message[1:]
-
-
-def _path(error: Any, values: Any, where: str) -> str:
-    """Dotted name of the option; without the names of the types that pydantic tried, which are no keys."""
-    parts, node = [where] if where else [], values
-    for place, part in enumerate(error["loc"]):
-        if isinstance(node, Mapping) and (
-            part in node or (error["type"] == "missing" and place == len(error["loc"]) - 1)
+def _place(error: Any, values: Any) -> tuple[list[str], Any]:
+    """Names that lead to the option, and its value; without places in a list, and types that pydantic tried."""
+    names: list[str] = []
+    for name in error["loc"]:
+        if isinstance(values, Mapping) and (
+            name in values or (error["type"] == "missing" and name == error["loc"][-1])
         ):
-            parts.append(str(part))
-            node = node.get(part)
-        elif isinstance(node, list) and isinstance(part, int):
-            node = node[part]
-    return ".".join(parts)
+            names.append(str(name))
+            values = values.get(name)
+    return names, values
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _expected(kind: Any, path: str) -> str:
+    """What a type takes, in words."""
+    if get_origin(kind) is Annotated:
+        kind, *details = get_args(kind)
+        if words := [detail for detail in details if isinstance(detail, str)]:
+            return words[0]
+        bounds = {
+            name: getattr(bound, name)
+            for detail in details
+            for bound in getattr(detail, "metadata", ())
+            for name in ("ge", "gt", "le", "lt")
+            if hasattr(bound, name)
+        }
+        return _expected(kind, path) + _within(bounds)
+    if get_origin(kind) in (Union, types.UnionType):
+        return ", or ".join(_expected(member, path) for member in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(shown, get_args(kind)))
+    if get_origin(kind) in (list, tuple):
+        inner = [part for part in get_args(kind) if part is not ...]
+        return f"a list [...], each {_expected(inner[0], path)}" if inner else "a list [...]"
+    if sets_in(kind):
+        return f"{path}.KEY=VALUE"
+    return _WORDS.get(kind, "another value")
+
+
+def _within(bounds: Mapping[str, float]) -> str:
+    match bounds:
+        case {"ge": low, "le": high}:
+            return f" from {low} to {high}"
+        case {"ge": low, "lt": high}:
+            return f" from {low} to below {high}"
+        case {"ge": low}:
+            return f", {low} or more"
+        case {"gt": low}:
+            return f" above {low}"
+    return ""
