@@ -40,7 +40,6 @@ from detector.export.formats import import_openvino
 from detector.export.quantize import import_nncf
 from detector.files import replacing, write_json
 from detector.inference.detector import Detector
-from detector.inference.drawing import plot_receptive_fields
 from detector.inference.runtime import ExportedDetector
 from detector.lab.backbones import CLASSES, Row, alexnet_row, describe, time_classifiers
 from detector.lab.latency import Contest, machine
@@ -56,6 +55,7 @@ from detector.lab.prediction import (
     parts,
     peer_multiply_adds,
 )
+from detector.lab.receptive_field import plot_receptive_fields
 from detector.models.backbones import arguments_of
 from detector.models.backbones.classifier import build_classifier
 

@@ -72,8 +72,8 @@ class Detections:
         """The detections of these classes, indices into class_names."""
         return self.where(np.isin(self.labels, np.asarray(labels, np.int64)))
 
-    def where(self, keep: np.ndarray) -> Detections:
-        """The detections that a mask (D,) or an index array keeps."""
+    def where(self, keep: np.ndarray | slice) -> Detections:
+        """The detections that a mask (D,), an index array or a slice keeps."""
         return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
 
     def to_coco(self, image_id: Any, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -165,27 +165,11 @@ class Detections:
         Raises:
             InputError: there is no picture to cut from, or it has another size than the one that was searched.
         """
-        from detector.data.images import read_image
-
-        picture = read_image(self._again() if image is None else image)
-        if picture.shape[:2] != tuple(self.image_size):
-            raise InputError(
-                f"crop: the picture is {picture.shape[1]}x{picture.shape[0]}, the detections belong to one of "
-                f"{self.image_size[1]}x{self.image_size[0]}; give the picture that was searched."
-            )
+        searched = self._read(image)
         height, width = self.image_size
         corners = np.floor(self.boxes[:, :2]).astype(int).clip(0, (width - 1, height - 1))
         ends = np.maximum(np.ceil(self.boxes[:, 2:]).astype(int), corners + 1)
-        return [picture[y1:y2, x1:x2].copy() for (x1, y1), (x2, y2) in zip(corners, ends, strict=True)]
-
-    def _again(self) -> str:
-        """The file to read the picture from once more."""
-        if self.path is None or self.frame is not None or self.error is not None or "://" in self.path:
-            raise InputError(
-                "the detections do not come from a picture file that can be read again: give the picture, draw(image), "
-                "crop(image)."
-            )
-        return self.path
+        return [searched[y1:y2, x1:x2].copy() for (x1, y1), (x2, y2) in zip(corners, ends, strict=True)]
 
     def draw(self, image: Any = None, threshold: float = 0.0) -> Image:
         """A copy of the picture with boxes, names and scores drawn on it.
@@ -197,6 +181,27 @@ class Detections:
         Raises:
             InputError: no image was given and the detections do not come from a file.
         """
-        from detector.inference import drawing
+        from detector.inference.drawing import class_colour, draw_boxes
 
-        return drawing.draw_detections(self, self._again() if image is None else image, threshold)
+        shown = self.above(threshold).where(slice(None, None, -1))  # the best is drawn last, on top
+        texts = [f"{name}  {score:.2f}" for name, score in zip(shown.names, shown.scores, strict=True)]
+        return draw_boxes(self._read(image), shown.boxes, texts, [class_colour(int(label)) for label in shown.labels])
+
+    def _read(self, image: Any) -> np.ndarray:
+        """The image that was searched, uint8 RGB (h, w, 3): the given one, or `path` once more for None."""
+        from detector.data.images import read_image
+
+        if image is None:
+            if self.path is None or self.frame is not None or self.error is not None or "://" in self.path:
+                raise InputError(
+                    "the detections do not come from an image file that can be read again: give the image, "
+                    "draw(image), crop(image)."
+                )
+            image = self.path
+        pixels = read_image(image)
+        if pixels.shape[:2] != tuple(self.image_size):
+            raise InputError(
+                f"the image is {pixels.shape[1]}x{pixels.shape[0]}, the detections belong to one of "
+                f"{self.image_size[1]}x{self.image_size[0]}; give the image that was searched."
+            )
+        return pixels

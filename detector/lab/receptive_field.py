@@ -6,16 +6,18 @@ Ma et al. 2018 (ShuffleNet V2), section 4, explain the lead of Xception and V2* 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
+from detector.files import replacing
 from detector.models.backbones.contract import Backbone
 
 FEATURES = ("c3", "c4", "c5")
@@ -124,6 +126,39 @@ def effective_field(
 def effective_side(field: np.ndarray) -> float:
     """Side in pixels of a square as large as the area where an `effective_field` exceeds SHARE of its largest value."""
     return float(np.sqrt((field > SHARE * field.max()).sum()))
+
+
+def plot_receptive_fields(fields: Mapping[str, tuple[np.ndarray, int, float]], path: str | Path) -> None:
+    """A panel for each backbone: how much each pixel moves the feature in the middle, on a scale of decades.
+
+    Args:
+        fields: title -> (map (h, w) with 1 as its largest value, side of the theoretical field, of the effective one).
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    columns = min(4, len(fields))
+    rows = -(-len(fields) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (title, (field, theoretical, effective)) in zip(axes, fields.items(), strict=False):
+        shown = axis.imshow(np.log10(np.maximum(field, 1e-4)), cmap="magma", vmin=-4, vmax=0)
+        middle_y, middle_x = (side / 2 for side in field.shape)
+        for side, colour in ((theoretical, "white"), (effective, "cyan")):
+            corner = (middle_x - side / 2, middle_y - side / 2)
+            axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=1.2))
+        axis.set_title(f"{title}\ntheoretical {theoretical}, effective {effective:.0f} px", fontsize=9)
+        axis.set(xlim=(0, field.shape[1]), ylim=(field.shape[0], 0))
+    bar = figure.colorbar(shown, ax=axes.tolist(), shrink=0.6, ticks=[-4, -3, -2, -1, 0])
+    bar.set_label("gradient, powers of ten of the largest", fontsize=8)
+    figure.suptitle(
+        "c5: what its middle feature sees. White: theoretical field (where it fits), cyan: effective.", fontsize=10
+    )
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def _open(backbone: Backbone) -> Backbone:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from detector.evaluation.metrics import METRICS
 from detector.files import replacing, write_json
-from detector.inference.drawing import plot_curves
+from detector.training.plots import plot_curves
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from detector.data.collate import Batch
 from detector.data.image_folder import ImageBatch
 from detector.errors import InputError
-from detector.inference.drawing import draw_batch
 from detector.models.backbones.classifier import ImageClassifier
 from detector.models.light_head_rcnn import MEAN, STD
+from detector.training.plots import draw_batch
 from detector.training.schedule import OptimizerSettings, ScheduleSettings, configure
 from detector.training.trainer import share_buffers, world_size
 

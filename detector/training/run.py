@@ -20,11 +20,11 @@ from detector.data.transforms import TrainTransform
 from detector.errors import InputError
 from detector.evaluation.metrics import format_table
 from detector.inference.detector import Detector, read_checkpoint
-from detector.inference.drawing import draw_batch
 from detector.models.backbones import arguments_of
 from detector.models.backbones.pretrained import load_weights
 from detector.training.callbacks import FirstBatchPicture, History
 from detector.training.data_module import DetectionData
+from detector.training.plots import draw_batch
 from detector.training.resume import check_can_go_on, checked_config
 from detector.training.schedule import OptimizerSettings, ScheduleSettings
 from detector.training.task import DetectionTask, load_pretrained
