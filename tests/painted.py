@@ -11,23 +11,29 @@ from typing import Any
 import cv2
 import numpy as np
 
-from detector.data.preprocess import Preprocessing
-from detector.inference.predictor import Found, Predictor
+from detector.data.preprocess import Prepared, Preprocessing
+from detector.inference.detections import Found
+from detector.inference.predictor import Predictor
 
 NAMES = ("cat", "dog", "bird")
 
 
 class Painted(Predictor):
     def __init__(self, short_side: int = 64, long_side: int = 96, smallest: int = 1) -> None:
-        self.class_names, self.preprocessing, self.smallest = NAMES, Preprocessing(short_side, long_side), smallest
+        self.class_names, self.preprocessing, self.smallest = (
+            NAMES,
+            Preprocessing(short_side=short_side, long_side=long_side),
+            smallest,
+        )
         self.batches: list[int] = []
 
-    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
+    def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
+        images, image_sizes = prepared.images, prepared.image_sizes
         assert images.dtype == np.uint8
         self.batches.append(len(images))
-        return [self._find_in(image[:, :h, :w]) for image, (h, w) in zip(images, image_sizes, strict=True)]
+        return [self._detect_in(image[:, :h, :w]) for image, (h, w) in zip(images, image_sizes, strict=True)]
 
-    def _find_in(self, image: np.ndarray) -> Found:
+    def _detect_in(self, image: np.ndarray) -> Found:
         rows = []
         for label, channel in enumerate(image):
             alone = (channel > 100) & (channel > 2 * np.delete(image, label, axis=0).max(axis=0).astype(int))
@@ -37,7 +43,7 @@ class Painted(Predictor):
                     rows.append((x, y, x + w, y + h, channel[parts == number].max() / 255, label))
         rows.sort(key=lambda row: -row[4])
         table = np.array(rows, np.float64).reshape(-1, 6)
-        return table[:, :4].astype(np.float32), table[:, 4].astype(np.float32), table[:, 5].astype(np.int64)
+        return Found(table[:, :4].astype(np.float32), table[:, 4].astype(np.float32), table[:, 5].astype(np.int64))
 
 
 def paint(size: tuple[int, int], *objects: tuple[int, int, int, int, int, int]) -> np.ndarray:

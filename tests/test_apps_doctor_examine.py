@@ -53,7 +53,9 @@ def clean(tmp_path: Path) -> Path:
 
 def diagnose(root: Path, size: tuple[int, int] = (64, 96), anchors: dict[str, Any] | None = ANCHORS) -> Diagnosis:
     splits = {split: (root / "annotations" / f"{split}.json", root / "images") for split in ("train", "val")}
-    return examine(splits, preprocessing=Preprocessing(*size), anchors=anchors, workers=2)
+    return examine(
+        splits, preprocessing=Preprocessing(short_side=size[0], long_side=size[1]), anchors=anchors, workers=2
+    )
 
 
 def faults(diagnosis: Diagnosis) -> dict[str, tuple[str, int]]:

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 from detector.apps.report.two_stages import two_stages
 from detector.data.coco import CocoIndex, load_coco
-from detector.data.preprocess import pad
+from detector.data.preprocess import pad, resize
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
 from detector.inference.detector import Detector
@@ -43,7 +43,7 @@ def frames(detector: Detector, index: CocoIndex) -> list[tuple[torch.Tensor, tor
     found = []
     for i in range(len(index)):
         image = index.read(i)
-        resized = detector.preprocessing(image)
+        resized = resize(image, *detector.preprocessing.target_size(*image.shape[:2]))
         boxes, _, crowd = index.objects(i)
         factor = np.array([resized.shape[1] / image.shape[1], resized.shape[0] / image.shape[0]] * 2)
         areas = index.areas[index.offsets[i] : index.offsets[i + 1]][~crowd]

@@ -25,10 +25,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detector.data.preprocess import Preprocessing
+from detector.data.preprocess import Prepared, Preprocessing
 from detector.errors import InputError
+from detector.inference.detections import Found
 from detector.inference.detector import Detector
-from detector.inference.predictor import Found, Predictor
+from detector.inference.predictor import Predictor
 
 pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("python_multipart", reason="needs the extra serve")
@@ -65,38 +66,32 @@ class Ruler(Predictor):
     """
 
     class_names = ("odd", "even")
-    preprocessing = Preprocessing(32, 64)
-    spec: dict[str, Any] = {"rpn": {"test_limits": {"after_nms": 8}}}  # noqa: RUF012  # as an instance of Detector
+    preprocessing = Preprocessing(short_side=32, long_side=64)
+    proposal_limit: int | None = 8
 
     def __init__(self, block: threading.Event | None = None) -> None:
         self.block, self.calls, self.running = block, 0, 0
 
-    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
-        return self.find_among(images, image_sizes, 8)
-
-    def find_among(self, images: np.ndarray, image_sizes: np.ndarray, max_proposals: int) -> list[Found]:
+    def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
         self.calls += 1
         self.running += 1
         assert self.running == 1, "two threads have the network"
         if self.block is not None:
             assert self.block.wait(10)
         self.running -= 1
-        number = np.arange(1, max_proposals + 1)
+        number = np.arange(1, (max_proposals or 8) + 1)
         boxes = np.stack([0 * number, 0 * number, number, 0 * number + 4], axis=1).astype(np.float32)
-        return [(boxes, (1 - number / 10).astype(np.float32), (number + 1) % 2)] * len(images)
+        return [Found(boxes, (1 - number / 10).astype(np.float32), (number + 1) % 2)] * len(prepared)
 
 
 class FixedRuler(Ruler):
     """As an export: the number of proposals cannot be chosen."""
 
-    find_among = Predictor.find_among
-
-    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
-        return Ruler.find_among(self, images, image_sizes, 8)
+    proposal_limit = None
 
 
 class BrokenRuler(Ruler):
-    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
+    def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
         raise RuntimeError("secret of /home")
 
 

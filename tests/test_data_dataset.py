@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def index(tiny_coco: Path) -> CocoIndex:
 
 def train_transform(seed: int = 0) -> TrainTransform:
     return TrainTransform(
-        Preprocessing(32, 48),
+        Preprocessing(short_side=32, long_side=48),
         flip=0.5,
         vertical_flip=0.5,
         scale=(0.5, 1.5),
@@ -41,7 +42,7 @@ def train_transform(seed: int = 0) -> TrainTransform:
 
 
 def test_sample(index: CocoIndex) -> None:
-    data = DetectionDataset(index, EvalTransform(Preprocessing(24, 100)))
+    data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=24, long_side=100)))
     assert len(data) == 4
     sample = data[0]
     assert sample["image"].shape == (24, 32, 3)
@@ -77,7 +78,7 @@ def test_a_transform_cannot_spoil_the_cache(index: CocoIndex) -> None:
             image[:] = 0
             return super().__call__(image, boxes, labels, crowd)
 
-    data = DetectionDataset(index, Careless(Preprocessing(24, 100)), cache=True)
+    data = DetectionDataset(index, Careless(Preprocessing(short_side=24, long_side=100)), cache=True)
     with pytest.raises(ValueError, match="read-only"):
         data[0]
 
@@ -87,7 +88,7 @@ def test_cache_stops_at_its_bound(
 ) -> None:
     monkeypatch.setattr(dataset_module, "CACHE_BYTES", (48 * 64 + 60 * 40) * 3)
     with caplog.at_level(logging.INFO):
-        data = DetectionDataset(index, EvalTransform(Preprocessing(24, 100)), cache=True)
+        data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=24, long_side=100)), cache=True)
     assert "2 of 4 pictures" in caplog.text
     assert "decoded each time" in caplog.text
     assert [data[i]["image_id"] for i in range(4)] == [10, 7, 42, 99]
@@ -147,7 +148,7 @@ def test_seed_worker_finds_the_data_set_in_a_subset(index: CocoIndex) -> None:
 
 
 def test_collate_pads_pictures_and_objects(index: CocoIndex) -> None:
-    data = DetectionDataset(index, EvalTransform(Preprocessing(40, 80)))
+    data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=40, long_side=80)))
     batch = collate([data[i] for i in range(4)])
     assert batch.images.dtype == torch.uint8
     assert batch.images.shape == (4, 3, 64, 96)
@@ -165,18 +166,27 @@ def test_collate_pads_pictures_and_objects(index: CocoIndex) -> None:
 
 
 def test_a_batch_without_objects_keeps_one_place(index: CocoIndex) -> None:
-    batch = collate([DetectionDataset(index, EvalTransform(Preprocessing(40, 80)))[2]])
+    batch = collate([DetectionDataset(index, EvalTransform(Preprocessing(short_side=40, long_side=80)))[2]])
     assert batch.boxes.shape == (1, 1, 4)
     assert batch.labels.tolist() == [[-1]]
     assert batch.crowd.tolist() == [[False]]
 
 
 def test_evaluation_batches_do_not_depend_on_batch_mates(index: CocoIndex) -> None:
-    data = DetectionDataset(index, EvalTransform(Preprocessing(32, 64)))
+    preprocessing = Preprocessing(short_side=32, long_side=64)
+    data = DetectionDataset(index, transform=None)
     samples = [data[i] for i in (0, 1, 2, 3, 0)]
-    batches = collate_eval(samples)
-    assert [batch.image_ids for batch in batches] == [(10, 99, 10), (7,), (42,)]
-    alone = {sample["image_id"]: collate([sample]) for sample in samples}
-    for batch in batches:
-        for i, image_id in enumerate(batch.image_ids):
-            assert torch.equal(batch.images[i], alone[image_id].images[0])
+    batch = collate_eval(samples, preprocessing)
+    assert batch.image_ids == (10, 7, 42, 99, 10)
+    assert [prepared.places.tolist() for prepared in batch.prepared] == [[0, 3, 4], [1], [2]]
+    for prepared in batch.prepared:
+        for image, place in zip(prepared.images, prepared.places, strict=True):
+            (alone,) = collate_eval([samples[place]], preprocessing).prepared
+            assert np.array_equal(image, alone.images[0])
+
+
+def test_the_way_from_a_worker_leaves_memory_as_it_is(index: CocoIndex) -> None:
+    batch = collate_eval([DetectionDataset(index, transform=None)[0]], Preprocessing(short_side=32, long_side=64))
+    (before,), (after,) = batch.prepared, pickle.loads(pickle.dumps(batch)).prepared
+    assert after.images.strides == before.images.strides
+    assert np.array_equal(after.images, before.images)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from detector.data.images import list_images, read_image
-from detector.data.preprocess import Preprocessing, pad
+from detector.data.preprocess import Preprocessing, prepare
 from detector.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -293,9 +293,9 @@ def test_sides_of_one_pixel(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png")
     np.testing.assert_array_equal(image, pixels)
-    resized = Preprocessing(320, 512)(image)
-    assert resized.shape[:2] == {(1, 1): (320, 320), (1, 20_000): (1, 512), (20_000, 1): (512, 1)}[size]
-    assert pad([resized]).nbytes <= 3 * 512 * 512
+    (prepared,) = prepare([image], Preprocessing(short_side=320, long_side=512))
+    assert tuple(prepared.image_sizes[0]) == {(1, 1): (320, 320), (1, 20_000): (1, 512), (20_000, 1): (512, 1)}[size]
+    assert prepared.images.nbytes <= 3 * 512 * 512
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "tif", "webp"])

@@ -42,6 +42,10 @@ NONE = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
 BOXES = np.array([[20, 30, 60, 50], [90, 10, 110, 70], [40, 80, 100, 100]], np.float32)
 
 
+def sides(short: int, long: int) -> Preprocessing:
+    return Preprocessing(short_side=short, long_side=long)
+
+
 def scene(height: int = 120, width: int = 160) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A black picture with a red, a green and a blue rectangle, and their boxes."""
     image = np.zeros((height, width, 3), np.uint8)
@@ -72,19 +76,19 @@ def is_valid(result: Transformed) -> bool:
 
 def test_evaluation_resizes_and_nothing_else() -> None:
     image, *objects = scene()
-    result = EvalTransform(Preprocessing(60, 100))(image, *objects)
+    result = EvalTransform(sides(60, 100))(image, *objects)
     assert result.image.shape == (60, 80, 3)
     assert result.scale.tolist() == [0.5, 0.5]
     np.testing.assert_allclose(result.boxes, BOXES / 2)
     for label, box in zip(result.labels, result.boxes, strict=True):
         np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1)
-    assert is_valid(EvalTransform(Preprocessing(60, 100))(image, *NONE))
+    assert is_valid(EvalTransform(sides(60, 100))(image, *NONE))
 
 
 def test_training_without_draws_is_evaluation() -> None:
     image, *objects = scene()
-    ours = TrainTransform(Preprocessing(90, 200), **STILL)(image, *objects)
-    theirs = EvalTransform(Preprocessing(90, 200))(image, *objects)
+    ours = TrainTransform(sides(90, 200), **STILL)(image, *objects)
+    theirs = EvalTransform(sides(90, 200))(image, *objects)
     np.testing.assert_array_equal(ours.image, theirs.image)
     np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-3)
     for mine, other in zip(ours[2:], theirs[2:], strict=True):
@@ -94,7 +98,7 @@ def test_training_without_draws_is_evaluation() -> None:
 @pytest.mark.parametrize("name", ["flip", "vertical_flip", "rotate90", "crop", "scale"])
 def test_boxes_follow_the_pixels(name: str) -> None:
     options = {**STILL, name: (0.5, 0.95) if name == "scale" else 1.0}
-    transform = TrainTransform(Preprocessing(120, 160), **options)
+    transform = TrainTransform(sides(120, 160), **options)
     image, *objects = scene()
     pictures = set()
     for _ in range(20):
@@ -111,7 +115,7 @@ def test_boxes_follow_the_pixels(name: str) -> None:
 
 
 def test_everything_at_once_stays_valid_and_within_the_canvas() -> None:
-    preprocessing = Preprocessing(96, 128)
+    preprocessing = Preprocessing(short_side=96, long_side=128)
     transform = TrainTransform(preprocessing, **ALL)
     image, *objects = scene()
     crowds = 0
@@ -127,7 +131,7 @@ def test_everything_at_once_stays_valid_and_within_the_canvas() -> None:
 
 
 def test_zooming_in_keeps_the_size_and_what_can_be_seen() -> None:
-    transform = TrainTransform(Preprocessing(120, 160), **{**STILL, "scale": (2.0, 2.0)})
+    transform = TrainTransform(sides(120, 160), **{**STILL, "scale": (2.0, 2.0)})
     image, *objects = scene()
     full = BOXES.astype(np.float64) * 2
     areas = (full[:, 2:] - full[:, :2]).prod(axis=1)
@@ -148,7 +152,7 @@ def test_zooming_in_keeps_the_size_and_what_can_be_seen() -> None:
 
 
 def test_zooming_out_never_exceeds_and_spreads_over_the_range() -> None:
-    transform = TrainTransform(Preprocessing(120, 160), **{**STILL, "scale": (0.25, 4.0)})
+    transform = TrainTransform(sides(120, 160), **{**STILL, "scale": (0.25, 4.0)})
     image, *objects = scene()
     factors = np.array([transform(image, *objects).scale[0] for _ in range(300)])
     assert factors.min() < 0.3
@@ -157,7 +161,9 @@ def test_zooming_out_never_exceeds_and_spreads_over_the_range() -> None:
 
 
 def test_crop_keeps_every_object_whole_even_thin_ones() -> None:
-    transform = TrainTransform(Preprocessing(100, 100), **{**STILL, "crop": 1.0, "scale": (1.0, 1.0)})
+    transform = TrainTransform(
+        Preprocessing(short_side=100, long_side=100), **{**STILL, "crop": 1.0, "scale": (1.0, 1.0)}
+    )
     image = np.zeros((100, 100, 3), np.uint8)
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -172,7 +178,7 @@ def test_crop_keeps_every_object_whole_even_thin_ones() -> None:
 
 
 def test_boxes_below_a_pixel_and_without_area_are_left_out() -> None:
-    transform = TrainTransform(Preprocessing(60, 80), **STILL)
+    transform = TrainTransform(sides(60, 80), **STILL)
     image = np.zeros((120, 160, 3), np.uint8)
     boxes = np.array([[10, 10, 11.5, 40], [20, 20, 23, 23], [30, 30, 30, 30], [150, 100, 400, 300]], np.float32)
     result = transform(image, boxes, np.array([7, 8, 9, 2**40]), np.zeros(4, bool))
@@ -181,7 +187,7 @@ def test_boxes_below_a_pixel_and_without_area_are_left_out() -> None:
 
 
 def test_arguments_are_not_written_to() -> None:
-    transform = TrainTransform(Preprocessing(96, 128), **ALL)
+    transform = TrainTransform(sides(96, 128), **ALL)
     arguments = scene()
     before = [part.copy() for part in arguments]
     for part in arguments:
@@ -200,7 +206,7 @@ def draws(transform: TrainTransform, count: int = 12) -> list[bytes]:
 
 def test_seeds_decide_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh(**options: Any) -> TrainTransform:
-        return TrainTransform(Preprocessing(60, 80), **{**ALL, **options})
+        return TrainTransform(sides(60, 80), **{**ALL, **options})
 
     first = draws(fresh())
     assert len(set(first)) == 12
@@ -220,7 +226,9 @@ def test_seeds_decide_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flips_are_drawn_independently() -> None:
     # albumentations' own seeding gives every transform the same stream: both flips, or none.
-    transform = TrainTransform(Preprocessing(120, 160), **{**STILL, "flip": 0.5, "vertical_flip": 0.5})
+    transform = TrainTransform(
+        Preprocessing(short_side=120, long_side=160), **{**STILL, "flip": 0.5, "vertical_flip": 0.5}
+    )
     image, *objects = scene()
     seen = Counter(tuple(transform(image, *objects).boxes[0]) for _ in range(100))
     assert len(seen) == 4
@@ -241,15 +249,15 @@ def test_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_probability_is_named(name: str) -> None:
     for value in (-0.1, 1.5, float("nan")):
         with pytest.raises(InputError, match=rf"^{name}={value}: .*\[0, 1\]"):
-            TrainTransform(Preprocessing(60, 80), **{**STILL, name: value})
+            TrainTransform(sides(60, 80), **{**STILL, name: value})
 
 
 def test_a_bad_scale_and_seed_are_named() -> None:
     for value in ((0.0, 1.0), (1.5, 1.0), (1.0, float("inf"))):
         with pytest.raises(InputError, match=r"scale=\(.*expected 0 < lowest <= highest"):
-            TrainTransform(Preprocessing(60, 80), **{**STILL, "scale": value})
+            TrainTransform(sides(60, 80), **{**STILL, "scale": value})
     with pytest.raises(InputError, match="seed=-1: expected 0 or more"):
-        TrainTransform(Preprocessing(60, 80), **{**STILL, "seed": -1})
+        TrainTransform(sides(60, 80), **{**STILL, "seed": -1})
 
 
 def test_albumentations_does_not_ask_the_network() -> None:
@@ -260,7 +268,8 @@ def test_albumentations_does_not_ask_the_network() -> None:
         "socket.getaddrinfo = socket.create_connection = refuse\n"
         "from detector.data.transforms import TrainTransform\n"
         "from detector.data.preprocess import Preprocessing\n"
-        "TrainTransform(Preprocessing(60, 80), flip=0, vertical_flip=0, scale=(1, 1), photometric=0, crop=0,"
+        "TrainTransform(Preprocessing(short_side=60, long_side=80),"
+        " flip=0, vertical_flip=0, scale=(1, 1), photometric=0, crop=0,"
         " rotate90=0, seed=0)\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}

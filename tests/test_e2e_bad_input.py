@@ -42,7 +42,7 @@ def assert_says(message: str, *parts: str) -> None:
 def checkpoint(tmp_path: Path, small_spec: dict[str, Any]) -> Path:
     """A detector of tiny_coco's classes, as `save` writes it."""
     path = tmp_path / "detector.ckpt"
-    Detector(small_spec, CLASSES, Preprocessing(64, 96)).save(path)
+    Detector(small_spec, CLASSES, Preprocessing(short_side=64, long_side=96)).save(path)
     return path
 
 

@@ -38,7 +38,7 @@ def test_folded_network_equals_the_training_one_on_real_pictures(
         }
     }  # fmt: skip
     torch.manual_seed(0)
-    detector = Detector(spec, ["a", "b", "c"], Preprocessing(320, 640))
+    detector = Detector(spec, ["a", "b", "c"], Preprocessing(short_side=320, long_side=640))
     load_weights(detector.network.backbone, shared / "weights" / "shufflenet_v2_x0_5_backbone.pth")
     pictures = real_pictures(shared)
     assert len(pictures) == PICTURES

@@ -41,7 +41,7 @@ NAMES = ("cat", "<img src=x onerror=\"document.title='run'\">", "bird")
 @pytest.fixture
 def checkpoint(tmp_path: Path, small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module]) -> Path:
     torch.manual_seed(0)
-    detector = Detector(small_spec, NAMES, Preprocessing(64, 96))
+    detector = Detector(small_spec, NAMES, Preprocessing(short_side=64, long_side=96))
     excite(detector.network)
     detector.save(tmp_path / "best.ckpt")
     return tmp_path / "best.ckpt"

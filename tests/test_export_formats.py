@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_export_graph import VARIANTS, changed, pictures
+from test_export_graph import VARIANTS, changed, pictures, prepared
 from torch import nn
 
 from detector.data.preprocess import Preprocessing
@@ -50,7 +50,7 @@ def check_detector(detector: Detector, exported: ExportedDetector, canvases: lis
     for seed, (count, height, width) in enumerate(canvases):
         images, sizes = pictures(count, height, width, seed), torch.tensor([[height - 5, width - 9]] * count)
         expected = network.detect(images, sizes)
-        found = exported.find(images.numpy(), sizes.numpy())
+        found = exported.detect(prepared(images, sizes))
         for ours, theirs in zip(found, expected, strict=True):
             assert [part.dtype for part in ours] == [np.float32, np.float32, np.int64]
             check_same(ours, tuple(part.numpy() for part in theirs), TOLERANCE[exported.path.suffix])
@@ -136,7 +136,7 @@ def test_metadata_is_that_of_the_detector(onnx_file: Path, small_detector: Detec
     assert stated["colour_order"] == "RGB"
     exported = ExportedDetector.load(onnx_file)
     assert exported.class_names == small_detector.class_names
-    assert exported.preprocessing == Preprocessing(64, 96)
+    assert exported.preprocessing == Preprocessing(short_side=64, long_side=96)
     assert exported.info.spec == small_detector.spec
     assert exported.provenance["epoch"] == 3
     assert exported.provenance["export"]["torch"] == torch.__version__
@@ -180,7 +180,9 @@ def test_a_failed_write_leaves_the_old_file(
 
 
 def test_properties_survive_the_round_trip(small_detector: Detector) -> None:
-    info = ExportInfo(('a "b" <&>', "ü"), Preprocessing(32, 64), 1, (64, 96), "int8", {"x": [1]}, {"y": None})
+    info = ExportInfo(
+        ('a "b" <&>', "ü"), Preprocessing(short_side=32, long_side=64), 1, (64, 96), "int8", {"x": [1]}, {"y": None}
+    )
     assert ExportInfo.from_properties(info.to_properties() | {"other": "{"}, "a.onnx") == info
 
 
@@ -190,7 +192,9 @@ def test_every_variant_in_both_runtimes_without_torch(
     small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module], name: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    detector = Detector(changed(small_spec, VARIANTS[name]), ("cat", "dog", "bird"), Preprocessing(64, 96))
+    detector = Detector(
+        changed(small_spec, VARIANTS[name]), ("cat", "dog", "bird"), Preprocessing(short_side=64, long_side=96)
+    )
     excite(detector.network)
     info = formats.export_onnx(detector, tmp_path / "a.onnx")
     paths = [tmp_path / "a.onnx"]
@@ -235,7 +239,7 @@ def test_a_picture_with_one_candidate_or_none(
     assert len(fuse(small_detector.network).detect(images, sizes)[0][1]) == candidates
     WRITERS[suffix](small_detector, tmp_path / f"a{suffix}")
     exported = ExportedDetector.load(tmp_path / f"a{suffix}", threads=1)
-    [(boxes, found, labels)] = exported.find(images.numpy(), sizes.numpy())
+    [(boxes, found, labels)] = exported.detect(prepared(images, sizes))
     assert len(boxes) == len(found) == len(labels) == candidates
 
 

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from detector.data.preprocess import Prepared
 from detector.export.graph import DetectionGraph, keep_for_onnx, keep_with_torchvision
 from detector.models.build import build_network
 from detector.models.fuse import fuse
@@ -43,6 +45,12 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (count, 3, height // 8, width // 8), generator=generator, dtype=torch.uint8)
     return noise.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+def prepared(images: Tensor, sizes: Tensor) -> Prepared:
+    """As `prepare` would give them, of images that need no resize."""
+    count = len(images)
+    return Prepared(images.numpy(), sizes.numpy(), np.ones((count, 2)), sizes.numpy(), np.arange(count))
 
 
 def check_equal(outputs: Any, expected: list[tuple[Tensor, Tensor, Tensor]], *, atol: float = 1e-5) -> int:

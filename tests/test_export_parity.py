@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from detector.data.preprocess import Preprocessing
-from detector.export.parity import REFERENCE, Difference, OnCanvas, Record, difference, judge, take_turns
-from detector.inference.detections import Detections
+from detector.data.preprocess import Prepared, Preprocessing
+from detector.export.parity import REFERENCE, Difference, Record, difference, judge, take_turns
+from detector.inference.detections import Detections, Found
 from detector.inference.detector import Detector
-from detector.inference.predictor import Found, Predictor
+from detector.inference.predictor import Predictor
 
 
 def detections(*rows: tuple[float, float, float, float, float, int]) -> Detections:
@@ -148,8 +149,8 @@ class Swapped(Predictor):
         self.predictor = predictor
         self.class_names, self.preprocessing = predictor.class_names, predictor.preprocessing
 
-    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
-        return self.predictor.find(np.ascontiguousarray(images[:, ::-1]), image_sizes)
+    def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
+        return self.predictor.detect(replace(prepared, images=prepared.images[:, ::-1].copy()))
 
 
 def noise(count: int) -> list[np.ndarray]:
@@ -179,13 +180,13 @@ def test_a_fixed_canvas_is_compared_on_that_canvas(small_detector: Detector) -> 
     seen: list[tuple[int, ...]] = []
 
     class Spy(Predictor):
-        class_names, preprocessing = ("a",), Preprocessing(64, 96)
+        class_names, preprocessing = ("a",), Preprocessing(short_side=64, long_side=96)
 
-        def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
-            seen.append((*images.shape[2:], *map(int, image_sizes[0])))
-            return [(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))]
+        def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
+            seen.append((*prepared.images.shape[2:], *prepared.image_sizes[0].tolist()))
+            return [Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))]
 
-    OnCanvas(Spy(), (96, 128)).predict(np.zeros((640, 640, 3), np.uint8))
+    Spy().on_canvas((96, 128)).predict(np.zeros((640, 640, 3), np.uint8))
     assert seen == [(96, 128, 64, 64)]
 
 

@@ -54,7 +54,7 @@ def test_save_and_load_predict_the_same(small_detector: Detector, pictures: list
     loaded = Detector.load(tmp_path / "a.ckpt", "cpu", fused=False)
     assert_same(loaded.predict(pictures, score_threshold=0), small_detector.predict(pictures, score_threshold=0))
     assert loaded.class_names == ("cat", "dog", "bird")
-    assert loaded.preprocessing == Preprocessing(64, 96)
+    assert loaded.preprocessing == Preprocessing(short_side=64, long_side=96)
     assert loaded.provenance == {"epoch": 3}
     assert loaded.describe() == small_detector.describe()
     assert loaded.device == torch.device("cpu")
@@ -214,7 +214,7 @@ def test_a_missing_checkpoint_and_a_missing_device_are_named(small_detector: Det
 
 def test_a_detector_needs_classes(small_spec: dict) -> None:
     with pytest.raises(InputError, match="class name"):
-        Detector(small_spec, [], Preprocessing(64, 96))
+        Detector(small_spec, [], Preprocessing(short_side=64, long_side=96))
 
 
 def test_every_kind_of_source_agrees(small_detector: Detector, pictures: list[np.ndarray], folder: Path) -> None:
@@ -308,7 +308,7 @@ class KnownBoxes(nn.Module):
         self.register_buffer("mean", torch.zeros(1))
         self.sizes: list[tuple[int, int]] = []
 
-    def detect(self, images: torch.Tensor, image_sizes: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    def detect(self, images: torch.Tensor, image_sizes: torch.Tensor, _: int | None) -> list[tuple[torch.Tensor, ...]]:
         results = []
         for image, size in zip(images, image_sizes.tolist(), strict=True):
             self.sizes.append(tuple(size))
@@ -326,7 +326,7 @@ def test_boxes_are_in_pixels_of_the_original_picture(small_detector: Detector, s
     picture = np.zeros((height, width, 3), np.uint8)
     picture[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])] = 255
     [found] = small_detector.predict(picture)
-    target = Preprocessing(64, 96).target_size(height, width)
+    target = Preprocessing(short_side=64, long_side=96).target_size(height, width)
     assert small_detector.network.sizes == [target]
     # Half a pixel of the network's input.
     np.testing.assert_allclose(found.boxes[0], box, atol=0.75 * max(height / target[0], width / target[1]))

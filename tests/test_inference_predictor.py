@@ -16,8 +16,9 @@ from PIL import Image
 from tool_runner import tool_environment
 
 from detector.errors import InputError
+from detector.inference.detections import Found
 from detector.inference.detector import Detector
-from detector.inference.predictor import Options
+from detector.inference.predictor import PredictOptions
 from detector.models.rpn import Proposals
 
 SIZE = (64, 96)  # no resize: 64 is the short side, 96 the long one
@@ -68,7 +69,7 @@ def test_an_option_that_cannot_be(option: str, value: Any) -> None:
 
 
 def test_an_option_that_there_is_not() -> None:
-    with pytest.raises(TypeError, match="treshold"):
+    with pytest.raises(InputError, match="no option treshold; there is score_threshold, classes"):
         Painted().stream([], treshold=0.5)
 
 
@@ -137,7 +138,7 @@ def test_errors_of_the_users_generator_pass() -> None:
 
 
 def test_search_gives_the_picture_too(folder: Path) -> None:
-    for index, (picture, found) in enumerate(Painted().search(folder, Options())):
+    for index, (picture, found) in enumerate(Painted().search(folder, PredictOptions())):
         assert picture.path == found.path == str(folder / f"{index}.png")
         np.testing.assert_array_equal(picture.image, np.asarray(Image.open(found.path)))
 
@@ -155,10 +156,10 @@ def test_flip_of_a_symmetrical_task_changes_nothing_but_finds_the_same() -> None
 class LeftBlind(Painted):
     """Sees the right half only."""
 
-    def _find_in(self, image: np.ndarray) -> Any:
-        boxes, scores, labels = super()._find_in(image)
+    def _detect_in(self, image: np.ndarray) -> Any:
+        boxes, scores, labels = super()._detect_in(image)
         keep = boxes[:, 0] >= image.shape[2] / 2
-        return boxes[keep], scores[keep], labels[keep]
+        return Found(boxes[keep], scores[keep], labels[keep])
 
 
 def test_flip_finds_what_one_look_misses_with_half_its_score() -> None:
@@ -198,11 +199,11 @@ def test_tiles_find_small_objects_once_and_large_ones_whole(flip: bool) -> None:
 class Unsure(Painted):
     """Shows all of an object in the whole picture, with a score of 0.2, and half of it in the left tile, with 0.35."""
 
-    def _look_once(self, images: Any, budget: Any) -> list[Any]:
+    def detect_images(self, images: Any, max_proposals: int | None = None) -> list[Found]:
         shown = {100: ((10, 10, 90, 50), 0.2), 60: ((10, 10, 60, 50), 0.35)}
         boxes = [shown[image.shape[1]] if image[0, 0, 0] == 0 else None for image in images]
         return [
-            (np.array([one[0]] if one else [], np.float32).reshape(-1, 4), np.array([one[1]] if one else []),
+            Found(np.array([one[0]] if one else [], np.float32).reshape(-1, 4), np.array([one[1]] if one else []),
              np.zeros(int(one is not None), np.int64))
             for one in boxes
         ]  # fmt: skip

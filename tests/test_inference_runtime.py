@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 import detector as package
-from detector.data.preprocess import PADDING, Preprocessing
+from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.export import formats
 from detector.inference import runtime
 from detector.inference.detections import Detections
 from detector.inference.detector import Detector
 from detector.inference.export_info import ExportInfo
-from detector.inference.runtime import ExportedDetector, FittedPreprocessing, fitted, is_export, on_canvas
+from detector.inference.runtime import ExportedDetector, is_export
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -177,21 +177,8 @@ def test_a_checkpoint_is_no_export(tmp_path: Path) -> None:
     ],
 )
 def test_pictures_are_shrunk_onto_a_fixed_canvas(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    preprocessing = fitted(Preprocessing(60, 96), (64, 96))
-    assert isinstance(preprocessing, FittedPreprocessing)
-    assert preprocessing.target_size(*size) == expected
-    assert fitted(Preprocessing(60, 96), None) == Preprocessing(60, 96)
-
-
-def test_padding_to_a_canvas() -> None:
-    images = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
-    padded = on_canvas(images, (6, 8))
-    assert padded.shape == (2, 3, 6, 8)
-    assert (padded[:, :, :4, :5] == images).all()
-    for channel, value in enumerate(PADDING):
-        assert (padded[:, channel, 4:] == value).all()
-        assert (padded[:, channel, :, 5:] == value).all()
-    assert on_canvas(images, (4, 5)) is images
+    preprocessing = Preprocessing(short_side=60, long_side=96)
+    assert preprocessing.target_size(*size, canvas=(64, 96)) == expected
 
 
 def test_results_are_cut_at_the_count_and_batches_at_the_files_own() -> None:
@@ -204,7 +191,7 @@ def test_results_are_cut_at_the_count_and_batches_at_the_files_own() -> None:
         boxes = np.array([[[0, 0, 10, 20], [5, 5, 9, 9], [0, 0, 0, 0]]], np.float32)
         return [boxes, scores, np.array([[1, 0, -1]]), np.array([2])]
 
-    info = ExportInfo(("a", "b"), Preprocessing(32, 64), batch=1, canvas=(64, 96))
+    info = ExportInfo(("a", "b"), Preprocessing(short_side=32, long_side=64), batch=1, canvas=(64, 96))
     exported = ExportedDetector(info, run, Path("a.onnx"))
     found = exported.predict([np.zeros((64, 64, 3), np.uint8)] * 3, score_threshold=0)
     assert seen == [1, 1, 1]

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from detector.errors import InputError
 from detector.inference import sources
 from detector.inference.detections import Detections
-from detector.inference.predictor import Options
+from detector.inference.predictor import PredictOptions
 from detector.inference.video import Frame
 from detector.inference.writers import LIVE_WRITERS, WRITERS, Places
 
@@ -41,7 +41,7 @@ def write(source: Any, out: Path, save: list[str], **options: Any) -> list[Detec
     places, given = Places(out, source, save), []
     with ExitStack() as stack:
         writers = [stack.enter_context(WRITERS[name](out, save, NAMES)) for name in save]
-        for picture, found in Painted().search(source, Options(on_error="report", **options)):
+        for picture, found in Painted().search(source, PredictOptions(on_error="report", **options)):
             place = places(found)
             given.append(found)
             for add in writers:
@@ -137,7 +137,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "coco", "images"])
 def test_nothing_half_written(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("av")
-    picture, found = next(Painted().search(paint(SIZE, *OBJECTS), Options()))
+    picture, found = next(Painted().search(paint(SIZE, *OBJECTS), PredictOptions()))
     frame = Detections(found.boxes, found.scores, found.labels, NAMES, SIZE, "a.mp4", 0, 0.0)
 
     def start_and_fail() -> None:
@@ -238,7 +238,7 @@ def test_lines_of_a_camera_can_be_followed(tmp_path: Path) -> None:
         places = Places(tmp_path / "out", "webcam:0", ["jsonl", "csv"])
         with ExitStack() as stack:
             writers = [stack.enter_context(LIVE_WRITERS[name](places.out, [], NAMES)) for name in ("jsonl", "csv")]
-            for index, (picture, found) in enumerate(Painted().search("webcam:0", Options())):
+            for index, (picture, found) in enumerate(Painted().search("webcam:0", PredictOptions())):
                 for add in writers:
                     add(picture, found, places(found))
                 records = [json.loads(line) for line in lines.read_text().splitlines()]

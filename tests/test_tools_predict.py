@@ -31,7 +31,7 @@ CLASSES = ("car", "cat", "kite")
 def checkpoint(tmp_path: Path, small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module]) -> Path:
     """A small random detector that finds something everywhere."""
     torch.manual_seed(0)
-    detector = Detector(small_spec, CLASSES, Preprocessing(64, 96))
+    detector = Detector(small_spec, CLASSES, Preprocessing(short_side=64, long_side=96))
     excite(detector.network)
     detector.save(tmp_path / "detector.ckpt")
     return tmp_path / "detector.ckpt"

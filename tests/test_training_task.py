@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_names_pictures_and_remedy(small_detector: Det
 
 def other(spec: dict[str, Any], classes: int = 3) -> Detector:
     torch.manual_seed(1)
-    return Detector(spec, tuple("abcdefgh"[:classes]), Preprocessing(64, 96))
+    return Detector(spec, tuple("abcdefgh"[:classes]), Preprocessing(short_side=64, long_side=96))
 
 
 def checkpoint_of(detector: Detector) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def main(config: DictConfig) -> None:
     rpn = values["rpn"]
     diagnosis = examine(
         locate_splits(values["data"]),
-        preprocessing=Preprocessing(**values["input"]),
+        preprocessing=Preprocessing.parse(values["input"], "input"),
         anchors={key: rpn[key] for key in ("scales", "ratios", "foreground_iou")} | {"stride": RPN_STRIDE},
         workers=values["workers"],
     )

@@ -34,19 +34,20 @@ from omegaconf import DictConfig
 from detector.apps.evaluate import evaluation_data
 from detector.data.coco import CocoIndex
 from detector.data.images import list_images, read_image
+from detector.data.preprocess import resize
 from detector.data.progress import progress
 from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
 from detector.evaluation.tables import markdown_table
 from detector.export.formats import export_onnx, export_openvino, export_torch, import_onnx, import_openvino
-from detector.export.parity import AGREEING_IOU, AGREEING_SCORE, CONFIDENT, REFERENCE, OnCanvas, Row, judge, take_turns
+from detector.export.parity import AGREEING_IOU, AGREEING_SCORE, CONFIDENT, REFERENCE, Row, judge, take_turns
 from detector.export.quantize import Accuracy, export_int8, export_int8_onnx, import_nncf, import_quantization
 from detector.files import write_json
-from detector.inference.detections import Detections
+from detector.inference.detections import Detections, Found
 from detector.inference.detector import Detector
 from detector.inference.predictor import Predictor
-from detector.inference.runtime import ExportedDetector, fitted
+from detector.inference.runtime import ExportedDetector
 
 log = logging.getLogger(__name__)
 # Format -> how its file ends.
@@ -137,26 +138,30 @@ def accuracy_on(index: CocoIndex, count: int, max_drop: float) -> Accuracy:
 
     def measure(exported: ExportedDetector, numbers: Sequence[int]) -> tuple[float, list[float]]:
         places = [chosen[number] for number in numbers]
-        found = [exported.predict_images([index.read(place)], [None])[0] for place in places]
+        found = [exported.detect_images([index.read(place)])[0] for place in places]
         each = [precision([one], [place]) or 0.0 for one, place in zip(found, places, strict=True)]
         return precision(found, places) or 0.0, each
 
     return Accuracy(measure, len(chosen), max_drop)
 
 
-def scorer(index: CocoIndex) -> Callable[[Sequence[Detections], Sequence[int]], float | None]:
+def scorer(index: CocoIndex) -> Callable[[Sequence[Found], Sequence[int]], float | None]:
     """AP of what was found in the pictures of these numbers; None where they hold no object."""
     truth = json.loads(index.annotation_file.read_text(encoding="utf-8"))
     images, objects = {image["id"]: image for image in truth["images"]}, defaultdict(list)
     for row in truth["annotations"]:
         objects[row["image_id"]].append(row)
 
-    def precision(found: Sequence[Detections], numbers: Sequence[int]) -> float | None:
+    def precision(found: Sequence[Found], numbers: Sequence[int]) -> float | None:
         ids = [index.image_ids[number] for number in numbers]
         annotations = [row for image in ids for row in objects[image]]
         part = truth | {"images": [images[image] for image in ids], "annotations": annotations}
         pairs = zip(found, ids, strict=True)
-        results = [row for detections, image in pairs for row in detections.to_coco(image, index.category_ids)]
+        results = [
+            row
+            for one, image in pairs
+            for row in Detections(*one, index.class_names, (0, 0)).to_coco(image, index.category_ids)
+        ]
         figure: float | None = evaluate(results, part)["AP"]
         return figure
 
@@ -229,7 +234,8 @@ def calibration_pictures(
                 raise InputError("This checkpoint does not say what it was trained on.")
             index = load_split(data, "train", class_names=detector.class_names)
         pictures = map(index.read, spread(range(len(index)), values["calibration_images"]))
-    return list(map(fitted(detector.preprocessing, canvas), pictures))
+    sizes = partial(detector.preprocessing.target_size, canvas=canvas)
+    return [resize(picture, *sizes(*picture.shape[:2])) for picture in pictures]
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -246,7 +252,7 @@ def check(
     threads = values["check"]["threads"]
     if threads:
         torch.set_num_threads(threads)
-    contestants: dict[str, Predictor] = {REFERENCE: OnCanvas(detector, canvas) if canvas else detector}
+    contestants: dict[str, Predictor] = {REFERENCE: detector.on_canvas(canvas) if canvas else detector}
     shown = {ANY_SIZE: detector} if canvas else {}
     contestants |= shown
     contestants |= {name: ExportedDetector.load(path, threads=threads) for name, path in places.items()}

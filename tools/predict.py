@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 import detector
 from detector.data.progress import progress
 from detector.errors import InputError
-from detector.inference.predictor import Options
+from detector.inference.predictor import PredictOptions
 from detector.inference.sources import count_pictures, is_live, leave_out
 from detector.inference.writers import LIVE_WRITERS, WRITERS, Places
 
@@ -37,8 +37,8 @@ def main(config: DictConfig) -> None:
     endless = is_endless(source)
     save = chosen(settings["save"], endless)
     names = ("score_threshold", "classes", "max_proposals", "tile", "flip", "batch_size", "every", "max_pixels")
-    options = Options(
-        **{name: settings[name] for name in names}, allow_private=settings["allow_private"], on_error="report"
+    options = PredictOptions.of(
+        {name: settings[name] for name in names} | {"allow_private": settings["allow_private"], "on_error": "report"}
     )
     place_of = Places(out, source, save)
     source = leave_out(source, out)

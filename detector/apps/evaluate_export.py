@@ -16,6 +16,7 @@ from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.evaluation.metrics import evaluate, format_table, save_metrics
 from detector.files import write_json
+from detector.inference.detections import Detections
 from detector.inference.predictor import Predictor
 from detector.inference.runtime import ExportedDetector
 
@@ -48,11 +49,12 @@ def evaluate_export(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_all(detector: Predictor, index: CocoIndex, batch_size: int) -> list[dict[str, Any]]:
-    """COCO's results of every picture of an index, in its order."""
+    """COCO's results of every image of an index, in its order."""
     results: list[dict[str, Any]] = []
     for start in progress(range(0, len(index), batch_size), "predict", unit="batch"):
         numbers = range(start, min(start + batch_size, len(index)))
-        found = detector.predict_images([index.read(i) for i in numbers], [None] * len(numbers))
-        for i, detections in zip(numbers, found, strict=True):
+        images = [index.read(i) for i in numbers]
+        for i, image, found in zip(numbers, images, detector.detect_images(images), strict=True):
+            detections = Detections(*found, index.class_names, image.shape[:2])
             results += detections.to_coco(index.image_ids[i], index.category_ids)
     return results

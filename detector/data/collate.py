@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detector.data.preprocess import group_by_canvas, pad
+from detector.data.preprocess import Prepared, Preprocessing, pad, prepare
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,27 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     )
 
 
-def collate_eval(samples: list[dict[str, Any]]) -> list[Batch]:
-    """One batch for each canvas size that the pictures have by themselves.
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """The images of one step of evaluation.
 
-    Padding changes what a convolution sees at the border: so a picture's result never depends on its batch mates. The
-    order of the samples is kept within a batch, not between batches; `image_ids` say which is which.
+    Attributes:
+        prepared: one for each canvas size; `places` count within this batch.
+        image_ids: the data set's own ids.
     """
-    groups = group_by_canvas([sample["image"].shape[:2] for sample in samples])
-    return [collate([samples[i] for i in group]) for group in groups]
+
+    prepared: list[Prepared]
+    image_ids: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def to(self, *_: Any, **__: Any) -> EvaluationBatch:
+        """Itself: the detector moves what it looks at."""
+        return self
+
+
+def collate_eval(samples: list[dict[str, Any]], preprocessing: Preprocessing) -> EvaluationBatch:
+    """Samples without a transform, prepared as prediction prepares them: no image sees a batch mate's padding."""
+    prepared = prepare([sample["image"] for sample in samples], preprocessing)
+    return EvaluationBatch(prepared, tuple(sample["image_id"] for sample in samples))

@@ -27,11 +27,11 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     width as decoded; image_id as in the annotation file.
     """
 
-    def __init__(self, index: CocoIndex, transform: Transform, cache: bool = False) -> None:
+    def __init__(self, index: CocoIndex, transform: Transform | None, cache: bool = False) -> None:
         """
         Args:
             index: the pictures and their objects.
-            transform: applied to each picture each time.
+            transform: applied to each picture each time; None, for evaluation: a sample is image and image_id alone.
             cache: decode the pictures once, here, and keep them in memory, so that workers forked later share them.
                 Up to CACHE_BYTES: what does not fit is decoded each time, as without a cache.
 
@@ -49,6 +49,8 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         image = self._pictures[i] if i < len(self._pictures) else self.index.read(i)
+        if self.transform is None:
+            return {"image": image, "image_id": self.index.image_ids[i]}
         result = self.transform(image, *self.index.objects(i))
         return {
             **result._asdict(),
@@ -72,7 +74,8 @@ def seed_worker(worker_id: int) -> None:
     dataset: Any = info.dataset
     while not hasattr(dataset, "transform"):  # torch.utils.data.Subset and the like
         dataset = dataset.dataset
-    dataset.transform.reseed(torch.initial_seed())
+    if dataset.transform is not None:
+        dataset.transform.reseed(torch.initial_seed())
 
 
 def _decode(index: CocoIndex) -> list[np.ndarray]:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from detector.data.boxes import box_iou
-from detector.inference.detections import Detections
-from detector.inference.predictor import Found, Predictor
-from detector.inference.runtime import fitted, on_canvas
+from detector.inference.detections import Found
+from detector.inference.predictor import Predictor
 
 REFERENCE = "torch"
 # Turns of each contestant that are not timed: lazy initialisation, and torch's compilation for a size.
@@ -65,9 +64,9 @@ class Difference:
         )
 
 
-def difference(reference: Detections, found: Detections) -> Difference:
+def difference(reference: Found, found: Found) -> Difference:
     """Match by class and IoU, best first, each detection at most once; the nearer score wins among equal boxes."""
-    free = np.ones(len(found), bool)
+    free = np.ones(len(found.scores), bool)
     boxes, scores, agreeing = [0.0], [0.0], 0
     partners = 0
     overlaps = box_iou(reference.boxes, found.boxes)
@@ -85,27 +84,14 @@ def difference(reference: Detections, found: Detections) -> Difference:
         )
     confident = int((reference.scores >= CONFIDENT).sum())
     extra = int((found.scores[free] >= CONFIDENT).sum())
-    return Difference(max(boxes), max(scores), partners, len(reference), confident, agreeing, extra)
-
-
-class OnCanvas(Predictor):
-    """A predictor that gives its network one canvas: what a fixed size of an export is compared with."""
-
-    def __init__(self, predictor: Predictor, canvas: tuple[int, int]) -> None:
-        self.predictor, self.canvas = predictor, canvas
-        self.class_names = predictor.class_names
-        self.preprocessing = fitted(predictor.preprocessing, canvas)
-
-    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
-        """See `Predictor.find`."""
-        return self.predictor.find(on_canvas(images, self.canvas), image_sizes)
+    return Difference(max(boxes), max(scores), partners, len(reference.scores), confident, agreeing, extra)
 
 
 @dataclass
 class Record:
     """What one contestant did: detections per picture, seconds per picture, and its difference from the reference."""
 
-    found: list[Detections] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     difference: Difference = field(default_factory=Difference)
 
@@ -121,9 +107,9 @@ def take_turns(contestants: Mapping[str, Predictor], pictures: Iterable[np.ndarr
     for number, picture in enumerate(pictures):
         for name, predictor in contestants.items():
             for _ in range(WARM_UP if number == 0 else 0):
-                predictor.predict_images([picture], [None])
+                predictor.detect_images([picture])
             start = time.perf_counter()
-            found = predictor.predict_images([picture], [None])
+            found = predictor.detect_images([picture])
             records[name].seconds.append(time.perf_counter() - start)
             records[name].found += found
         for record in records.values():
@@ -166,7 +152,7 @@ class Row:
 
 def judge(
     records: Mapping[str, Record],
-    average_precision: Callable[[Sequence[Detections]], float | None],
+    average_precision: Callable[[Sequence[Found]], float | None],
     *,
     files: Mapping[str, int],
     precisions: Mapping[str, str],

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detector.data.preprocess import pad
+from detector.data.preprocess import prepare
 from detector.errors import InputError
 from detector.export.formats import (
     check_onnx,
@@ -32,7 +32,7 @@ from detector.export.formats import (
 )
 from detector.files import replacing
 from detector.inference.export_info import ExportInfo
-from detector.inference.runtime import INPUTS, ExportedDetector, fitted, on_canvas, openvino_run
+from detector.inference.runtime import INPUTS, ExportedDetector, openvino_run
 
 if TYPE_CHECKING:
     from detector.inference.detector import Detector
@@ -226,10 +226,9 @@ def _samples(pictures: Iterable[np.ndarray], info: ExportInfo) -> list[dict[str,
 
 
 def _sample(picture: np.ndarray, info: ExportInfo) -> dict[str, np.ndarray]:
-    resized = fitted(info.preprocessing, info.canvas)(picture)
-    images = pad([resized])
-    images = on_canvas(images, info.canvas or images.shape[2:]).transpose(0, 2, 3, 1)
-    return dict(zip(INPUTS, (images, np.array([resized.shape[:2]], np.int64)), strict=True))
+    (prepared,) = prepare([picture], info.preprocessing, info.canvas)
+    images = np.ascontiguousarray(prepared.images.transpose(0, 2, 3, 1))
+    return dict(zip(INPUTS, (images, prepared.image_sizes), strict=True))
 
 
 def _reader(quantization: Any, samples: list[dict[str, np.ndarray]]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 # Of `Detections.rows` and `Detections.to_pandas`.
 ROW_COLUMNS = ("path", "frame", "time", "label", "name", "score", "x1", "y1", "x2", "y2")
+
+
+class Found(NamedTuple):
+    """What a network finds in one image, best first; whoever gives one says in which frame the boxes are.
+
+    Attributes:
+        boxes: (D, 4) float32, xyxy in pixels.
+        scores: (D,) float32 in [0, 1], descending.
+        labels: (D,) int64, index into class_names.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from detector.data.preprocess import Preprocessing, restore_boxes
+from detector.data.preprocess import Prepared, Preprocessing
 from detector.errors import InputError
 from detector.files import replacing
-from detector.inference.detections import Detections
-from detector.inference.predictor import Found, Predictor
+from detector.inference.detections import Found
+from detector.inference.predictor import Predictor
 from detector.models.build import build_network
 from detector.models.fuse import fuse, multiply_pointwise
 from detector.models.light_head_rcnn import LightHeadRCNN
@@ -73,7 +72,7 @@ class Detector(Predictor):
             key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
         }
         try:
-            preprocessing = Preprocessing(**about["preprocessing"])
+            preprocessing = Preprocessing.parse(about["preprocessing"])
             detector = cls(about["spec"], about["class_names"], preprocessing, about.get("provenance"))
             detector.network.load_state_dict(weights)
         except (InputError, KeyError, TypeError, RuntimeError) as error:
@@ -121,48 +120,20 @@ class Detector(Predictor):
     def device(self) -> torch.device:
         return self.network.mean.device
 
-    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
-        """See `Predictor.find`."""
-        outputs = self._outputs(torch.from_numpy(images), torch.from_numpy(image_sizes))
-        return [(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in outputs]
+    @property
+    def proposal_limit(self) -> int:  # type: ignore[override]
+        """The number of proposals that the network was made for."""
+        return self.network.rpn.test_limits.after_nms
 
-    def find_among(self, images: np.ndarray, image_sizes: np.ndarray, max_proposals: int) -> list[Found]:
-        """See `Predictor.find_among`."""
-        tensors = torch.from_numpy(images), torch.from_numpy(image_sizes)
-        outputs = self._outputs(*tensors, max_proposals=max_proposals)
-        return [(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in outputs]
+    def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
+        """See `Predictor.detect`."""
+        outputs = self.network.eval().detect(*self.inputs(prepared), max_proposals)
+        found = [(boxes.float().cpu(), scores.float().cpu(), labels.cpu()) for boxes, scores, labels in outputs]
+        return [Found(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in found]
 
-    def _outputs(self, images: Tensor, image_sizes: Tensor, **budget: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        found = self.network.eval().detect(images.to(self.device), image_sizes.to(self.device), **budget)
-        return [(boxes.float().cpu(), scores.float().cpu(), labels.cpu()) for boxes, scores, labels in found]
-
-    def detect(
-        self,
-        images: Tensor,
-        image_sizes: Tensor,
-        scales: np.ndarray,
-        original_sizes: np.ndarray,
-        paths: Sequence[str | None] | None = None,
-    ) -> list[Detections]:
-        """Results of a padded batch: what evaluation calls. The network's part is that of `find`.
-
-        Args:
-            images: uint8 RGB (N, 3, H, W).
-            image_sizes: (N, 2), height and width inside the padding.
-            scales: (N, 2), input pixels per original pixel, (x, y).
-            original_sizes: (N, 2), height and width of the original pictures.
-
-        Returns:
-            Boxes in pixels of the original pictures.
-        """
-        outputs = self._outputs(images, image_sizes)
-        paths = paths or [None] * len(outputs)
-        results = []
-        for (boxes, scores, labels), scale, size, path in zip(outputs, scales, original_sizes, paths, strict=True):
-            original = (int(size[0]), int(size[1]))
-            restored = restore_boxes(boxes.numpy(), scale, original)
-            results.append(Detections(restored, scores.numpy(), labels.numpy(), self.class_names, original, path))
-        return results
+    def inputs(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        """What the network takes, images and their sizes, on its device."""
+        return torch.from_numpy(prepared.images).to(self.device), torch.from_numpy(prepared.image_sizes).to(self.device)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class ExportInfo:
             given = values["input"]
             return cls(
                 tuple(map(str, values["class_names"])),
-                Preprocessing(**sides),
+                Preprocessing.parse(sides),
                 given["batch"],
                 _canvas(given["height"], given["width"]),
                 values["precision"],

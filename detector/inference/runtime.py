@@ -14,16 +14,16 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from detector.data.preprocess import PADDING, Preprocessing
+from detector.data.preprocess import Prepared, pad
 from detector.errors import InputError
+from detector.inference.detections import Found
 from detector.inference.export_info import KEYS, SECTION, ExportInfo
-from detector.inference.predictor import Found, Predictor
+from detector.inference.predictor import Predictor
 from detector.inference.sources import is_count
 
 # images (N, H, W, 3), image_sizes -> boxes, scores, labels, counts: see DetectionGraph.forward.
@@ -40,8 +40,8 @@ class ExportedDetector(Predictor):
     """A detector in another runtime; predicts as `Detector` does.
 
     Attributes:
-        class_names, preprocessing: as of the checkpoint. With a fixed canvas, pictures that would not fit are shrunk
-            further: see FittedPreprocessing.
+        class_names, preprocessing: as of the checkpoint.
+        canvas: where it was fixed in the export; images that would not fit are shrunk further.
         info: what the file says about itself.
         path: of the file.
     """
@@ -56,7 +56,7 @@ class ExportedDetector(Predictor):
         """
         self.info, self.path = info, path
         self.class_names = info.class_names
-        self.preprocessing = fitted(info.preprocessing, info.canvas)
+        self.preprocessing, self.canvas = info.preprocessing, info.canvas
         self._run, self._smallest = run, smallest
 
     @property
@@ -86,53 +86,21 @@ class ExportedDetector(Predictor):
         info, run, smallest = OPENERS[path.suffix](path, str(device or "cpu").lower(), threads)
         return cls(info, run, path, smallest)
 
-    def find(self, images: np.ndarray, image_sizes: np.ndarray) -> list[Found]:
-        """See `Predictor.find`."""
-        images = on_canvas(images, self.info.canvas or np.maximum(images.shape[2:], self._smallest))
-        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))  # as `pad` has them in memory already
+    def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
+        """See `Predictor.detect`."""
+        self.check_proposals(max_proposals)
+        height, width = self.canvas or np.maximum(prepared.images.shape[2:], self._smallest).tolist()
+        images = prepared.images.transpose(0, 2, 3, 1)
+        if images.shape[1:3] != (height, width):
+            images = pad(list(images), (height, width)).transpose(0, 2, 3, 1)
+        images = np.ascontiguousarray(images)  # as `pad` has them in memory already
         step = self.info.batch or len(images)
         found: list[Found] = []
         for start in range(0, len(images), step):
             place = slice(start, start + step)
-            boxes, scores, labels, counts = self._run(images[place], image_sizes[place].astype(np.int64))
-            found += [(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.tolist())]
+            boxes, scores, labels, counts = self._run(images[place], prepared.image_sizes[place])
+            found += [Found(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.tolist())]
         return found
-
-
-@dataclass(frozen=True)
-class FittedPreprocessing(Preprocessing):
-    """For a fixed canvas: a picture that would stick out is shrunk until it fits, so a portrait on a landscape canvas.
-
-    Attributes:
-        canvas: height and width.
-    """
-
-    canvas: tuple[int, int]
-
-    def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after the resize; the aspect ratio is kept up to rounding."""
-        wanted = super().target_size(height, width)
-        if wanted[0] <= self.canvas[0] and wanted[1] <= self.canvas[1]:
-            return wanted
-        scale = min(self.canvas[0] / height, self.canvas[1] / width)
-        fitting = max(1, round(height * scale)), max(1, round(width * scale))
-        return min(fitting[0], self.canvas[0]), min(fitting[1], self.canvas[1])
-
-
-def fitted(preprocessing: Preprocessing, canvas: tuple[int, int] | None) -> Preprocessing:
-    """The preprocessing for a canvas; the same where it is not fixed."""
-    return FittedPreprocessing(**preprocessing.to_dict(), canvas=canvas) if canvas else preprocessing
-
-
-def on_canvas(images: np.ndarray, canvas: Any) -> np.ndarray:
-    """Pad uint8 (N, 3, H, W) right and bottom to a canvas (height, width) that is no smaller; in memory as `pad`."""
-    height, width = map(int, canvas)
-    if images.shape[2:] == (height, width):
-        return images
-    padded = np.empty((len(images), height, width, 3), np.uint8)
-    padded[:] = PADDING
-    padded[:, : images.shape[2], : images.shape[3]] = images.transpose(0, 2, 3, 1)
-    return padded.transpose(0, 3, 1, 2)
 
 
 def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:

@@ -12,8 +12,7 @@ import numpy as np
 
 from detector.data.boxes import box_area, box_iou, intersection
 from detector.errors import InputError
-
-Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # boxes (D, 4), scores (D,), labels (D,), best first
+from detector.inference.detections import Found
 
 # IoU from which two looks show the same object: COCO's loosest match.
 SAME_IOU = 0.5
@@ -84,8 +83,8 @@ def merge_tiles(found: Sequence[Found], regions: np.ndarray, size: tuple[int, in
     for label in np.unique(labels):
         mine = labels == label
         merged, sure = _merge_class(boxes[mine], scores[mine], look[mine], cut[mine], regions)
-        kept.append((merged, sure, np.full(len(sure), label, labels.dtype)))
-    return _ranked(kept) if kept else (boxes, scores, labels)
+        kept.append(Found(merged, sure, np.full(len(sure), label, labels.dtype)))
+    return _ranked(kept) if kept else Found(boxes, scores, labels)
 
 
 def mirror_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
@@ -118,7 +117,7 @@ def merge_flipped(straight: Found, mirrored: Found) -> Found:
         kinds.append(labels[place])
     if not merged:
         return straight
-    return _ranked([(np.array(merged), np.array(sure), np.array(kinds, labels.dtype))])
+    return _ranked([Found(np.array(merged), np.array(sure), np.array(kinds, labels.dtype))])
 
 
 def _merge_class(
@@ -187,4 +186,4 @@ def _clip(boxes: np.ndarray, to: np.ndarray) -> np.ndarray:
 def _ranked(parts: list[Found]) -> Found:
     boxes, scores, labels = (np.concatenate(one) for one in zip(*parts, strict=True))
     order = np.argsort(-scores, kind="stable")
-    return boxes[order].astype(np.float32), scores[order].astype(np.float32), labels[order]
+    return Found(boxes[order].astype(np.float32), scores[order].astype(np.float32), labels[order])

@@ -3,7 +3,7 @@ lines of a camera or a stream, which are there as soon as they are known.
 
 places = Places(out, source, ["jsonl"])
 with WRITERS["jsonl"](out, ["jsonl"], predictor.class_names) as add:
-    for picture, found in predictor.search(source, Options()):
+    for picture, found in predictor.search(source, PredictOptions()):
         add(picture, found, places(found))
 """
 

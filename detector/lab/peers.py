@@ -89,7 +89,7 @@ def training_contest(spec: Mapping[str, Any], augment: Mapping[str, Any], index:
     Same pictures, same transforms, same resize (short side 320), batch 8, two steps a turn; a third of the turns,
     because the peer takes seconds.
     """
-    preprocessing = Preprocessing(320, 640)
+    preprocessing = Preprocessing(short_side=320, long_side=640)
     transform = TrainTransform(preprocessing, **augment, seed=0)
     batches = _batches(DetectionDataset(index, transform))
     own = build_network(spec, len(index.class_names)).to(memory_format=torch.channels_last).train()

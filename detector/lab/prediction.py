@@ -18,14 +18,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from detector.data.preprocess import canvas_size, pad, restore_boxes
+from detector.data.preprocess import canvas_size, prepare
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.export.formats import convert_for_openvino, import_openvino
 from detector.export.quantize import import_nncf, quiet
 from detector.inference.detector import Detector
 from detector.inference.loading import load
-from detector.inference.predictor import input_scale
 from detector.inference.runtime import OFTEN, openvino_options
 from detector.lab.cost import multiply_adds
 from detector.lab.latency import WARM_UP
@@ -148,38 +147,40 @@ def _tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).float() / 255
 
 
-@torch.inference_mode()
 def parts(detector: Detector, image: np.ndarray, turns: int) -> dict[str, float]:
-    """Median milliseconds of each part of one prediction with this detector, in order."""
+    """Median milliseconds of each part of one prediction with this detector, in order.
+
+    The borders are forward hooks. pre-process: reading the source, resize, padding, normalisation; RPN: with the
+    proposals' decoding and suppression; post-process: the head's boxes, their suppression, restoring.
+    """
+    network, clock = detector.network, Clock()
+
+    def book(part: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:  # not the seconds: what a hook gives replaces the module's input or output
+            clock.book(part)
+
+        return hook
+
+    borders = [
+        network.backbone.register_forward_pre_hook(book("pre-process")),
+        network.backbone.register_forward_hook(book("backbone")),
+        network.neck.register_forward_hook(book("neck")),
+        network.head.register_forward_pre_hook(book("RPN")),
+        network.head.register_forward_hook(book("head")),
+    ]
     seconds: dict[str, list[float]] = {}
-    for turn in range(WARM_UP + turns):
-        clock = Clock()
-        _predict_in_parts(detector, image, clock)
-        if turn >= WARM_UP:
-            for part, spent in clock.seconds.items():
-                seconds.setdefault(part, []).append(spent)
+    try:
+        for turn in range(WARM_UP + turns):
+            clock = Clock()
+            detector.predict(image)
+            clock.book("post-process")
+            if turn >= WARM_UP:
+                for part, spent in clock.seconds.items():
+                    seconds.setdefault(part, []).append(spent)
+    finally:
+        for border in borders:
+            border.remove()
     return {part: 1000 * statistics.median(spent) for part, spent in seconds.items()}
-
-
-def _predict_in_parts(detector: Detector, image: np.ndarray, clock: Clock) -> None:
-    """What `Detector.predict` does, step by step."""
-    network = detector.network
-    resized = detector.preprocessing(image)
-    pixels, sizes = torch.from_numpy(pad([resized])), torch.tensor([resized.shape[:2]])
-    clock.book("pre-process")
-    features = network.backbone(network.normalise(pixels))
-    clock.book("backbone")
-    rpn_map, head_map = network.neck(features)
-    clock.book("neck")
-    objectness, deltas, anchors = network.rpn(rpn_map)
-    proposals = network.rpn.propose(objectness, deltas, anchors, sizes)
-    clock.book("RPN")
-    output = network.head(head_map, proposals.boxes)
-    clock.book("head")
-    ((boxes, _, _),) = network.head.detect(output, proposals, sizes)
-    clock.book("NMS")
-    restore_boxes(boxes.numpy(), input_scale(image.shape[:2], resized.shape[:2]), image.shape[:2])
-    clock.book("post-process")
 
 
 def network_multiply_adds(detector: Detector, image: np.ndarray, canvas: tuple[int, int] | None = None) -> int:
@@ -290,10 +291,9 @@ def _exported_peer_call(path: Path, image: np.ndarray, threads: int) -> Callable
 
 
 def _network_call(path: str | Path, image: np.ndarray, threads: int) -> Callable[[], object]:
-    exported: Any = load(path, threads=threads)
-    resized = exported.preprocessing(image)
-    pixels, sizes = pad([resized]), np.array([resized.shape[:2]], np.int64)
-    return lambda: exported.find(pixels, sizes)
+    exported = load(path, threads=threads)
+    (prepared,) = prepare([image], exported.preprocessing, exported.canvas)
+    return lambda: exported.detect(prepared)
 
 
 # Linux counts a new program's ru_maxrss from that of the process that started it; VmHWM is its own.

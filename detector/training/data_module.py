@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning
@@ -15,7 +16,7 @@ from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
 from detector.data.image_folder import ImageFolder, collate_images
 from detector.data.preprocess import Preprocessing, canvas_size
-from detector.data.transforms import EvalTransform, TrainTransform
+from detector.data.transforms import TrainTransform
 from detector.errors import InputError
 
 
@@ -97,8 +98,9 @@ class DetectionData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         world, rank = _world(self)
         batches = EvaluationBatches(self.val_index, self.preprocessing, self.val_batch_size, rank, world)
-        dataset = DetectionDataset(self.val_index, EvalTransform(self.preprocessing))
-        return self._loader(dataset, batch_sampler=batches, collate_fn=collate_eval)
+        dataset = DetectionDataset(self.val_index, transform=None)
+        collate_fn = partial(collate_eval, preprocessing=self.preprocessing)
+        return self._loader(dataset, batch_sampler=batches, collate_fn=collate_fn)
 
     def _loader(self, dataset: DetectionDataset, **arguments: Any) -> DataLoader[Any]:
         return loader(dataset, self.workers, _world(self)[0], worker_init_fn=seed_worker, **arguments)

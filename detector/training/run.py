@@ -80,7 +80,7 @@ def _new_detector(config: Mapping[str, Any], index: CocoIndex) -> Detector:
         "torch": str(torch.__version__),
         "created": datetime.now().isoformat(timespec="seconds"),
     }
-    detector = Detector(spec, index.class_names, Preprocessing(**config["input"]), provenance)
+    detector = Detector(spec, index.class_names, Preprocessing.parse(config["input"], "input"), provenance)
     if config["ckpt"] and not config["resume"]:
         random = load_pretrained(detector, read_checkpoint(config["ckpt"]))
         log.info("weights from %s; %d tensors start at random", config["ckpt"], len(random))

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from detector.data.coco import CocoIndex
-from detector.data.collate import Batch
+from detector.data.collate import Batch, EvaluationBatch
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
+from detector.inference.detections import Detections
 from detector.inference.detector import Detector
 from detector.training.schedule import OptimizerSettings, ScheduleSettings, configure
 from detector.training.trainer import rank, share_buffers, world_size
@@ -83,14 +84,13 @@ class DetectionTask(lightning.LightningModule):
         self.results = []
         share_buffers(self.network)
 
-    def validation_step(self, batches: list[Batch], _: int) -> None:
-        """One Batch per canvas size; an empty list where this rank has no picture left."""
+    def validation_step(self, batch: EvaluationBatch, _: int) -> None:
+        """Empty where this rank has no image left."""
         assert self.val_index is not None
-        for batch in batches:
-            sizes = batch.original_sizes.cpu().numpy()
-            found = self.detector.detect(batch.images, batch.image_sizes, batch.scales.cpu().numpy(), sizes)
-            for image_id, detections in zip(batch.image_ids, found, strict=True):
-                self.results += detections.to_coco(image_id, self.val_index.category_ids)
+        found = self.detector.detect_prepared(batch.prepared)
+        for image_id, one in zip(batch.image_ids, found, strict=True):
+            detections = Detections(*one, self.detector.class_names, (0, 0))  # results hold no image sizes
+            self.results += detections.to_coco(image_id, self.val_index.category_ids)
 
     def on_validation_epoch_end(self) -> None:
         """Score once, on rank 0, over the detections of every rank; tell the figures to all."""

@@ -40,11 +40,11 @@ class PartTimes(lightning.Callback):
         self._spent, self._after_head = 0.0, False
 
     def on_validation_batch_end(
-        self, _: lightning.Trainer, __: lightning.LightningModule, ___: Any, batches: Any, ____: int, _____: int = 0
+        self, _: lightning.Trainer, __: lightning.LightningModule, ___: Any, batch: Any, ____: int, _____: int = 0
     ) -> None:
         self._spent += self._book("post-process")
-        if count := sum(len(batch) for batch in batches):
-            self.seconds_per_image.append(self._spent / count)
+        if len(batch):
+            self.seconds_per_image.append(self._spent / len(batch))
 
     def on_validation_epoch_end(self, *_: Any) -> None:
         self._book("decode")  # The callbacks' turn comes before the task's, which scores.

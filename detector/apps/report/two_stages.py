@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detector.data.preprocess import pad, restore_boxes
+from detector.data.preprocess import Prepared, prepare, restore
 from detector.data.progress import progress
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
 from detector.inference.detections import Detections
 from detector.inference.detector import Detector
-from detector.inference.predictor import input_scale
 from detector.models.boxes import pairwise_iou
 from detector.models.rpn import Proposals
 
@@ -131,10 +130,8 @@ def _look_at_all(
 def _look(detector: Detector, index: CocoIndex, i: int, numbers: list[int], recall_at: list[int]) -> _Look:
     network, device = detector.network.eval(), detector.device
     image = index.read(i)
-    resized = detector.preprocessing(image)
-    scale = input_scale(image.shape[:2], resized.shape[:2])
-    sizes = torch.tensor([resized.shape[:2]], device=device)
-    pixels = torch.from_numpy(pad([resized])).to(device)
+    (prepared,) = prepare([image], detector.preprocessing)
+    pixels, sizes = detector.inputs(prepared)
     clock = [_now(device)]
     rpn_map, head_map = network.features(pixels)
     objectness, deltas, anchors = network.rpn(rpn_map)
@@ -146,11 +143,11 @@ def _look(detector: Detector, index: CocoIndex, i: int, numbers: list[int], reca
         first = Proposals(proposals.boxes[:, :number], proposals.valid[:, :number], proposals.scores[:, :number])
         found.append(network.head.detect(network.head.subnet(thin_map, first.boxes), first, sizes)[0])
         clock.append(_now(device))
-    truths = torch.from_numpy(index.boxes[_truths(index, i)] * np.tile(scale, 2)).float().to(device)
+    truths = torch.from_numpy(index.boxes[_truths(index, i)] * np.tile(prepared.scales[0], 2)).float().to(device)
     return _Look(
         reach=_reach(proposals, truths, recall_at),
         anchor_iou=pairwise_iou(anchors, truths).amax(dim=0).cpu().numpy(),
-        found=[_restored(boxes, detector, scale, image.shape[:2]) for boxes in found],
+        found=[_restored(boxes, detector, prepared) for boxes in found],
         seconds=np.diff(clock).tolist(),
     )
 
@@ -173,11 +170,11 @@ def _reach(proposals: Proposals, truths: Tensor, recall_at: list[int]) -> np.nda
     return best[np.array(recall_at) - 1].T
 
 
-def _restored(
-    found: tuple[Tensor, Tensor, Tensor], detector: Detector, scale: np.ndarray, size: tuple[int, int]
-) -> Detections:
+def _restored(found: tuple[Tensor, Tensor, Tensor], detector: Detector, prepared: Prepared) -> Detections:
     boxes, scores, labels = (tensor.cpu().numpy() for tensor in found)
-    return Detections(restore_boxes(boxes, scale, size), scores, labels, detector.class_names, size)
+    height, width = prepared.original_sizes[0].tolist()
+    restored = restore(boxes, prepared.scales[0], (height, width))
+    return Detections(restored, scores, labels, detector.class_names, (height, width))
 
 
 def _by_budget(

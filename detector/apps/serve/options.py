@@ -53,7 +53,7 @@ class Known:
     def of(cls, predictor: Predictor, score_threshold: float) -> Known:
         if not _is_share(score_threshold):
             raise InputError(f"score_threshold={score_threshold}; expected a number from 0 to 1.")
-        return cls(score_threshold, proposal_limit(predictor), tuple(predictor.class_names))
+        return cls(score_threshold, predictor.proposal_limit, tuple(predictor.class_names))
 
     def read(self, given: Mapping[str, Sequence[str]]) -> Options:
         """The options in the fields of a form or a query: name -> every value that it was given.
@@ -98,14 +98,6 @@ class Known:
                 known = ", ".join(self.class_names[:20]) + (", ..." if len(self.class_names) > 20 else "")
                 raise InputError(f"classes={text[:40]!r} is not a class of this detector; there is {known}.")
         return tuple(dict.fromkeys(values)) or None
-
-
-def proposal_limit(predictor: Predictor) -> int | None:
-    """How many proposals the detector was made for; None where their number cannot be chosen, as in an export."""
-    spec: Any = getattr(predictor, "spec", None)
-    if spec is None or type(predictor).find_among is Predictor.find_among:
-        return None
-    return int(spec["rpn"]["test_limits"]["after_nms"])
 
 
 def _is_share(value: Any) -> bool:
