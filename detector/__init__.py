@@ -5,6 +5,9 @@
     for found in detector.predict("street.jpg", ckpt="best.ckpt"):
         print(found.names, found.scores)
 
+    run_dir = detector.train(recipe="finetune", data_root="my_data")    # needs the extra `train`
+    metrics = detector.evaluate(run_dir / "best.ckpt")
+
 Importing the package is instant: torch and everything else is loaded when a name is first used.
 """
 
@@ -14,21 +17,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from detector.cli import evaluate, train
     from detector.errors import InputError
     from detector.inference.detections import Detections
     from detector.inference.detector import Detector
     from detector.inference.loading import load, predict
 
 __version__ = "0.1.0"
-__all__ = ["Detections", "Detector", "InputError", "__version__", "load", "predict"]
+__all__ = ["Detections", "Detector", "InputError", "__version__", "evaluate", "load", "predict", "train"]
 
 # Public name -> the module that defines it.
 _SOURCES = {
     "Detections": "detector.inference.detections",
     "Detector": "detector.inference.detector",
     "InputError": "detector.errors",
+    "evaluate": "detector.cli",
     "load": "detector.inference.loading",
     "predict": "detector.inference.loading",
+    "train": "detector.cli",
 }
 
 

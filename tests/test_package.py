@@ -26,6 +26,7 @@ EXTRAS = {
     "detector/apps/doctor/": {"train"},
     "detector/apps/evaluate": {"train"},
     "detector/apps/serve/": {"serve"},
+    "detector/cli.py": {"train"},
     "detector/data/": {"train"},
     "detector/evaluation/": {"train"},
     "detector/export/": {"int8", "onnx", "openvino"},

@@ -1,0 +1,342 @@
+"""The command line as a user meets it: exit codes, what stands on the screen, and what reaches the options."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tool_runner import ROOT
+
+from detector import cli
+from detector.errors import InputError
+
+JOB = '''"""Says what it was given.
+
+Example: python tool.py backbone=v2_2x
+"""
+import errno, json, logging, sys, time
+from typing import Literal
+from detector.errors import InputError
+from detector.options import Count, Flag, Options, Positive
+
+class Backbone(Options):
+    name: str = "none"
+    width: Count = 4
+    """Channels (section 2)."""
+    limits: Count = 1
+
+class Optimizer(Options):
+    lr: Positive = 0.1
+    momentum: Positive = 0.9
+    scales: dict[str, Positive] | None = None
+
+class Data(Options):
+    root: str | None = None
+    sizes: tuple[Count, ...] = ()
+
+class ToolOptions(Options):
+    """What the tool takes."""
+    fail: str | None = None
+    ckpt: str
+    """to start from"""
+    epochs: Count = 1
+    """of the whole
+    data set"""
+    backbone: Backbone = Backbone()
+    optimizer: Optimizer = Optimizer()
+    data: Data = Data(sizes=(7,))
+    source: str | list[str] = "x"
+    classes: list[str | int] | None = None
+    report: Data | Literal[False] = Data()
+    rate: Count = 1
+    recipe_name: str = ""
+    backbone_name: str | None = None
+    overrides: tuple[str, ...] = ()
+
+def run(options):
+    logging.getLogger("tool").info("started")
+    match options.fail:
+        case "input": raise InputError("photo.jpg is not a picture.")
+        case "bug": raise RuntimeError("ours")
+        case "permission": raise PermissionError(errno.EACCES, "Permission denied", "/locked/runs")
+        case "space": raise OSError(errno.ENOSPC, "No space left on device", "runs/last.ckpt")
+        case "interrupt": raise KeyboardInterrupt
+        case "lightning":
+            try: raise KeyboardInterrupt
+            except KeyboardInterrupt: sys.exit(1)
+        case "sleep":
+            print("ready", flush=True)
+            time.sleep(60)
+    print(json.dumps(options.to_dict()))
+    return options
+
+'''
+
+TOOL = """
+from pathlib import Path
+from detector import cli
+cli.CONF = Path(__file__).parent / "conf"
+cli.COMMANDS["train"] = ("job", "ToolOptions", "run")
+cli.main("train")
+"""
+
+CONFIG = {
+    "train": "defaults: [_self_, {backbone: v2_1x}, {recipe: demo}]\n",
+    "backbone/v2_1x": "name: one\nwidth: 8\n",
+    "backbone/v2_2x": "name: two\n",
+    "recipe/demo": "# @package _global_\nepochs: 3\n",
+    "recipe/paper": "# @package _global_\nepochs: 30\noptimizer: {scales: {head.thin: 3.0}}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def tool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tool")
+    for name, text in CONFIG.items():
+        path = folder / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (folder / "job.py").write_text(JOB)
+    (folder / "tool.py").write_text(TOOL)
+    return folder / "tool.py"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    without_ranks = {key: value for key, value in os.environ.items() if key != "LOCAL_RANK"}
+    return {**without_ranks, "PYTHONPATH": str(ROOT), **extra}
+
+
+def process(tool: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    """As a user runs it."""
+    command = [sys.executable, tool.name, *arguments]
+    return subprocess.run(command, cwd=tool.parent, env=environment(**extra), capture_output=True, text=True)
+
+
+def call(tool: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same without a process of its own; what is logged is not seen."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.delenv("LOCAL_RANK", raising=False)
+        patch.syspath_prepend(str(tool.parent))
+        patch.setattr(cli, "CONF", tool.parent / "conf")
+        patch.setitem(cli.COMMANDS, "train", ("job", "ToolOptions", "run"))
+        patch.setattr(sys, "argv", [tool.name, *arguments])
+        try:
+            cli.main("train")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def given(tool: Path, *arguments: str) -> dict[str, Any]:
+    """The options that these arguments give."""
+    result = call(tool, "ckpt=c", *arguments)
+    assert result.returncode == 0, result.stderr
+    values: dict[str, Any] = json.loads(result.stdout)
+    return values
+
+
+def error_line(tool: Path, *arguments: str) -> str:
+    """The one line that a user's mistake gives."""
+    result = call(tool, *arguments, *([] if any(a.startswith("ckpt") for a in arguments) else ["ckpt=c"]))
+    assert (result.returncode, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_runs_with_the_composed_options_and_leaves_nothing_behind(tool: Path) -> None:
+    before = sorted(tool.parent.iterdir())
+    result = process(tool, "backbone=v2_2x", "recipe=paper", "ckpt=c")
+    assert (result.returncode, result.stderr) == (0, "started\n")
+    values = json.loads(result.stdout)
+    assert values["backbone"] == {"name": "two", "width": 4, "limits": 1}
+    assert (values["epochs"], values["optimizer"]["lr"]) == (30, 0.1)
+    assert (values["recipe_name"], values["backbone_name"]) == ("paper", "v2_2x")
+    assert values["overrides"] == ["backbone=v2_2x", "recipe=paper", "ckpt=c"]
+    assert sorted(path for path in tool.parent.iterdir() if path.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("backbone=v2_3x", ["backbone=v2_3x does not exist", "did you mean backbone=v2_", "v2_1x, v2_2x"]),
+        ("recipe=papper", ["did you mean recipe=paper?", "demo, paper"]),
+        ("recipe=./my/data", ["recipe=./my/data does not exist", "Options of recipe: demo, paper."]),
+        ("lrr=1", ["lrr is not a key", "did you mean optimizer.lr?", "backbone, backbone_name, ckpt", "--help"]),
+        ("optimiser.lr=1", ["did you mean optimizer.lr"]),
+        ("backbone.widht=1", ["backbone.widht is not a key", "did you mean backbone.width?"]),
+        ("bakbone=v2_1x", ["did you mean backbone"]),
+        ("~lrr", ["lrr is not a key"]),
+        ("zzzzzz=1", ["zzzzzz is not a key of this command. Keys: "]),
+        ("hydra.run.dir=x", ["hydra.run.dir is not a key"]),
+        ("epochs", ["cannot read 'epochs'", "epochs=1"]),
+        ("epochs=1,2", ["'epochs=[1,2]'"]),
+        ("epochs=a b]", ["cannot read 'epochs=a b]'"]),
+        ("epochs=0", ["epochs=0: expected a whole number, 1 or more."]),
+        ("epochs=${rate}", ["epochs=${rate}: expected a whole number"]),
+        ("report=true", ["report=true: expected report.KEY=VALUE, or false."]),
+        ("backbone=null", ["backbone=null does not exist", "Options of backbone: v2_1x, v2_2x."]),
+        ("=3", ["cannot read '=3'"]),
+        ("--epochs=3", ["without dashes: epochs=3"]),
+        ("--multirun", ["--multirun is not supported", "for b in"]),
+        ("fail=input", ["error: photo.jpg is not a picture."]),
+        ("~ckpt", ["ckpt is missing: add ckpt=..."]),
+        ("fail=permission", ["no permission for /locked/runs"]),
+        ("fail=space", ["runs/last.ckpt: no space left on device"]),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_line_with_a_way_out(tool: Path, override: str, parts: list[str]) -> None:
+    line = error_line(tool, *([override] if override != "~ckpt" else ["ckpt=c", "~ckpt"]))
+    assert [part for part in parts if part not in line] == [], line
+
+
+TEXTS = (
+    "1.10", "2024_01_15", "1e3", "1_000", "true", "yes", "a=b", "a=b (1).ckpt", "it's.jpg", 'q"uo.jpg',
+    "[x].jpg", "a,b.jpg",
+    "{a: 1}", "größe ü.png", "${nowhere}", "C:\\new\\table.jpg", "0x10", "nan", "~user", " ", "", "runs/x.ckpt",
+    "http://h/a?b=c&d=e#f", "*.jpg", "%20", "!x", "a\\'b", "-1", "[a,b]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_path_is_the_text_as_typed(text: str) -> None:
+    assert cli.as_typed(str, text) == text
+    assert cli.as_typed(str | None, text) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        (str | None, "null", None),
+        (str, "null", "null"),
+        (str | None, "~/x", str(Path.home() / "x")),
+        (str, '"a=b (1).ckpt"', "a=b (1).ckpt"),
+        (str, "'a b'", "a b"),
+        (str, r'"q\"uo"', 'q"uo'),
+        (str, "'it's'", "'it's'"),
+        (str | list[str], "[a,b]", ["a", "b"]),
+        (str | list[str], "[]", []),
+        (str | list[str], "[ 1e3 , 2024_01_15,it's.jpg]", ["1e3", "2024_01_15", "it's.jpg"]),
+        (str | list[str], """["a, b.jpg",'c d',e f]""", ["a, b.jpg", "c d", "e f"]),
+        (str | list[str], "[x].jpg", "[x].jpg"),
+        (list[str | int] | None, "[car,2,03x]", ["car", 2, "03x"]),
+        (list[str | int] | None, "null", None),
+        (tuple[str, ...], "[a]", ["a"]),
+    ],
+)
+def test_texts_that_mean_more_than_themselves(kind: Any, text: str, value: Any) -> None:
+    assert cli.as_typed(kind, text) == value
+
+
+def test_only_texts_are_taken_as_typed(tool: Path) -> None:
+    values = given(tool, "data.root=1.10", "source=[1e3,true]", "classes=[car,2]", "epochs=5", "fail=none")
+    assert (values["data"]["root"], values["source"], values["classes"]) == ("1.10", ["1e3", "true"], ["car", 2])
+    assert (values["epochs"], values["fail"]) == (5, "none")
+
+
+def test_values_of_every_form(tool: Path) -> None:
+    values = given(
+        tool, "recipe=paper", "++epochs=7", "+rate=2", "optimizer.scales={backbone: 0.1}", "optimizer.lr=1e-3",
+        "report=false", "data={root: d}", "data.sizes=[1,2]",
+    )  # fmt: skip
+    assert (values["epochs"], values["rate"], values["report"]) == (7, 2, False)
+    assert values["optimizer"] == {"lr": 0.001, "momentum": 0.9, "scales": {"head.thin": 3.0, "backbone": 0.1}}
+    assert values["data"] == {"root": "d", "sizes": [1, 2]}
+    assert given(tool, "recipe=paper", "optimizer.scales=null")["optimizer"]["scales"] is None
+    assert given(tool, "~epochs", "~optimizer.lr", "~backbone")["backbone"]["name"] == "none"
+    assert given(tool, "~epochs")["epochs"] == 1
+    assert given(tool, "report=false", "report.root=a")["report"] == {"root": "a", "sizes": []}
+    assert given(tool, "data.root=a")["data"]["sizes"] == [7]  # the outer default stays
+
+
+def test_a_mistake_of_ours_keeps_its_traceback_without_hydra(tool: Path) -> None:
+    result = process(tool, "fail=bug", "ckpt=c")
+    assert result.returncode == 1
+    assert "RuntimeError: ours" in result.stderr
+    assert "site-packages" not in result.stderr
+
+
+@pytest.mark.parametrize("how", ["interrupt", "lightning"])
+def test_interrupts(tool: Path, how: str) -> None:
+    result = process(tool, f"fail={how}", "ckpt=c")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "started\ninterrupted\n")
+
+
+def test_control_c(tool: Path) -> None:
+    command = [sys.executable, tool.name, "fail=sleep", "ckpt=c"]
+    with subprocess.Popen(
+        command, cwd=tool.parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (130, "started\ninterrupted\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_purpose_options_and_configuration(tool: Path, flag: str) -> None:
+    result = call(tool, "recipe=paper", flag)
+    assert (result.returncode, result.stderr) == (0, "")
+    for part in ("Says what it was given.", "Example:", "[v2_1x] v2_2x", "demo [paper]", "epochs: 30", "ckpt: ???"):
+        assert part in result.stdout
+
+
+def test_help_explains_each_key_behind_its_line(tool: Path) -> None:
+    lines = call(tool, "--help").stdout.splitlines()
+    assert [line for line in lines if " # " in line] == [
+        "  ckpt: ???   # to start from",
+        "  epochs: 3   # of the whole data set",
+        "    width: 8  # Channels (section 2).",
+    ]
+
+
+def test_from_python(tool: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(tool.parent))
+    monkeypatch.setattr(cli, "CONF", tool.parent / "conf")
+    monkeypatch.setitem(cli.COMMANDS, "train", ("job", "ToolOptions", "run"))
+    options: Any = cli.train(
+        "paper", data_root=tmp_path, ckpt="1e3", backbone="v2_2x", optimizer={"lr": 2, "scales": {"a.b": 1}}, rate=5
+    )
+    assert (options.data.root, options.ckpt, options.epochs, options.rate) == (str(tmp_path), "1e3", 30, 5)
+    assert (options.backbone.name, options.backbone_name, options.recipe_name) == ("two", "v2_2x", "paper")
+    assert options.optimizer.lr == 2
+    assert options.optimizer.scales == {"head.thin": 3.0, "a.b": 1.0}
+    assert options.overrides[:2] == ("recipe=paper", "backbone=v2_2x")
+    assert "optimizer.lr=2" in options.overrides
+    options = cli.train("demo", **{"ckpt": "c", "backbone": {"width": 5}, "optimizer.lr": 1.5})
+    assert (options.backbone.name, options.backbone.width, options.optimizer.lr) == ("one", 5, 1.5)
+    with pytest.raises(InputError, match=r"epoch is not a key .*did you mean epochs\?"):
+        cli.train("demo", epoch=3)
+    with pytest.raises(InputError, match=r"optimizer.lrr is not a key"):
+        cli.train("demo", optimizer={"lrr": 3})
+    with pytest.raises(InputError, match="recipe=finetune does not exist"):
+        cli.train()
+
+
+def test_other_ranks_leave_shared_mistakes_to_rank_0(tool: Path) -> None:
+    result = process(tool, "lrr=1", "ckpt=c", LOCAL_RANK="1")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+
+
+def test_an_error_of_one_rank_alone_is_told_after_a_grace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    cli.report("picture 7 is broken.", rank=3, parent=os.getppid())
+    assert capsys.readouterr().err == "error (rank 3): picture 7 is broken.\n"
+    cli.report("the data set is missing.", rank=3, parent=-1)  # the launcher has gone: it has said so
+    assert capsys.readouterr().err == ""
+    assert waited == [cli.GRACE, cli.GRACE]
