@@ -10,9 +10,10 @@ those express neither `auto | list` nor text that looks like a number.
 
 from __future__ import annotations
 
+import copy
 import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -62,6 +63,23 @@ class Options(BaseModel):
         except ValidationError as error:
             raise InputError(_in_one_line(cls, error.errors(include_url=False)[0], values, where)) from None
 
+    @classmethod
+    def parse_recorded(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """As `parse`, of what an earlier version wrote down: options that no longer exist are left out.
+
+        Raises:
+            InputError: a value does not fit.
+        """
+        values = copy.deepcopy(dict(values))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                if detail["type"] == "extra_forbidden":
+                    *outer, name = detail["loc"]
+                    _inner(values, outer).pop(name, None)
+        return cls.parse(values, where)
+
     def to_dict(self) -> dict[str, Any]:
         """All options as plain types: what `parse` takes, and what a checkpoint holds."""
         return self.model_dump(mode="json")
@@ -73,6 +91,14 @@ class Options(BaseModel):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         return {name: _changed(defaults.get(name), given) for name, given in values.items()}
+
+
+def _inner(values: Any, path: Sequence[int | str]) -> Any:
+    """What lies there in plain values; parts of the path that are no keys are names of types that pydantic tried."""
+    for part in path:
+        if isinstance(part, int) if isinstance(values, list) else part in values:
+            values = values[part]
+    return values
 
 
 def _changed(default: Any, given: Any) -> Any:

@@ -17,7 +17,7 @@ from detector.data.coco import CocoIndex, load_coco
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
 from detector.data.preprocess import Preprocessing
-from detector.data.transforms import EvalTransform, TrainTransform, Transformed
+from detector.data.transforms import AugmentOptions, EvalTransform, TrainTransform, Transformed
 from detector.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -29,16 +29,8 @@ def index(tiny_coco: Path) -> CocoIndex:
 
 
 def train_transform(seed: int = 0) -> TrainTransform:
-    return TrainTransform(
-        Preprocessing(short_side=32, long_side=48),
-        flip=0.5,
-        vertical_flip=0.5,
-        scale=(0.5, 1.5),
-        photometric=1.0,
-        crop=0.5,
-        rotate90=0.5,
-        seed=seed,
-    )
+    draws = AugmentOptions(vertical_flip=0.5, rotate90=0.5, scale=(0.5, 1.5), photometric=1.0, crop=0.5)
+    return TrainTransform(Preprocessing(short_side=32, long_side=48), draws, seed=seed)
 
 
 def test_sample(index: CocoIndex) -> None:

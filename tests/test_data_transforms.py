@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from detector.data.preprocess import Preprocessing
-from detector.data.transforms import EvalTransform, TrainTransform, Transformed, process_rank
+from detector.data.transforms import AugmentOptions, EvalTransform, TrainTransform, Transformed, process_rank
 from detector.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -26,7 +26,6 @@ STILL: dict[str, Any] = {
     "photometric": 0.0,
     "crop": 0.0,
     "rotate90": 0.0,
-    "seed": 0,
 }
 ALL: dict[str, Any] = {
     "flip": 0.5,
@@ -35,15 +34,19 @@ ALL: dict[str, Any] = {
     "photometric": 1.0,
     "crop": 0.5,
     "rotate90": 0.5,
-    "seed": 0,
 }
+
+
+def train_transform(short_side: int, long_side: int, *, seed: int = 0, **options: Any) -> TrainTransform:
+    """With these draws and no others."""
+    return TrainTransform(
+        Preprocessing(short_side=short_side, long_side=long_side), AugmentOptions(**STILL | options), seed=seed
+    )
+
+
 NONE = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
 # One channel each, so that the pixels say where a box must be.
 BOXES = np.array([[20, 30, 60, 50], [90, 10, 110, 70], [40, 80, 100, 100]], np.float32)
-
-
-def sides(short: int, long: int) -> Preprocessing:
-    return Preprocessing(short_side=short, long_side=long)
 
 
 def scene(height: int = 120, width: int = 160) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -76,19 +79,19 @@ def is_valid(result: Transformed) -> bool:
 
 def test_evaluation_resizes_and_nothing_else() -> None:
     image, *objects = scene()
-    result = EvalTransform(sides(60, 100))(image, *objects)
+    result = EvalTransform(Preprocessing(short_side=60, long_side=100))(image, *objects)
     assert result.image.shape == (60, 80, 3)
     assert result.scale.tolist() == [0.5, 0.5]
     np.testing.assert_allclose(result.boxes, BOXES / 2)
     for label, box in zip(result.labels, result.boxes, strict=True):
         np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1)
-    assert is_valid(EvalTransform(sides(60, 100))(image, *NONE))
+    assert is_valid(EvalTransform(Preprocessing(short_side=60, long_side=100))(image, *NONE))
 
 
 def test_training_without_draws_is_evaluation() -> None:
     image, *objects = scene()
-    ours = TrainTransform(sides(90, 200), **STILL)(image, *objects)
-    theirs = EvalTransform(sides(90, 200))(image, *objects)
+    ours = train_transform(90, 200)(image, *objects)
+    theirs = EvalTransform(Preprocessing(short_side=90, long_side=200))(image, *objects)
     np.testing.assert_array_equal(ours.image, theirs.image)
     np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-3)
     for mine, other in zip(ours[2:], theirs[2:], strict=True):
@@ -97,8 +100,7 @@ def test_training_without_draws_is_evaluation() -> None:
 
 @pytest.mark.parametrize("name", ["flip", "vertical_flip", "rotate90", "crop", "scale"])
 def test_boxes_follow_the_pixels(name: str) -> None:
-    options = {**STILL, name: (0.5, 0.95) if name == "scale" else 1.0}
-    transform = TrainTransform(sides(120, 160), **options)
+    transform = train_transform(120, 160, **{name: (0.5, 0.95) if name == "scale" else 1.0})
     image, *objects = scene()
     pictures = set()
     for _ in range(20):
@@ -115,8 +117,7 @@ def test_boxes_follow_the_pixels(name: str) -> None:
 
 
 def test_everything_at_once_stays_valid_and_within_the_canvas() -> None:
-    preprocessing = Preprocessing(short_side=96, long_side=128)
-    transform = TrainTransform(preprocessing, **ALL)
+    transform = train_transform(96, 128, **ALL)
     image, *objects = scene()
     crowds = 0
     for _ in range(200):
@@ -131,7 +132,7 @@ def test_everything_at_once_stays_valid_and_within_the_canvas() -> None:
 
 
 def test_zooming_in_keeps_the_size_and_what_can_be_seen() -> None:
-    transform = TrainTransform(sides(120, 160), **{**STILL, "scale": (2.0, 2.0)})
+    transform = train_transform(120, 160, **{"scale": (2.0, 2.0)})
     image, *objects = scene()
     full = BOXES.astype(np.float64) * 2
     areas = (full[:, 2:] - full[:, :2]).prod(axis=1)
@@ -152,7 +153,7 @@ def test_zooming_in_keeps_the_size_and_what_can_be_seen() -> None:
 
 
 def test_zooming_out_never_exceeds_and_spreads_over_the_range() -> None:
-    transform = TrainTransform(sides(120, 160), **{**STILL, "scale": (0.25, 4.0)})
+    transform = train_transform(120, 160, **{"scale": (0.25, 4.0)})
     image, *objects = scene()
     factors = np.array([transform(image, *objects).scale[0] for _ in range(300)])
     assert factors.min() < 0.3
@@ -161,9 +162,7 @@ def test_zooming_out_never_exceeds_and_spreads_over_the_range() -> None:
 
 
 def test_crop_keeps_every_object_whole_even_thin_ones() -> None:
-    transform = TrainTransform(
-        Preprocessing(short_side=100, long_side=100), **{**STILL, "crop": 1.0, "scale": (1.0, 1.0)}
-    )
+    transform = train_transform(100, 100, **{"crop": 1.0, "scale": (1.0, 1.0)})
     image = np.zeros((100, 100, 3), np.uint8)
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -178,7 +177,7 @@ def test_crop_keeps_every_object_whole_even_thin_ones() -> None:
 
 
 def test_boxes_below_a_pixel_and_without_area_are_left_out() -> None:
-    transform = TrainTransform(sides(60, 80), **STILL)
+    transform = train_transform(60, 80)
     image = np.zeros((120, 160, 3), np.uint8)
     boxes = np.array([[10, 10, 11.5, 40], [20, 20, 23, 23], [30, 30, 30, 30], [150, 100, 400, 300]], np.float32)
     result = transform(image, boxes, np.array([7, 8, 9, 2**40]), np.zeros(4, bool))
@@ -187,7 +186,7 @@ def test_boxes_below_a_pixel_and_without_area_are_left_out() -> None:
 
 
 def test_arguments_are_not_written_to() -> None:
-    transform = TrainTransform(sides(96, 128), **ALL)
+    transform = train_transform(96, 128, **ALL)
     arguments = scene()
     before = [part.copy() for part in arguments]
     for part in arguments:
@@ -206,7 +205,7 @@ def draws(transform: TrainTransform, count: int = 12) -> list[bytes]:
 
 def test_seeds_decide_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     def fresh(**options: Any) -> TrainTransform:
-        return TrainTransform(sides(60, 80), **{**ALL, **options})
+        return train_transform(60, 80, **{**ALL, **options})
 
     first = draws(fresh())
     assert len(set(first)) == 12
@@ -226,9 +225,7 @@ def test_seeds_decide_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flips_are_drawn_independently() -> None:
     # albumentations' own seeding gives every transform the same stream: both flips, or none.
-    transform = TrainTransform(
-        Preprocessing(short_side=120, long_side=160), **{**STILL, "flip": 0.5, "vertical_flip": 0.5}
-    )
+    transform = train_transform(120, 160, **{"flip": 0.5, "vertical_flip": 0.5})
     image, *objects = scene()
     seen = Counter(tuple(transform(image, *objects).boxes[0]) for _ in range(100))
     assert len(seen) == 4
@@ -248,16 +245,16 @@ def test_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["flip", "vertical_flip", "photometric", "crop", "rotate90"])
 def test_a_probability_is_named(name: str) -> None:
     for value in (-0.1, 1.5, float("nan")):
-        with pytest.raises(InputError, match=rf"^{name}={value}: .*\[0, 1\]"):
-            TrainTransform(sides(60, 80), **{**STILL, name: value})
+        with pytest.raises(InputError, match=rf"^augment\.{name}=.*: expected "):
+            AugmentOptions.parse({name: value}, "augment")
 
 
-def test_a_bad_scale_and_seed_are_named() -> None:
-    for value in ((0.0, 1.0), (1.5, 1.0), (1.0, float("inf"))):
-        with pytest.raises(InputError, match=r"scale=\(.*expected 0 < lowest <= highest"):
-            TrainTransform(sides(60, 80), **{**STILL, "scale": value})
-    with pytest.raises(InputError, match="seed=-1: expected 0 or more"):
-        TrainTransform(sides(60, 80), **{**STILL, "seed": -1})
+def test_a_bad_scale_is_named() -> None:
+    for value in ((0.0, 1.0), (1.0, float("inf")), (1.0,)):
+        with pytest.raises(InputError, match=r"^augment\.scale=?.*: expected |^augment\.scale.* is missing"):
+            AugmentOptions.parse({"scale": value}, "augment")
+    with pytest.raises(InputError, match=r"augment\.scale=\[1\.5, 1\.0\]: expected lowest <= highest"):
+        AugmentOptions.parse({"scale": (1.5, 1.0)})
 
 
 def test_albumentations_does_not_ask_the_network() -> None:
@@ -266,11 +263,9 @@ def test_albumentations_does_not_ask_the_network() -> None:
         "sys.modules['torch'] = None\n"  # not needed, and slow to import
         "def refuse(*a, **k): raise SystemExit('asked the network')\n"
         "socket.getaddrinfo = socket.create_connection = refuse\n"
-        "from detector.data.transforms import TrainTransform\n"
+        "from detector.data.transforms import AugmentOptions, TrainTransform\n"
         "from detector.data.preprocess import Preprocessing\n"
-        "TrainTransform(Preprocessing(short_side=60, long_side=80),"
-        " flip=0, vertical_flip=0, scale=(1, 1), photometric=0, crop=0,"
-        " rotate90=0, seed=0)\n"
+        "TrainTransform(Preprocessing(short_side=60, long_side=80), AugmentOptions(), seed=0)\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}
     root = Path(__file__).resolve().parents[1]

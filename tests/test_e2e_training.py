@@ -23,7 +23,7 @@ from tool_runner import ROOT, Outcome, run_process, run_tool, tool_environment
 
 from detector.evaluation.metrics import METRICS
 from detector.inference.detector import Detector
-from detector.training.schedule import ScheduleSettings
+from detector.training.schedule import ScheduleOptions
 
 pytestmark = pytest.mark.slow
 
@@ -252,7 +252,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(lab: Lab) -> None:
     assert [row["step"] for row in resumed[0]] == [str(step) for step in range(1, 13)]
     assert [row["step"] for row in resumed[1]] == [row["step"] for row in whole[1]]
     assert [row["lr"] for row in resumed[0]] == [row["lr"] for row in whole[0]]
-    schedule = ScheduleSettings("cosine", 6, None, [], 0, 0.01, 0.01)
+    schedule = ScheduleOptions(kind="cosine", epochs=6, warmup_steps=0, final_share=0.01)
     expected = [1e-5 / 4 * schedule.factor(step, 12) for step in range(12)]
     assert [float(row["lr"]) for row in resumed[0]] == pytest.approx(expected, rel=1e-3)
     assert load(lab.folder / "killed/last.ckpt")["global_step"] == 12

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from detector.evaluation.metrics import METRICS
 from detector.inference.detector import Detector, read_checkpoint
-from detector.training import run
 from detector.training.callbacks import EMA, LOSSES, History, ProgressLines
+from detector.training.run import TrainOptions, train
 from detector.training.task import DetectionTask
 
 
@@ -85,7 +85,7 @@ def test_the_average_is_what_is_scored_and_saved(
         ],
     )  # fmt: skip
     launch.resolve(cfg)
-    run.train(launch.plain(cfg))
+    train(TrainOptions.parse(launch.plain(cfg)))
     assert len(stepped) == 6
     last = read_checkpoint(tmp_path / "run/last.ckpt")
     best = read_checkpoint(tmp_path / "run/best.ckpt")

@@ -19,10 +19,12 @@ from detector.inference.detector import Detector
 from detector.models.backbones import build_backbone
 from detector.models.backbones.classifier import ImageClassifier
 from detector.training.classification import ClassificationTask, draw_images, score
-from detector.training.schedule import OptimizerSettings, ScheduleSettings, parameter_groups
+from detector.training.pretrain import PretrainOptions
+from detector.training.schedule import parameter_groups
 
-SGD = OptimizerSettings("sgd", 0.5, 1024, 0.9, 4e-5, None, None)
-LINEAR = ScheduleSettings("linear", 1, None, [], 0, 1.0, 0.0)
+PRETRAINING = PretrainOptions(backbone={})
+SGD = PRETRAINING.optimizer
+LINEAR = PRETRAINING.schedule
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ from torch.utils.data import DistributedSampler
 from detector.data.coco import CocoIndex, load_coco
 from detector.data.image_folder import ImageFolder, eval_view, train_view
 from detector.data.preprocess import Preprocessing
-from detector.data.transforms import TrainTransform
+from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError
 from detector.training.data_module import ClassificationData, DetectionData, EvaluationBatches
 
 PREPROCESSING = Preprocessing(short_side=64, long_side=96)
-PLAIN = {"flip": 0.0, "vertical_flip": 0.0, "scale": (1.0, 1.0), "photometric": 0.0, "crop": 0.0, "rotate90": 0.0}
 
 
 def index_of(sizes: list[tuple[int, int]]) -> CocoIndex:
@@ -38,8 +37,9 @@ def module(root: Path, **changes: Any) -> DetectionData:
     index = load_coco(root / "annotations/train.json", root / "images")
     values: dict[str, Any] = {
         "train": index, "val": index, "preprocessing": PREPROCESSING,
-        "transform": TrainTransform(PREPROCESSING, **PLAIN, seed=0), "train_batch_size": 2, "val_batch_size": 3,
-        "workers": 0, "cache": False, "seed": 5,
+        "transform": TrainTransform(PREPROCESSING, AugmentOptions(flip=0), seed=0),
+        "train_batch_size": 2, "val_batch_size": 3,
+        "workers": 0, "seed": 5,
     }  # fmt: skip
     return DetectionData(**values | changes)
 

@@ -12,10 +12,10 @@ from detector.data.collate import Batch
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference.detector import Detector
-from detector.training.schedule import OptimizerSettings, build_optimizer
+from detector.training.schedule import OptimizerOptions, build_optimizer
 from detector.training.task import DetectionTask, load_pretrained
 
-SGD = OptimizerSettings("sgd", 0.1, None, 0.9, 0.1, None, None)
+SGD = OptimizerOptions(lr=0.1, base_batch=None, weight_decay=0.1, lr_scales=None)
 STAGES = {"conv1": 1, "stage2": 2, "stage3": 3, "stage4": 4}
 
 

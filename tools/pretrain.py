@@ -14,11 +14,11 @@ from launch import launch, plain
 
 from omegaconf import DictConfig
 
-from detector.training.pretrain import pretrain
+from detector.training.pretrain import PretrainOptions, pretrain
 
 
 def main(config: DictConfig) -> None:
-    pretrain(plain(config))
+    pretrain(PretrainOptions.parse(plain(config)))
 
 
 if __name__ == "__main__":

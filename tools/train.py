@@ -13,11 +13,11 @@ from launch import launch, plain
 
 from omegaconf import DictConfig
 
-from detector.training.run import train
+from detector.training.run import TrainOptions, train
 
 
 def main(config: DictConfig) -> None:
-    train(plain(config))
+    train(TrainOptions.parse(plain(config)))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,17 @@ from detector.files import write_json
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector, is_export
 from detector.training.checks import check_values
-from detector.training.run import data_module
+from detector.training.data_module import DetectionData
 from detector.training.task import DetectionTask
 from detector.training.timing import PartTimes
-from detector.training.trainer import check_writable, devices, is_first_process, progress, ranks_end_together
+from detector.training.trainer import (
+    DeviceOptions,
+    check_writable,
+    devices,
+    is_first_process,
+    progress,
+    ranks_end_together,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +55,8 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
         from detector.apps.evaluate_export import evaluate_export
 
         return evaluate_export(config)
-    device_arguments = devices(config)
+    where = DeviceOptions.parse(config["trainer"], "trainer")
+    device_arguments = devices(where)
     detector = Detector.load(config["ckpt"], device="cpu")  # Lightning moves it to this process's device
     if config["max_proposals"]:
         rpn = detector.network.rpn
@@ -61,12 +69,17 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
     out = Path(str(config["out"])) if config["out"] else Path(config["ckpt"]).parent / name
     if is_first_process():
         check_writable(out)
-    data = data_module(config, detector.preprocessing, None, index)
+    data = DetectionData(
+        val=index,
+        preprocessing=detector.preprocessing,
+        val_batch_size=config["val"]["batch_size"],
+        workers=config["workers"],
+    )
     task = DetectionTask(detector)
     task.val_index = index
     times = PartTimes(clock)
     trainer = lightning.Trainer(
-        **device_arguments, **progress(config, [times]), logger=False, enable_checkpointing=False,
+        **device_arguments, **progress(where, [times]), logger=False, enable_checkpointing=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=out,
     )  # fmt: skip
     with ranks_end_together(trainer), logging_redirect_tqdm():

@@ -6,9 +6,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from detector.data.coco import CocoIndex, load_coco
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
+from detector.options import Count, Flag, Natural, Options
+
+
+class GenerateOptions(Options):
+    """The embedded data set, drawn at first use; see data/README.md."""
+
+    seed: Natural = 0
+    """of the scenes"""
+    train: Count = 1200
+    """images of the training split"""
+    val: Count = 200
+    """images of the validation split"""
+    size: Count = 256
+    """side of an image in pixels"""
+
+
+class SplitOptions(Options):
+    """Where one split lies."""
+
+    annotations: str = Field(coerce_numbers_to_str=True)
+    """COCO's JSON, relative to data.root"""
+    images: str = Field(default="images", coerce_numbers_to_str=True)
+    """folder of the images, relative to data.root"""
+    limit: Count | None = None
+    """only the first N images; null: all"""
+
+
+class DataOptions(Options):
+    """A data set of two splits."""
+
+    root: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """folder of the data set"""
+    generate: GenerateOptions | None = None
+    """draw the embedded data set there"""
+    train: SplitOptions = SplitOptions(annotations="annotations/train.json")
+    val: SplitOptions = SplitOptions(annotations="annotations/val.json")
+    keep_empty: Flag = True
+    """images without objects are training data too"""
+    cache: Flag = True
+    """keep decoded training images in memory"""
+    missing: str | None = None
+    """what to say where the annotations are not there"""
 
 
 def load_split(data: Mapping[str, Any], split: str, class_names: tuple[str, ...] | None = None) -> CocoIndex:

@@ -1,4 +1,4 @@
-"""What happens to a decoded picture before it becomes network input.
+"""What happens to a decoded image before it becomes network input.
 
 Training: crop, flips and colours in original pixels, then one resize to a drawn size. Evaluation: that resize only.
 The resize is `preprocess.resize`, the project's only one.
@@ -11,21 +11,32 @@ from __future__ import annotations
 import os
 import random
 import sys
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
+from pydantic import model_validator
 
 from detector.data.preprocess import Preprocessing, resize
 from detector.errors import InputError
+from detector.options import Options, Positive, Share
 
-# Of an object that the window cuts: with less of it in sight, nobody could tell what it is. Source: ours.
+# Share of an object that the window cuts: with less of it in sight, nobody could tell what it is. Chosen by this
+# project, as all numbers here without another source.
 _MIN_VISIBLE = 0.3
 # A crop keeps at least this share of each side (Liu et al. 2016, SSD, section 2.2, takes 0.1 to 1 of the area).
 _MIN_CROP_SIDE = 0.3
+# Factors on brightness and contrast, and on saturation: what another lamp, hour or camera does to a photograph.
+_BRIGHTNESS, _SATURATION = (0.6, 1.4), (0.5, 1.5)
+# In turns of the colour circle, 14 degrees: colours keep their names.
+_HUE = (-0.04, 0.04)
+_BLUR = (0.3, 1.5)  # standard deviation in original pixels: a lens a little out of focus
+_NOISE = (0.02, 0.06)  # standard deviation by the range of values: a camera at dusk
+# Of the images that `photometric` changes on average: rarer, because they take away what small objects are known by.
+_BLUR_SHARE, _GREY_SHARE = 1 / 5, 1 / 20
 
 
 class Transformed(NamedTuple):
-    """One picture and its objects, ready to be padded.
+    """One image and its objects, ready to be padded.
 
     Attributes:
         image: uint8 RGB (h, w, 3).
@@ -44,7 +55,7 @@ class Transformed(NamedTuple):
 
 
 class Transform(Protocol):
-    """What a data set applies to a picture uint8 (h, w, 3) and its boxes (G, 4), labels (G,) and crowd flags (G,)."""
+    """What a data set applies to an image uint8 (h, w, 3) and its boxes (G, 4), labels (G,) and crowd flags (G,)."""
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed: ...
 
@@ -58,68 +69,58 @@ class EvalTransform:
         self.preprocessing = preprocessing
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
-        """Resize a picture; boxes move with it."""
+        """Resize an image; boxes move with it."""
         return _resized(image, boxes, labels, crowd, *self.preprocessing.target_size(*image.shape[:2]))
 
     def reseed(self, worker_seed: int) -> None:
         """Nothing is drawn here."""
 
 
+class AugmentOptions(Options):
+    """How training images are changed at random. The defaults are the released code of Li et al. 2017: mirroring."""
+
+    flip: Share = 0.5
+    """probability of left for right"""
+    vertical_flip: Share = 0.0
+    """probability of top for bottom"""
+    rotate90: Share = 0.0
+    """probability of a turn by a multiple of 90 degrees (0 is one of four)"""
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    """lowest and highest size factor, drawn log-uniformly (Li et al. 2017: a single scale but in section 4.2)"""
+    photometric: Share = 0.0
+    """probability that brightness, contrast, saturation and hue change; blur, noise and grey come more rarely"""
+    crop: Share = 0.0
+    """probability of a crop that keeps all objects"""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise InputError(
+                f"augment.scale={list(self.scale)}: expected lowest <= highest; [1, 1] leaves the size alone."
+            )
+        return self
+
+
 class TrainTransform:
-    """Random crop, flips, colours and size; never larger than the picture that evaluation would see.
+    """Random crop, flips, colours and size; never larger than the image that evaluation would see.
 
     Every object stays whole in the crop. A size factor above 1 zooms in: a window as large as the unchanged size is
     cut out, and objects with less than 30% of their area in it are left out, crowd regions with nothing in it.
     Objects below one pixel are left out.
     """
 
-    def __init__(
-        self,
-        preprocessing: Preprocessing,
-        *,
-        flip: float,
-        vertical_flip: float,
-        scale: tuple[float, float],
-        photometric: float,
-        crop: float,
-        rotate90: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, preprocessing: Preprocessing, options: AugmentOptions, *, seed: int) -> None:
         """
         Args:
             preprocessing: the size at factor 1.
-            flip: probability of left for right.
-            vertical_flip: probability of top for bottom.
-            scale: lowest and highest size factor, drawn log-uniformly.
-            photometric: probability that brightness, contrast, saturation and hue change. Blur or noise comes with a
-                fifth of it, grey with a twentieth.
-            crop: probability of a crop that keeps all objects.
-            rotate90: probability of a turn by a multiple of 90 degrees (0 is one of four).
-            seed: sets the draws, together with the rank and, in loader workers, with the worker's own seed.
-
-        Raises:
-            InputError: a probability outside [0, 1], a scale that is not 0 < lowest <= highest, a negative seed.
+            options: what is drawn.
+            seed: sets the draws, together with the rank and, in loader workers, with the worker's own seed; >= 0.
         """
-        chances = {
-            "flip": flip,
-            "vertical_flip": vertical_flip,
-            "photometric": photometric,
-            "crop": crop,
-            "rotate90": rotate90,
-        }
-        for name, chance in chances.items():
-            if not 0 <= chance <= 1:
-                raise InputError(f"{name}={chance}: a probability lies in [0, 1]; correct the training transform.")
-        low, high = scale
-        if not 0 < low <= high < np.inf:
-            raise InputError(f"scale={tuple(scale)}: expected 0 < lowest <= highest; [1, 1] leaves the size alone.")
-        if seed < 0:
-            raise InputError(f"seed={seed}: expected 0 or more; correct the training transform.")
         self.preprocessing = preprocessing
-        self.crop = crop
-        self.log_scale = (float(np.log(low)), float(np.log(high)))
+        self.crop = options.crop
+        self.log_scale = (float(np.log(options.scale[0])), float(np.log(options.scale[1])))
         self.seed = seed
-        self._compose = _compose(flip, vertical_flip, photometric, rotate90)
+        self._compose = _compose(options)
         # Seeded at the first call: by then the process knows its rank.
         self._generator: np.random.Generator | None = None
 
@@ -131,11 +132,11 @@ class TrainTransform:
         self._compose.set_random_state(self._generator, random.Random(int(theirs.generate_state(1, np.uint64)[0])))
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
-        """Draw one view of a picture. The arguments are not written to.
+        """Draw one view of an image. The arguments are not written to.
 
         Args:
             image: uint8 RGB (h, w, 3).
-            boxes: (G, 4) float32, xyxy in pixels of the picture.
+            boxes: (G, 4) float32, xyxy in pixels of the image.
             labels: (G,) int64.
             crowd: (G,) bool.
         """
@@ -183,27 +184,24 @@ def process_rank() -> int:
     return 0
 
 
-def _compose(flip: float, vertical_flip: float, photometric: float, rotate90: float) -> Any:
+def _compose(options: AugmentOptions) -> Any:
     """The albumentations part: flips, turns and colours in original pixels."""
     # Read at import time: without it, albumentations asks the network for its newest version.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
 
     steps: list[Any] = [
-        A.HorizontalFlip(p=flip),
-        A.VerticalFlip(p=vertical_flip),
-        A.RandomRotate90(p=rotate90),
+        A.HorizontalFlip(p=options.flip),
+        A.VerticalFlip(p=options.vertical_flip),
+        A.RandomRotate90(p=options.rotate90),
         A.ColorJitter(
-            brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.5, 1.5), hue=(-0.04, 0.04), p=photometric
+            brightness=_BRIGHTNESS, contrast=_BRIGHTNESS, saturation=_SATURATION, hue=_HUE, p=options.photometric
         ),
         A.OneOf(
-            [
-                A.GaussianBlur(sigma_limit=(0.3, 1.5), p=1),
-                A.GaussNoise(std_range=(0.02, 0.06), p=1),
-            ],
-            p=photometric / 5,
+            [A.GaussianBlur(sigma_limit=_BLUR, p=1), A.GaussNoise(std_range=_NOISE, p=1)],
+            p=options.photometric * _BLUR_SHARE,
         ),
-        A.ToGray(p=photometric / 20),
+        A.ToGray(p=options.photometric * _GREY_SHARE),
     ]
     return A.Compose(
         steps,

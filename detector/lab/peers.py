@@ -16,7 +16,7 @@ from detector.data.coco import CocoIndex
 from detector.data.collate import Batch, collate
 from detector.data.dataset import DetectionDataset
 from detector.data.preprocess import Preprocessing
-from detector.data.transforms import TrainTransform
+from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.lab.latency import Contest, contest
 from detector.models.backbones import build_backbone
 from detector.models.build import build_network
@@ -90,7 +90,7 @@ def training_contest(spec: Mapping[str, Any], augment: Mapping[str, Any], index:
     because the peer takes seconds.
     """
     preprocessing = Preprocessing(short_side=320, long_side=640)
-    transform = TrainTransform(preprocessing, **augment, seed=0)
+    transform = TrainTransform(preprocessing, AugmentOptions.parse(augment, "augment"), seed=0)
     batches = _batches(DetectionDataset(index, transform))
     own = build_network(spec, len(index.class_names)).to(memory_format=torch.channels_last).train()
     peer = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(

@@ -17,7 +17,7 @@ from detector.errors import InputError
 from detector.models.backbones.classifier import ImageClassifier
 from detector.models.light_head_rcnn import MEAN, STD
 from detector.training.plots import draw_batch
-from detector.training.schedule import OptimizerSettings, ScheduleSettings, configure
+from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
 from detector.training.trainer import share_buffers, world_size
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ class ClassificationTask(lightning.LightningModule):
         network: ImageClassifier,
         about: Mapping[str, Any],
         *,
-        optimizer: OptimizerSettings,
-        schedule: ScheduleSettings,
+        optimizer: OptimizerOptions,
+        schedule: ScheduleOptions,
         label_smoothing: float,
     ) -> None:
         super().__init__()
         self.network = network
         self.about = dict(about)
-        self.optimizer_settings, self.schedule = optimizer, schedule
+        self.optimizer_options, self.schedule = optimizer, schedule
         self.label_smoothing = label_smoothing
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
@@ -87,7 +87,7 @@ class ClassificationTask(lightning.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        return configure(self.trainer, self.network, self.optimizer_settings, self.schedule)
+        return configure(self.trainer, self.network, self.optimizer_options, self.schedule)
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)

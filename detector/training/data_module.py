@@ -64,14 +64,14 @@ class DetectionData(lightning.LightningDataModule):
     def __init__(
         self,
         *,
-        train: CocoIndex | None,
         val: CocoIndex,
         preprocessing: Preprocessing,
-        transform: TrainTransform | None,
-        train_batch_size: int,
         val_batch_size: int,
         workers: int,
-        cache: bool,
+        train: CocoIndex | None = None,
+        transform: TrainTransform | None = None,
+        train_batch_size: int = 1,
+        cache: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pre-training a backbone as an image classifier, from plain configuration.
+"""Pre-training a backbone as an image classifier.
 
 Run on CPUs, in one process and in two, and in bf16-mixed; not yet on a GPU, and not on ImageNet.
 """
@@ -9,15 +9,16 @@ import logging
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector.data.crops import ensure_crops
+from detector.data import crops
 from detector.data.image_folder import LAYOUT, ImageFolder, check_same_classes, eval_view, train_view
 from detector.errors import InputError
 from detector.files import replacing
@@ -25,12 +26,21 @@ from detector.inference.detector import read_torch_file
 from detector.models.backbones import arguments_of
 from detector.models.backbones.classifier import ImageClassifier, build_classifier
 from detector.models.backbones.pretrained import load_weights
+from detector.options import BelowOne, Count, Natural, Options, Positive, Share
 from detector.training.callbacks import FirstBatchPicture, History
 from detector.training.classification import LOSSES, METRICS, ClassificationTask, draw_images
 from detector.training.data_module import ClassificationData
-from detector.training.resume import check_can_go_on, checked_config
-from detector.training.schedule import OptimizerSettings, ScheduleSettings
-from detector.training.trainer import build_trainer, devices, ranks_end_together, run_directory
+from detector.training.resume import check_can_go_on, with_checkpoint
+from detector.training.schedule import OptimizerOptions, ScheduleOptions
+from detector.training.trainer import (
+    RunOptions,
+    TrainBatchOptions,
+    ValidationOptions,
+    build_trainer,
+    devices,
+    ranks_end_together,
+    run_directory,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,48 +50,135 @@ ENTRY = "classifier"  # of a checkpoint
 PREFIX = "network."
 
 
-def pretrain(config: Mapping[str, Any]) -> Path:
-    """Train a classifier as conf/pretrain.yaml describes it. Returns the run directory.
+class PretrainInput(Options):
+    """Sizes of what the network sees."""
+
+    size: Count = 224
+    """side of an image in pixels (V1: 224 x 224 centre crop)"""
+    resize: Count = 256
+    """of the shorter side before the middle is cut out for scoring (V1: 256)"""
+
+    @model_validator(mode="after")
+    def _holds_the_crop(self) -> Self:
+        if self.resize < self.size:
+            raise InputError(
+                f"input.resize={self.resize} is less than input.size={self.size}; the usual ratio is 256 to 224."
+            )
+        return self
+
+
+class PretrainAugment(Options):
+    """How training images are changed at random."""
+
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    """least and largest share of an image's area that is cut out (code; V1: "slightly less aggressive")"""
+    flip: Share = 0.5
+    """probability of left for right (code)"""
+    colour: Share = 0.4
+    """brightness, contrast and saturation each change by up to this share (code)"""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range_of_shares(self) -> Self:
+        if not self.scale[0] <= self.scale[1] <= 1:
+            raise InputError(f"augment.scale={list(self.scale)}: shares of an image's area, 0 < least <= largest <= 1.")
+        return self
+
+
+class CropsOptions(Options):
+    """The embedded data set, cut out at first use; see data/README.md."""
+
+    seed: Natural = crops.SEED
+    """of the scenes; another one than the detection data set's"""
+    train: Count = crops.TRAIN
+    """scenes of the training split; each has 5 objects on average"""
+    val: Count = crops.VAL
+    """scenes of the validation split"""
+    size: Count = crops.SIZE
+    """side of a crop in pixels"""
+
+
+class PretrainData(Options):
+    """A folder of images, a folder for each class."""
+
+    root: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """DIR/train/CLASS/*, DIR/val/CLASS/*"""
+    train: str = Field(default="train", min_length=1, coerce_numbers_to_str=True)
+    """folder of the training split in it"""
+    val: str = Field(default="val", min_length=1, coerce_numbers_to_str=True)
+    """folder of the validation split in it"""
+    generate: CropsOptions | None = None
+    """cut the embedded data set out of drawn scenes, there"""
+
+
+class PretrainOptions(RunOptions):
+    """A pre-training run; the defaults are ImageNet as Ma et al. 2018 trained on it.
+
+    They did "exactly the same" as Zhang et al. 2018 (ShuffleNet, section 4), called V1 here; "code" is their released
+    code, github.com/megvii-model/ShuffleNet-Series. Never run on ImageNet by this project.
+    """
+
+    backbone: dict[str, Any]
+    weights: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """of the backbone to start from: a path, or imagenet; null: random"""
+    workers: Natural = 8
+    """loader processes per device; 0 loads in the training process"""
+    label_smoothing: BelowOne = 0.1
+    """share of the target that all classes have together (code); scored without"""
+    data: PretrainData = PretrainData()
+    input: PretrainInput = PretrainInput()
+    train: TrainBatchOptions = TrainBatchOptions(batch_size=256)  # V1: 1024 on 4 GPUs
+    val: ValidationOptions = ValidationOptions(batch_size=256)
+    augment: PretrainAugment = PretrainAugment()
+    # V1: from 0.5 at 1024 images a step to 0, linearly, in 300,000 steps: 240 epochs of ImageNet.
+    optimizer: OptimizerOptions = OptimizerOptions(lr=0.5, base_batch=1024, weight_decay=4e-5, lr_scales=None)
+    schedule: ScheduleOptions = ScheduleOptions(
+        kind="linear", images=307_200_000, milestones=(), warmup_steps=0, warmup_factor=1.0
+    )
+
+    @model_validator(mode="after")
+    def _ckpt_is_for_resume(self) -> Self:
+        if self.ckpt and not self.resume:
+            raise InputError("ckpt is for resume=true; to start from the weights of a backbone, give weights=PATH.")
+        return self
+
+
+def pretrain(options: PretrainOptions) -> Path:
+    """Train a classifier. Returns the run directory.
 
     Raises:
-        InputError: something in the configuration, the data or the checkpoint is wrong.
+        InputError: something in the options, the data or the checkpoint is wrong.
     """
-    if config["ckpt"] and not config["resume"]:
-        raise InputError("ckpt is for resume=true; to start from the weights of a backbone, give weights=PATH.")
-    config, checkpoint = checked_config(config, read=read_classifier, entry=ENTRY, group="pretrain")
-    lightning.seed_everything(config["seed"] + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
-    device_arguments = devices(config)
-    train, val = load_splits(config)
-    schedule = ScheduleSettings(**config["schedule"])
-    epochs = schedule.epochs_for(len(train))
-    about = _describe(config, train.classes)
+    options, checkpoint = with_checkpoint(options, read=read_classifier, entry=ENTRY, group="pretrain")
+    lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
+    device_arguments = devices(options.trainer)
+    train, val = load_splits(options)
+    epochs = options.schedule.epochs_for(len(train))
+    about = _describe(options, train.classes)
     if checkpoint:
-        check_can_go_on(config["ckpt"], checkpoint, about, epochs, entry=ENTRY)
+        check_can_go_on(str(options.ckpt), checkpoint, about, epochs, entry=ENTRY)
     task = ClassificationTask(
-        _new_network(config, len(train.classes)),
+        _new_network(options, len(train.classes)),
         about,
-        optimizer=OptimizerSettings(**config["optimizer"]),
-        schedule=schedule,
-        label_smoothing=config["label_smoothing"],
+        optimizer=options.optimizer,
+        schedule=options.schedule,
+        label_smoothing=options.label_smoothing,
     )
     data = ClassificationData(
         train=train,
         val=val,
-        train_batch_size=config["train"]["batch_size"],
-        val_batch_size=config["val"]["batch_size"],
-        workers=config["workers"],
-        seed=config["seed"],
+        train_batch_size=options.train.batch_size,
+        val_batch_size=options.val.batch_size,
+        workers=options.workers,
+        seed=options.seed,
     )
-    run_dir = run_directory(config, Path("runs/pretrain"))  # last: a mistake above leaves no empty folder
+    run_dir = run_directory(options, Path("runs/pretrain"))  # last: a mistake above leaves no empty folder
     trainer = build_trainer(
-        config,
+        options,
         device_arguments,
         run_dir,
         epochs=epochs,
         best=BestWeights(run_dir),
-        history=History(
-            run_dir, every=config["trainer"]["log_every"], losses=LOSSES, metrics=METRICS, shown=METRICS[:2]
-        ),
+        history=History(run_dir, every=options.trainer.log_every, losses=LOSSES, metrics=METRICS, shown=METRICS[:2]),
         picture=FirstBatchPicture(run_dir, lambda batch: draw_images(batch, train.classes)),
     )
     if trainer.is_global_zero:
@@ -90,7 +187,7 @@ def pretrain(config: Mapping[str, Any]) -> Path:
             len(train), len(val), len(train.classes), epochs,
         )  # fmt: skip
     with ranks_end_together(trainer), logging_redirect_tqdm():
-        trainer.fit(task, data, ckpt_path=config["ckpt"] if checkpoint else None, weights_only=True)
+        trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
@@ -98,7 +195,7 @@ def pretrain(config: Mapping[str, Any]) -> Path:
         log.info(
             "best.pth, best.ckpt, last.ckpt, metrics.csv, metrics.json, curves.png, train_batch.png in %s", run_dir
         )
-        log.info("A detector on this backbone:\n%s", next_command(config, run_dir))
+        log.info("A detector on this backbone:\n%s", next_command(options, run_dir))
     return run_dir
 
 
@@ -134,25 +231,24 @@ class BestWeights(ModelCheckpoint):
         self.written = score
 
 
-def load_splits(config: Mapping[str, Any]) -> tuple[ImageFolder, ImageFolder]:
+def load_splits(options: PretrainOptions) -> tuple[ImageFolder, ImageFolder]:
     """Training and validation split; makes the embedded data set where it is asked for and missing.
 
     Args:
-        config: its nodes data, input, augment and seed are read.
+        options: their data, input, augment and seed are read.
 
     Raises:
         InputError: no data is given, or it is not as `ImageFolder` wants it.
     """
-    data, size = config["data"], config["input"]["size"]
-    if not data["root"]:
+    data = options.data
+    if not data.root:
         raise InputError(f"data.root is not set: give {LAYOUT}, or use pretrain=crops, which needs no data.")
-    views = train_view(size=size, **config["augment"]), eval_view(size=size, resize=config["input"]["resize"])
-    root = Path(str(data["root"]))
-    if data["generate"]:
-        ensure_crops(root, **data["generate"])
+    views = train_view(size=options.input.size, **options.augment.to_dict()), eval_view(**options.input.to_dict())
+    root = Path(data.root)
+    if data.generate:
+        crops.ensure_crops(root, **data.generate.to_dict())
     train, val = (
-        ImageFolder(root / str(data[split]), view, config["seed"])
-        for split, view in zip(("train", "val"), views, strict=True)
+        ImageFolder(root / split, view, options.seed) for split, view in zip((data.train, data.val), views, strict=True)
     )
     check_same_classes(train, val)
     return train, val
@@ -180,41 +276,41 @@ def classifier_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {names[name]: value for name, value in checkpoint["state_dict"].items()}
 
 
-def next_command(config: Mapping[str, Any], run_dir: Path) -> str:
+def next_command(options: RunOptions, run_dir: Path) -> str:
     """The command line that trains a detector from this run's weights."""
     # The same architecture; what stands on top of the backbone, and where it started, is no part of it.
     changes = [
         override
-        for override in config["overrides"]
+        for override in options.overrides
         if override.startswith("backbone.")
         and override.split(".")[1].partition("=")[0] not in ("weights", "classifier")
     ]
     words = (
-        "python tools/train.py recipe=finetune", f"backbone={config['backbone_name']}", *changes,
+        "python tools/train.py recipe=finetune", f"backbone={options.backbone_name}", *changes,
         f"backbone.weights={run_dir / 'best.pth'}", "data.root=DIR",
     )  # fmt: skip
     return " ".join(words)
 
 
-def _describe(config: Mapping[str, Any], class_names: list[str]) -> dict[str, Any]:
+def _describe(options: PretrainOptions, class_names: list[str]) -> dict[str, Any]:
     """Everything but the weights, in plain types: the `classifier` entry of a checkpoint."""
-    backbone = config["backbone"]
+    backbone = options.backbone
     return {
         "format": FORMAT,
         "version": VERSION,
         "spec": {"backbone": arguments_of(backbone), "classifier": backbone["classifier"]},
         "class_names": list(class_names),
         "provenance": {
-            "config": dict(config),
+            "config": options.to_dict(),
             "torch": str(torch.__version__),
             "created": datetime.now().isoformat(timespec="seconds"),
         },
     }
 
 
-def _new_network(config: Mapping[str, Any], num_classes: int) -> ImageClassifier:
-    entry = config["backbone"]
-    network = build_classifier(entry, num_classes)
-    if entry["weights"] and not config["resume"]:
-        log.info("%s", load_weights(network.backbone, str(entry["weights"])))
+def _new_network(options: PretrainOptions, num_classes: int) -> ImageClassifier:
+    network = build_classifier(options.backbone, num_classes)
+    weights = options.weights or options.backbone["weights"]
+    if weights and not options.resume:
+        log.info("%s", load_weights(network.backbone, str(weights)))
     return network.to(memory_format=torch.channels_last)

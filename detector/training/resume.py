@@ -1,41 +1,40 @@
-"""Going on with a run: from its last checkpoint, with the configuration that it was started with."""
+"""Going on with a run: from its last checkpoint, with the options that it was started with."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from detector.errors import InputError
 from detector.inference.detector import read_checkpoint
-from detector.training.checks import check_values
+from detector.training.trainer import RunOptions
+
+T = TypeVar("T", bound=RunOptions)
 
 
-def checked_config(
-    config: Mapping[str, Any],
+def with_checkpoint(
+    options: T,
     *,
     read: Callable[[str], dict[str, Any]] = read_checkpoint,
     entry: str = "detector",
     group: str = "recipe",
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The configuration with its values checked, and the checkpoint of the run that goes on with it.
+) -> tuple[T, dict[str, Any] | None]:
+    """The options of a run and, where it goes on with another, that run's options and its checkpoint.
 
     Args:
-        config: as the command line gives it; with `resume`, the run's own with today's changes is returned.
+        options: as the command line gives them; with `resume`, the run's own with today's changes are returned.
         read: reads a checkpoint.
         entry: of a checkpoint, under which it describes itself.
         group: of configuration files, whose choice a run keeps.
 
     Raises:
-        InputError: a value is wrong, or the run cannot go on like this.
+        InputError: the run cannot go on like this.
     """
-    check_values(config)
-    if not config["resume"]:
-        return dict(config), None
-    checkpoint = read_resumable(config["ckpt"], read=read, entry=entry)
-    resumed = resumed_config(config, checkpoint, entry=entry, group=group)
-    check_values(resumed)
-    return resumed, checkpoint
+    if not options.resume:
+        return options, None
+    checkpoint = read_resumable(options.ckpt, read=read, entry=entry)
+    return resumed_options(options, checkpoint, entry=entry, group=group), checkpoint
 
 
 def read_resumable(
@@ -54,23 +53,22 @@ def read_resumable(
     return checkpoint
 
 
-def resumed_config(
-    config: Mapping[str, Any], checkpoint: Mapping[str, Any], *, entry: str = "detector", group: str = "recipe"
-) -> dict[str, Any]:
-    """The configuration of the run in `checkpoint`, with what the command line of today (`overrides`) changes.
+def resumed_options(options: T, checkpoint: Mapping[str, Any], *, entry: str = "detector", group: str = "recipe") -> T:
+    """The options of the run in `checkpoint`, with what the command line of today (`overrides`) changes.
 
     Raises:
         InputError: an override chooses what cannot be changed half-way.
     """
     recorded = checkpoint[entry]["provenance"]["config"]
+    given = options.to_dict()
     # The folder of the checkpoint is where the run lies now; it may have been moved.
-    merged = copy.deepcopy(recorded) | {key: config[key] for key in ("ckpt", "resume", "run_dir")}
-    for override in config["overrides"]:
+    merged = copy.deepcopy(recorded) | {key: given[key] for key in ("ckpt", "resume", "run_dir")}
+    for override in options.overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key == group and config["recipe_name"] == recorded["recipe_name"]:
+        if key == group and options.recipe_name == recorded["recipe_name"]:
             continue
         try:
-            _copy_value(key.split("."), config, merged)
+            _copy_value(key.split("."), given, merged)
         except KeyError as error:
             if override not in recorded["overrides"]:
                 raise InputError(
@@ -78,7 +76,7 @@ def resumed_config(
                     f"{recorded['backbone_name']}). Leave it out; or leave out resume=true, and a new run starts from "
                     "the weights of ckpt."
                 ) from error
-    return merged
+    return type(options).parse_recorded(merged)
 
 
 def check_can_go_on(

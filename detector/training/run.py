@@ -1,34 +1,34 @@
-"""A training run, from plain configuration: where the parts of training meet."""
+"""A training run: where the parts of training meet."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector.data.coco import CocoIndex
 from detector.data.preprocess import Preprocessing
-from detector.data.splits import load_split
-from detector.data.transforms import TrainTransform
+from detector.data.splits import DataOptions, load_split
+from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError
 from detector.evaluation.metrics import format_table
 from detector.inference.detector import Detector, read_checkpoint
 from detector.models.backbones import arguments_of
 from detector.models.backbones.pretrained import load_weights
+from detector.options import Flag, Options
 from detector.training.callbacks import FirstBatchPicture, History
 from detector.training.data_module import DetectionData
 from detector.training.plots import draw_batch
-from detector.training.resume import check_can_go_on, checked_config
-from detector.training.schedule import OptimizerSettings, ScheduleSettings
+from detector.training.resume import check_can_go_on, with_checkpoint
 from detector.training.task import DetectionTask, load_pretrained
 from detector.training.trainer import (
+    RunOptions,
     build_trainer,
     devices,
     ranks_end_together,
@@ -38,33 +38,88 @@ from detector.training.trainer import (
 log = logging.getLogger(__name__)
 
 
-def train(config: Mapping[str, Any]) -> Path:
-    """Train a detector as conf/train.yaml describes it. Returns the run directory.
+class FreezeOptions(Options):
+    """What of the backbone stays as it is."""
+
+    stages: Literal[0, 1, 2, 3, 4] = 2
+    """stages, counted from the stem as 1 (Li et al. 2017, section 4.1: "stage 1 and 2")"""
+    batch_norm: Flag = True
+    """normalisation keeps its statistics and weights (Li et al. 2017, section 4.1: "all batch normalisation fixed")"""
+
+
+class TrainOptions(RunOptions):
+    """A training run; the defaults are the recipe of Li et al. 2017 as Ma et al. 2018, table 7, uses it."""
+
+    backbone: dict[str, Any]
+    neck: dict[str, Any]
+    rpn: dict[str, Any]
+    light_head: dict[str, Any]
+    data: DataOptions = DataOptions()
+    input: Preprocessing = Preprocessing()
+    augment: AugmentOptions = AugmentOptions()
+    freeze: FreezeOptions = FreezeOptions()
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `build_network` takes."""
+        network = {"neck": self.neck, "rpn": self.rpn, "light_head": self.light_head}
+        return {"backbone": arguments_of(self.backbone)} | network
+
+
+def train(options: TrainOptions) -> Path:
+    """Train a detector. Returns the run directory.
 
     Raises:
-        InputError: something in the configuration, the data or the checkpoint is wrong.
+        InputError: something in the options, the data or the checkpoint is wrong.
     """
-    config, checkpoint = checked_config(config)
+    options, checkpoint = with_checkpoint(options)
     # Not the draws of the first epochs once more where a run goes on.
-    lightning.seed_everything(config["seed"] + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
-    device_arguments = devices(config)
-    train_index, val_index = load_split(config["data"], "train"), load_split(config["data"], "val")
+    lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
+    device_arguments = devices(options.trainer)
+    train_index, val_index = (load_split(options.data.to_dict(), split) for split in ("train", "val"))
     if train_index.class_names != val_index.class_names:
         raise InputError(
             f"The classes of the training split {list(train_index.class_names)} and the validation split "
             f"{list(val_index.class_names)} differ; both files must declare the same categories."
         )
-    detector = _new_detector(config, train_index)
-    data = data_module(config, detector.preprocessing, train_index, val_index)
-    task = _new_task(config, detector, val_index)
-    assert task.schedule is not None
-    epochs = task.schedule.epochs_for(len(train_index))
+    detector = _new_detector(options, train_index.class_names)
+    data = DetectionData(
+        train=train_index,
+        val=val_index,
+        preprocessing=options.input,
+        transform=TrainTransform(options.input, options.augment, seed=options.seed),
+        train_batch_size=options.train.batch_size,
+        val_batch_size=options.val.batch_size,
+        workers=options.workers,
+        cache=options.data.cache,
+        seed=options.seed,
+    )
+    task = DetectionTask(
+        detector,
+        optimizer=options.optimizer,
+        schedule=options.schedule,
+        freeze_stages=options.freeze.stages,
+        freeze_batch_norm=options.freeze.batch_norm,
+    )
+    task.val_index = val_index
+    epochs = options.schedule.epochs_for(len(train_index))
     if checkpoint:
-        check_can_go_on(config["ckpt"], checkpoint, detector.describe(), epochs)
-    run_dir = run_directory(config)  # last: a mistake above leaves no empty folder
-    trainer = _trainer(config, device_arguments, run_dir, task, epochs)
+        check_can_go_on(str(options.ckpt), checkpoint, detector.describe(), epochs)
+    run_dir = run_directory(options)  # last: a mistake above leaves no empty folder
+    trainer = build_trainer(
+        options,
+        device_arguments,
+        run_dir,
+        epochs=epochs,
+        # No metric in the file names: '=' in a name could not be given on the command line as ckpt=...
+        best=ModelCheckpoint(
+            run_dir, filename="best", monitor="AP", mode="max", save_last=False, enable_version_counter=False
+        ),
+        history=History(run_dir, every=options.trainer.log_every),
+        picture=FirstBatchPicture(run_dir, lambda batch: draw_batch(batch, detector.class_names)),
+    )
     with ranks_end_together(trainer), logging_redirect_tqdm():
-        trainer.fit(task, data, ckpt_path=config["ckpt"] if checkpoint else None, weights_only=True)
+        trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
@@ -73,65 +128,17 @@ def train(config: Mapping[str, Any]) -> Path:
     return run_dir
 
 
-def _new_detector(config: Mapping[str, Any], index: CocoIndex) -> Detector:
-    spec = {"backbone": arguments_of(config["backbone"])} | {key: config[key] for key in ("neck", "rpn", "light_head")}
+def _new_detector(options: TrainOptions, class_names: Sequence[str]) -> Detector:
     provenance = {
-        "config": dict(config),
+        "config": options.to_dict(),
         "torch": str(torch.__version__),
         "created": datetime.now().isoformat(timespec="seconds"),
     }
-    detector = Detector(spec, index.class_names, Preprocessing.parse(config["input"], "input"), provenance)
-    if config["ckpt"] and not config["resume"]:
-        random = load_pretrained(detector, read_checkpoint(config["ckpt"]))
-        log.info("weights from %s; %d tensors start at random", config["ckpt"], len(random))
-    elif config["backbone"]["weights"] and not config["resume"]:
-        log.info("%s", load_weights(detector.network.backbone, config["backbone"]["weights"]))
+    detector = Detector(options.spec, class_names, options.input, provenance)
+    if options.ckpt and not options.resume:
+        random = load_pretrained(detector, read_checkpoint(options.ckpt))
+        log.info("weights from %s; %d tensors start at random", options.ckpt, len(random))
+    elif options.backbone["weights"] and not options.resume:
+        log.info("%s", load_weights(detector.network.backbone, options.backbone["weights"]))
     detector.network.to(memory_format=torch.channels_last)
     return detector
-
-
-def _new_task(config: Mapping[str, Any], detector: Detector, val_index: CocoIndex) -> DetectionTask:
-    task = DetectionTask(
-        detector,
-        optimizer=OptimizerSettings(**config["optimizer"]),
-        schedule=ScheduleSettings(**config["schedule"]),
-        freeze_stages=config["freeze"]["stages"],
-        freeze_batch_norm=config["freeze"]["batch_norm"],
-    )
-    task.val_index = val_index
-    return task
-
-
-def data_module(
-    config: Mapping[str, Any], preprocessing: Preprocessing, train: CocoIndex | None, val: CocoIndex
-) -> DetectionData:
-    transform = TrainTransform(preprocessing, **config["augment"], seed=config["seed"]) if train is not None else None
-    return DetectionData(
-        train=train,
-        val=val,
-        preprocessing=preprocessing,
-        transform=transform,
-        train_batch_size=config["train"]["batch_size"] if train is not None else 1,
-        val_batch_size=config["val"]["batch_size"],
-        seed=config.get("seed", 0),
-        workers=config["workers"],
-        cache=config["data"].get("cache", False),
-    )
-
-
-def _trainer(
-    config: Mapping[str, Any], device_arguments: Mapping[str, Any], run_dir: Path, task: DetectionTask, epochs: int
-) -> lightning.Trainer:
-    names = task.detector.class_names
-    return build_trainer(
-        config,
-        device_arguments,
-        run_dir,
-        epochs=epochs,
-        # No metric in the file names: '=' in a name could not be given on the command line as ckpt=...
-        best=ModelCheckpoint(
-            run_dir, filename="best", monitor="AP", mode="max", save_last=False, enable_version_counter=False
-        ),
-        history=History(run_dir, every=config["trainer"]["log_every"]),
-        picture=FirstBatchPicture(run_dir, lambda batch: draw_batch(batch, names)),
-    )

@@ -3,72 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from detector.errors import InputError
+from detector.options import BelowOne, Count, Natural, NotNegative, Options, Positive, Share
 
-KINDS = ("cosine", "linear", "steps")
+# What is left of the rate at a milestone: 0.01 becomes 0.001 (Li et al. 2017, section 4.1).
+DROP = 0.1
+# Warm-up takes at most one part in so many of a run. Chosen by this project: a short run should see the full rate.
+WARMUP_PARTS = 5
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """What moves the weights.
+class OptimizerOptions(Options):
+    """What moves the weights. "code" is the released code of Li et al. 2017, github.com/zengarden/light_head_rcnn."""
 
-    Attributes:
-        name: "sgd" (Nesterov off, as in the papers) or "adamw".
-        lr: learning rate at `base_batch` images per step; scaled linearly to the real batch (Goyal et al. 2017).
-        base_batch: images per step, over all devices, that `lr` was chosen for; None: no scaling.
-        momentum: of SGD; the first beta of AdamW.
-        weight_decay: not on biases and normalisation (Ma et al. 2018 and the released code of Li et al. 2017).
-        lr_scales: prefix of parameter names -> factor on the learning rate, for example {"head.thin": 3}.
-        clip_norm: largest gradient norm, or None.
-    """
-
-    name: str
-    lr: float
-    base_batch: int | None
-    momentum: float
-    weight_decay: float
-    lr_scales: Mapping[str, float] | None
-    clip_norm: float | None
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd without Nesterov (Li et al. 2017, section 4.1), or adamw"""
+    lr: Positive = 0.01
+    """for base_batch images a step; scaled linearly to the real batch (Li et al. 2017, section 4.1)"""
+    base_batch: Count | None = 16
+    """images a step, over all devices, that lr is for (Li et al. 2017: 8 GPUs, 2 images each); null: no scaling"""
+    momentum: BelowOne = 0.9
+    """of sgd; the first beta of adamw (Li et al. 2017, section 4.1)"""
+    weight_decay: NotNegative = 1e-4
+    """not on biases and normalisation (Li et al. 2017, section 4.1, and code)"""
+    lr_scales: dict[str, Positive] | None = Field(default={"head.thin": 3.0})
+    """prefix of parameter names: factor on lr, as {backbone: 0.1} (code: 3 on the large separable convolution)"""
+    clip_norm: Positive | None = None
+    """largest norm of the gradient; null: any (code)"""
 
     def scaled_lr(self, batch: int) -> float:
+        """The rate for `batch` images a step, over all devices (Goyal et al. 2017)."""
         return self.lr * (batch / self.base_batch if self.base_batch else 1.0)
 
 
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """How the learning rate goes.
+class ScheduleOptions(Options):
+    """How long a run is, and how the learning rate goes."""
 
-    Attributes:
-        kind: "cosine" or "linear" (to `final_share` of the rate), or "steps" (times 0.1 at each milestone).
-        epochs: passes over the training split; None derives them from `images`.
-        images: pictures to be seen, the unit of Li et al. 2017; used when `epochs` is None.
-        milestones: shares of the run at which "steps" drops.
-        warmup_steps: steps of linear warm-up from `warmup_factor` to 1.
-        final_share: where cosine and line end.
-    """
+    kind: Literal["cosine", "linear", "steps"] = "steps"
+    """cosine or linear to final_share of the rate, or steps: a tenth at each milestone (Li et al. 2017, section 4.1)"""
+    epochs: Count | None = None
+    """passes over the training split; null: as many as give `images`"""
+    images: Count | None = 2_000_000
+    """images to be seen where epochs is null (Li et al. 2017, section 4.1: 1.5M at 0.01, 0.5M at 0.001)"""
+    milestones: tuple[Share, ...] = (0.75,)
+    """shares of the run at which kind=steps drops (Li et al. 2017, section 4.1)"""
+    warmup_steps: Natural = 500
+    """steps of linear warm-up (code), at most a fifth of the run"""
+    warmup_factor: Share = 1 / 3
+    """of the rate, where the warm-up begins (code)"""
+    final_share: Share = 0.0
+    """of the rate, where cosine and linear end"""
 
-    kind: str
-    epochs: int | None
-    images: int | None
-    milestones: Sequence[float]
-    warmup_steps: int
-    warmup_factor: float
-    final_share: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"schedule.kind={self.kind}; it is one of {', '.join(KINDS)}.")
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Self:
         if not self.epochs and not self.images:
             raise InputError(
                 "Neither schedule.epochs nor schedule.images is set; set one, for example schedule.epochs=12."
             )
+        return self
 
     def epochs_for(self, dataset_size: int) -> int:
         """Whole passes over a training split of this size."""
@@ -76,24 +73,24 @@ class ScheduleSettings:
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rate is multiplied with at this step of `total`."""
-        warmup = min(self.warmup_steps, total // 5)
+        warmup = min(self.warmup_steps, total // WARMUP_PARTS)
         if step < warmup:
             return self.warmup_factor + (1 - self.warmup_factor) * step / warmup
         if self.kind == "steps":
-            return 0.1 ** sum(step >= share * total for share in self.milestones)
+            return float(DROP ** sum(step >= share * total for share in self.milestones))
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
         left = 1 - progress if self.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.final_share + (1 - self.final_share) * left
 
 
-def parameter_groups(network: nn.Module, settings: OptimizerSettings, lr: float) -> list[dict[str, Any]]:
+def parameter_groups(network: nn.Module, options: OptimizerOptions, lr: float) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay. Vectors (biases, normalisation) are not decayed.
 
     Raises:
         InputError: a prefix of lr_scales fits no parameter.
     """
     names = [name for name, _ in network.named_parameters()]
-    factors = settings.lr_scales or {}
+    factors = options.lr_scales or {}
     parts = ", ".join(name for name, _ in network.named_children())
     for prefix in factors:
         if not any(name.startswith(prefix) for name in names):
@@ -103,23 +100,21 @@ def parameter_groups(network: nn.Module, settings: OptimizerSettings, lr: float)
         if not parameter.requires_grad:
             continue
         scales = [scale for prefix, scale in factors.items() if name.startswith(prefix)]
-        decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+        decay = options.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((lr * math.prod(scales), decay), []).append(parameter)
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
 
 
-def build_optimizer(network: nn.Module, settings: OptimizerSettings, batch: int) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, options: OptimizerOptions, batch: int) -> torch.optim.Optimizer:
     """The optimiser for `batch` images per step over all devices."""
-    lr = settings.scaled_lr(batch)
-    groups = parameter_groups(network, settings, lr)
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
-    if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(settings.momentum, 0.999))
-    raise InputError(f"optimizer.name={settings.name}; it is 'sgd' or 'adamw'.")
+    lr = options.scaled_lr(batch)
+    groups = parameter_groups(network, options, lr)
+    if options.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=options.momentum)
+    return torch.optim.AdamW(groups, lr=lr, betas=(options.momentum, 0.999))
 
 
-def configure(trainer: Any, network: nn.Module, optimizer: OptimizerSettings, schedule: ScheduleSettings) -> Any:
+def configure(trainer: Any, network: nn.Module, optimizer: OptimizerOptions, schedule: ScheduleOptions) -> Any:
     """What `configure_optimizers` of a Lightning module returns: the rate follows the real batch and length of the run.
 
     Args:

@@ -16,7 +16,7 @@ from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
 from detector.inference.detections import Detections
 from detector.inference.detector import Detector
-from detector.training.schedule import OptimizerSettings, ScheduleSettings, configure
+from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
 from detector.training.trainer import rank, share_buffers, world_size
 
 
@@ -35,15 +35,15 @@ class DetectionTask(lightning.LightningModule):
         self,
         detector: Detector,
         *,
-        optimizer: OptimizerSettings | None = None,
-        schedule: ScheduleSettings | None = None,
+        optimizer: OptimizerOptions | None = None,
+        schedule: ScheduleOptions | None = None,
         freeze_stages: int = 0,
         freeze_batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.detector = detector
         self.network = detector.network
-        self.optimizer_settings, self.schedule = optimizer, schedule
+        self.optimizer_options, self.schedule = optimizer, schedule
         self.val_index: CocoIndex | None = None
         self.results: list[dict[str, Any]] = []
         self.figures: dict[str, Any] = {}
@@ -76,9 +76,9 @@ class DetectionTask(lightning.LightningModule):
         return total
 
     def configure_optimizers(self) -> Any:
-        assert self.optimizer_settings is not None
+        assert self.optimizer_options is not None
         assert self.schedule is not None
-        return configure(self.trainer, self.network, self.optimizer_settings, self.schedule)
+        return configure(self.trainer, self.network, self.optimizer_options, self.schedule)
 
     def on_validation_epoch_start(self) -> None:
         self.results = []

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning
 import torch
@@ -19,11 +19,14 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from pydantic import Field
 from torch import nn
 
 from detector.errors import InputError
 from detector.files import replacing
+from detector.options import BelowOne, Count, Flag, Natural, Options
 from detector.training.callbacks import EMA, FirstBatchPicture, History, ProgressBar, ProgressLines
+from detector.training.schedule import OptimizerOptions, ScheduleOptions
 
 log = logging.getLogger(__name__)
 # The process that launches the others decides on the time; they find it here.
@@ -39,8 +42,81 @@ NOISE = (
 )
 
 
+class DeviceOptions(Options):
+    """Where something runs under Lightning, and how often it says so."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
+    """auto takes the GPUs that torch sees, or else the CPU"""
+    devices: Annotated[
+        Literal["auto"] | Count | Annotated[tuple[Natural, ...], Field(min_length=1)],
+        "auto, a whole number from 1, or a list of device numbers",
+    ] = "auto"
+    """auto: all GPUs, or one CPU process; N: data parallel (DDP) over N; [0, 3]: these"""
+    nodes: Count = 1
+    """machines, each with `devices`"""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """bf16-mixed on GPUs that have it, and on CPUs with AVX-512 BF16"""
+    progress_every: Count = 5
+    """steps between updates of the progress bar"""
+
+
+class TrainerOptions(DeviceOptions):
+    """Where a training runs, and what it notes."""
+
+    accumulate: Count = 1
+    """batches for one step of the optimiser"""
+    log_every: Count = 20
+    """steps between rows of metrics.csv"""
+
+
+class TrainBatchOptions(Options):
+    """How training images come."""
+
+    batch_size: Count = 2
+    """images a step and device (Li et al. 2017, section 4.1)"""
+
+
+class ValidationOptions(Options):
+    """When and how the validation split is scored."""
+
+    batch_size: Count = 4
+    """images a step and device (Ma et al. 2018, table 7: speed at batch 4)"""
+    every: Count = 1
+    """epochs between validations; the last epoch is always scored"""
+
+
+class RunOptions(Options):
+    """What every run has, whatever it trains."""
+
+    recipe_name: str = "none"
+    """names the run directory"""
+    backbone_name: str = "none"
+    """names the run directory"""
+    overrides: tuple[str, ...] = ()
+    """the command line, for the record; of a resumed run, what it changes"""
+    run_dir: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """null: runs/<recipe>/<backbone>/<time>"""
+    overwrite: Flag = False
+    """start anew in a run_dir that holds a run, and remove that"""
+    ckpt: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """start from these weights ..."""
+    resume: Flag = False
+    """... or go on with that run, as configured then: ckpt=RUN_DIR/last.ckpt resume=true"""
+    seed: Natural = 0
+    """of everything that is drawn"""
+    workers: Natural = 4
+    """loader processes per device; 0 loads in the training process"""
+    ema: BelowOne | None = None
+    """decay of the moving average of the weights; null: none (the released code of Li et al. 2017)"""
+    train: TrainBatchOptions = TrainBatchOptions()
+    val: ValidationOptions = ValidationOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    trainer: TrainerOptions = TrainerOptions()
+
+
 def build_trainer(
-    config: Mapping[str, Any],
+    options: RunOptions,
     device_arguments: Mapping[str, Any],
     run_dir: Path,
     *,
@@ -52,7 +128,7 @@ def build_trainer(
     """Lightning's trainer for one run.
 
     Args:
-        config: its nodes trainer, val.every, optimizer.clip_norm, ema and resume are read.
+        options: of the run.
         device_arguments: see `devices`.
         run_dir: where everything is written.
         epochs: after which the run ends.
@@ -67,18 +143,18 @@ def build_trainer(
         ),
         history,
         LearningRateMonitor("step"),
-        *([picture] if not config["resume"] else []),
-        *([EMA(config["ema"])] if config["ema"] else []),
+        *([picture] if not options.resume else []),
+        *([EMA(options.ema)] if options.ema else []),
     ]
     return lightning.Trainer(
         **device_arguments,
-        **progress(config, callbacks),
+        **progress(options.trainer, callbacks),
         max_epochs=epochs,
-        check_val_every_n_epoch=min(config["val"]["every"], epochs),
-        gradient_clip_val=config["optimizer"]["clip_norm"],
-        accumulate_grad_batches=config["trainer"]["accumulate"],
+        check_val_every_n_epoch=min(options.val.every, epochs),
+        gradient_clip_val=options.optimizer.clip_norm,
+        accumulate_grad_batches=options.trainer.accumulate,
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
-        log_every_n_steps=config["trainer"]["log_every"],
+        log_every_n_steps=options.trainer.log_every,
         num_sanity_val_steps=0,  # its scores of an untrained network have been taken for the best elsewhere
         use_distributed_sampler=False,  # it pads; ours do not
         enable_model_summary=False,
@@ -86,25 +162,24 @@ def build_trainer(
     )
 
 
-def progress(config: Mapping[str, Any], callbacks: list[lightning.Callback]) -> dict[str, Any]:
+def progress(options: DeviceOptions, callbacks: list[lightning.Callback]) -> dict[str, Any]:
     """Lightning's arguments for callbacks and for progress: a bar in a terminal, else lines in the log."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # advertisements, and which devices there are not
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     terminal = sys.stdout.isatty()
-    shown = ProgressBar(refresh_rate=config["trainer"]["progress_every"]) if terminal else ProgressLines()
+    shown = ProgressBar(refresh_rate=options.progress_every) if terminal else ProgressLines()
     return {"callbacks": [*callbacks, shown], "enable_progress_bar": terminal}
 
 
-def devices(config: Mapping[str, Any]) -> dict[str, Any]:
+def devices(options: DeviceOptions) -> dict[str, Any]:
     """Lightning's device arguments; data parallel where there is more than one device."""
-    wanted = config["trainer"]
-    accelerator, nodes = wanted["accelerator"], wanted["nodes"]
+    accelerator, nodes = options.accelerator, options.nodes
     gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
-    devices = wanted["devices"]
+    devices: Any = list(options.devices) if isinstance(options.devices, tuple) else options.devices
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes already
-        devices, nodes = _launched(wanted)
+        devices, nodes = _launched(options.devices)
     elif devices == "auto":
         devices = gpus or 1
     if accelerator in ("gpu", "cuda") and gpus == 0:
@@ -125,7 +200,7 @@ def devices(config: Mapping[str, Any]) -> dict[str, Any]:
         "devices": devices,
         "num_nodes": nodes,
         "strategy": strategy,
-        "precision": wanted["precision"],
+        "precision": options.precision,
     }
 
 
@@ -140,13 +215,13 @@ def ranks_end_together(trainer: lightning.Trainer) -> Iterator[None]:
         raise
 
 
-def _launched(wanted: Mapping[str, Any]) -> tuple[int, int]:
+def _launched(devices: Any) -> tuple[int, int]:
     """Processes per node, and nodes, as torchrun started them."""
     here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    if wanted["devices"] not in ("auto", here):
+    if devices not in ("auto", here):
         raise InputError(
-            f"trainer.devices={wanted['devices']}, but torchrun started {here} processes; leave trainer.devices out, "
-            f"or start torchrun with --nproc-per-node {wanted['devices']}."
+            f"trainer.devices={devices}, but torchrun started {here} processes; leave trainer.devices out, "
+            f"or start torchrun with --nproc-per-node {devices}."
         )
     return here, everywhere // here
 
@@ -176,19 +251,19 @@ def share_buffers(network: nn.Module) -> None:
             dist.broadcast(buffer.data, src=0)
 
 
-def run_directory(config: Mapping[str, Any], above: Path = Path("runs")) -> Path:
+def run_directory(options: RunOptions, above: Path = Path("runs")) -> Path:
     """Given, or the resumed run's, or <above>/<recipe>/<backbone>/<time>. Rank 0 alone writes to it, beginning here."""
-    if config["run_dir"]:
-        run_dir = Path(str(config["run_dir"]))
-    elif config["resume"]:
-        run_dir = Path(config["ckpt"]).parent
+    if options.run_dir:
+        run_dir = Path(options.run_dir)
+    elif options.resume:
+        run_dir = Path(str(options.ckpt)).parent
     else:
         now = os.environ.setdefault(RUN_TIME_VARIABLE, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        run_dir = above / config["recipe_name"] / config["backbone_name"] / now
+        run_dir = above / options.recipe_name / options.backbone_name / now
     if is_first_process():
         check_writable(run_dir)
         with replacing(run_dir / "config.yaml") as partial:
-            partial.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+            partial.write_text(yaml.safe_dump(options.to_dict(), sort_keys=False))
         log.info("run directory: %s", run_dir)
     return run_dir
 

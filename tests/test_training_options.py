@@ -1,0 +1,110 @@
+"""Which values of a training run are accepted, and that the defaults are the published recipe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import launch
+from launch import compose_config, plain, resolve
+
+import pytest
+
+from detector.errors import InputError
+from detector.training.pretrain import PretrainOptions
+from detector.training.run import TrainOptions
+
+RECIPES = sorted(path.stem for path in (launch.CONF / "recipe").glob("*.yaml"))
+PRETRAINING = sorted(path.stem for path in (launch.CONF / "pretrain").glob("*.yaml"))
+NETWORK: dict[str, Any] = {"backbone": {}, "neck": {}, "rpn": {}, "light_head": {}}
+
+
+def composed(tool: str, *overrides: str) -> dict[str, Any]:
+    cfg, _ = compose_config(tool, overrides)
+    resolve(cfg)
+    return plain(cfg)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("detector", ["light_head_s", "light_head_l"])
+def test_what_is_shipped_is_accepted_and_every_option_can_be_given(recipe: str, detector: str) -> None:
+    values = composed("train", f"recipe={recipe}", f"detector={detector}")
+    assert set(launch.dotted_keys(TrainOptions.parse(values).to_dict())) >= set(launch.dotted_keys(values))
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING)
+def test_what_is_shipped_for_pretraining_is_accepted(recipe: str) -> None:
+    PretrainOptions.parse(composed("pretrain", f"pretrain={recipe}"))
+
+
+def test_the_defaults_are_the_papers_recipe() -> None:
+    given = TrainOptions.parse(composed("train", "recipe=paper")).to_dict()
+    for name, value in TrainOptions(**NETWORK).to_dict().items():
+        if name == "schedule":
+            assert given[name].pop("warmup_factor") == pytest.approx(value.pop("warmup_factor"), abs=1e-6)
+        if name not in (*NETWORK, "data", "overrides", "recipe_name", "backbone_name"):
+            assert given[name] == value, name
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("train.batch_size", [1, 64], [0, -1, 2.0, "8", True, None]),
+        ("workers", [0, 8], [-1, None, "two"]),
+        ("schedule.epochs", [1, None], [0, -1, 1.5, math.inf]),
+        ("optimizer.lr", [1e-4, 1], [0, -0.1, math.nan, math.inf, "1e-4", None, True]),
+        ("optimizer.clip_norm", [10, 0.1, None], [0, -1, "no"]),
+        ("optimizer.lr_scales", [None, {}, {"backbone": 0.1}], ["backbone", [1], 3]),
+        ("ema", [None, 0.0, 0.998], [1, 1.5, -0.1, True]),
+        ("trainer.devices", ["auto", 1, 8, [0], [0, 3]], [0, -1, [], ["a"], "all", None, 1.5]),
+        ("trainer.precision", ["32-true", "bf16-mixed"], [32, "fp16", None, "bf16-true", "64-true"]),
+        ("schedule.milestones", [[], [0.5, 0.75]], [[90], 0.5, None, ["a"]]),
+        ("augment.scale", [[1, 1], [0.5, 2.0]], [[1], 1, [0, 1], None, [1, 2, 3], [2, 1]]),
+        ("augment.flip", [0, 1, 0.5], [-0.1, 2, "yes"]),
+        ("schedule.kind", ["linear", "cosine", "steps"], ["line", None]),
+        ("freeze.stages", [0, 4], [5, -1, None]),
+        ("resume", [True, False], [1, "true", None]),
+        ("data.train.limit", [1, None], [0, "all"]),
+        ("run_dir", ["runs/x", 2024, None], [True, []]),
+    ],
+)
+def test_values(key: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        TrainOptions.parse(NETWORK | nested(key, value))
+    for value in bad:
+        with pytest.raises(InputError, match=rf"^{key}"):
+            TrainOptions.parse(NETWORK | nested(key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("augment.colour", [0, 0.4, 1], [-0.1, 1.5, None]),
+        ("label_smoothing", [0, 0.1], [1, -0.1, None, "some"]),
+        ("input.size", [1, 224], [0, 224.0, None, 257]),
+        ("data.train", ["train", 2024], ["", None, True, ["a"]]),
+    ],
+)
+def test_values_of_pretraining(key: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        PretrainOptions.parse({"backbone": {}} | nested(key, value))
+    for value in bad:
+        with pytest.raises(InputError, match=rf"^{key}|^input\.resize"):
+            PretrainOptions.parse({"backbone": {}} | nested(key, value))
+
+
+def test_what_an_earlier_version_wrote_is_read_without_what_is_gone() -> None:
+    recorded = TrainOptions(**NETWORK, seed=7).to_dict()
+    recorded["trainer"]["telemetry"] = True
+    recorded["horoscope"] = {"sign": "lion"}
+    assert TrainOptions.parse_recorded(recorded) == TrainOptions(**NETWORK, seed=7)
+    assert "horoscope" in recorded
+    with pytest.raises(InputError, match=r"^seed=-1: expected "):
+        TrainOptions.parse_recorded(recorded | {"seed": -1})
+    with pytest.raises(InputError, match="is not an option"):
+        TrainOptions.parse(recorded)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    name, _, rest = key.partition(".")
+    return {name: nested(rest, value) if rest else value}
