@@ -30,7 +30,7 @@ from detector.options import Options, alternatives, names_in, sets_in, shown, ty
 COMMANDS = {
     "train": ("detector.training.run", "TrainOptions", "train"),
     "eval": ("detector.apps.evaluate", "EvalOptions", "evaluate"),
-    "predict": ("detector.apps.predict", "PredictOptions", "predict"),
+    "predict": ("detector.apps.predict", "PredictCommandOptions", "predict"),
     "export": ("detector.apps.export", "ExportOptions", "export"),
     "serve": ("detector.apps.serve", "ServeOptions", "serve"),
     "doctor": ("detector.apps.doctor", "DoctorOptions", "doctor"),
@@ -52,7 +52,7 @@ NOTE_COLUMN = 30
 # Seconds that rank 0 has to report an error that all ranks share.
 GRACE = 5.0
 QUOTED = re.compile(r"""(?P<quote>["'])(?P<text>(?:\\.|(?!(?P=quote))[^\\])*)(?P=quote)""")
-LIST_ITEM = re.compile(rf"\s*({QUOTED.pattern}(?=\s*(?:,|$))|[^,]*?)\s*(?:,|$)")
+LIST_ITEM = re.compile(rf"\s*((?:{QUOTED.pattern}|\[[^\[\]]*\])(?=\s*(?:,|$))|[^,]*?)\s*(?:,|$)")
 
 
 class Composed(NamedTuple):
@@ -300,7 +300,7 @@ def as_typed(kind: Any, text: str) -> Any:
         return None
     if items and text.startswith("[") and text.endswith("]"):
         return [as_typed(items[0], match[1]) for match in LIST_ITEM.finditer(text[1:-1]) if match[1]]
-    if int in members and text.isdecimal():
+    if text.isdecimal() and (int in members or Any in members):
         return int(text)
     if quoted := QUOTED.fullmatch(text):
         text = re.sub(r"\\([\"'])", r"\1", quoted["text"])
@@ -377,7 +377,7 @@ def help_text(command: str, composed: Composed) -> str:
         [
             docstring(COMMANDS[command][0]).strip(),
             "",
-            f"Usage: {usage()} [group=option ...] [key=value ...] [--help]",
+            f"Usage: {usage()} {'[group=option ...] ' if groups else ''}[key=value ...] [--help]",
             "",
             *(["Groups and their options, [chosen]:", "", *groups, ""] if groups else []),
             "Configuration that this command line gives; any value can be set as key=value, inner ones as a.b=value,",
@@ -390,8 +390,10 @@ def help_text(command: str, composed: Composed) -> str:
 
 def described(options: Options, indent: str = "") -> Iterator[tuple[str, str]]:
     """A line for each option, as YAML has it, and what its definition says."""
-    plain = options.to_dict()
-    for name, field in type(options).model_fields.items():
+    plain, fields = options.to_dict(), type(options).model_fields
+    # What a class adds to those that it builds on comes first.
+    names = dict.fromkeys(name for one in type(options).__mro__ for name in getattr(one, "__annotations__", ()))
+    for name, field in ((name, fields[name]) for name in names if name in fields):
         value, note = getattr(options, name), " ".join((field.description or "").split())
         if isinstance(value, Options):
             yield f"{indent}{name}:", note

@@ -230,6 +230,8 @@ def test_a_path_is_the_text_as_typed(text: str) -> None:
         (str | list[str], "[ 1e3 , 2024_01_15,it's.jpg]", ["1e3", "2024_01_15", "it's.jpg"]),
         (str | list[str], """["a, b.jpg",'c d',e f]""", ["a, b.jpg", "c d", "e f"]),
         (str | list[str], "[x].jpg", "[x].jpg"),
+        (str | list[str | list[str]], "[a[1].jpg,[b, 'c,d']]", ["a[1].jpg", ["b", "c,d"]]),
+        (str | list[Any], "[car,2]", ["car", 2]),
         (list[str | int] | None, "[car,2,03x]", ["car", 2, "03x"]),
         (list[str | int] | None, "null", None),
         (tuple[str, ...], "[a]", ["a"]),

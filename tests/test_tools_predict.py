@@ -19,10 +19,10 @@ from PIL import Image
 from tool_runner import ROOT, run_tool, tool_environment
 from torch import nn
 
+from detector.apps.predict import Stop
 from detector.data.preprocess import Preprocessing
 from detector.inference.detections import Detections
 from detector.inference.detector import Detector
-from predict import Stop
 
 CLASSES = ("car", "cat", "kite")
 
@@ -90,7 +90,7 @@ def test_a_list_a_pattern_and_all_options(
         "classes=[cat,2]", "max_proposals=5", "tile=[40,40,10]", "flip=true", "batch_size=2", "max_pixels=4000",
         "save=[jsonl,csv,coco]", "device=cpu", "threads=1", cwd=tmp_path,
     ).ok()  # fmt: skip
-    assert "objects in 2 pictures: found" in outcome.err
+    assert "objects in 2 images: found" in outcome.err
     assert files(tmp_path / "found") == ["coco.json", "detections.csv", "detections.jsonl"]
     records = [json.loads(line) for line in (tmp_path / "found/detections.jsonl").read_text().splitlines()]
     assert [record["path"] for record in records] == ["2024/a.jpg", "2024/sub/a.png"]
@@ -103,7 +103,7 @@ def test_a_list_a_pattern_and_all_options(
     check_same(records, detector.predict(source, **options))
     assert min(len(record["names"]) for record in records) > 0
     assert (
-        "threads=0; expected"
+        "threads=0: expected"
         in run_tool("predict", f"ckpt={checkpoint}", "source=a", "threads=0", cwd=tmp_path).error()
     )
     for name in options:
@@ -279,7 +279,7 @@ def test_a_camera_is_followed_and_ended(
     assert len(records) >= 5
     assert [record["frame"] for record in records] == list(range(len(records)))
     # Each picture is in all results or in none.
-    assert f" in {len(records)} pictures: out" in err
+    assert f" in {len(records)} images: out" in err
     with av.open(str(tmp_path / "out/webcam_0.mp4")) as container:
         assert len(list(container.decode(video=0))) == len(records)
     if overrides:

@@ -149,6 +149,7 @@ def _become(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     # What the tools import, at the start or on their way; nothing here may start a thread.
     sys.path.insert(0, str(ROOT / "tools"))
+    import hydra  # noqa: F401
     import launch  # noqa: F401
 
     import albumentations  # noqa: F401

@@ -24,8 +24,8 @@ def _as_tile(value: Any) -> Any:
     return value
 
 
-class PredictOptions(Options):
-    """What `Predictor.predict` takes beside the source."""
+class SearchOptions(Options):
+    """How a source is read and searched."""
 
     score_threshold: Share = 0.3
     """Detections below are left out; 0 keeps all that the network's own threshold leaves."""
@@ -39,16 +39,21 @@ class PredictOptions(Options):
     """Also search the mirror image: twice the time."""
     batch_size: Count = 8
     """Images in memory, and in the network, at once; does not change results."""
-    on_error: Literal["raise", "report"] = "raise"
-    """At an image that cannot be read: raise, after the results before it, or report, in `Detections.error`."""
-    bgr: Flag = False
-    """Arrays and tensors are in OpenCV's channel order."""
     every: Count = 1
     """Of a video or stream: each n-th frame."""
     max_pixels: Count | None = None
     """Refuse image files that declare more; null: Pillow's limit, 179 million."""
     allow_private: Flag = False
     """Addresses may lead to this machine and the local network."""
+
+
+class PredictOptions(SearchOptions):
+    """What `Predictor.predict` takes beside the source."""
+
+    on_error: Literal["raise", "report"] = "raise"
+    """At an image that cannot be read: raise, after the results before it, or report, in `Detections.error`."""
+    bgr: Flag = False
+    """Arrays and tensors are in OpenCV's channel order."""
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> PredictOptions:
