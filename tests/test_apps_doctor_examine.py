@@ -15,7 +15,7 @@ from torchvision.ops import box_iou
 
 from detector.apps.doctor.anchors import best_anchor_iou, coverage, propose
 from detector.apps.doctor.examine import Diagnosis, examine, format_diagnosis
-from detector.data.coco import load_coco
+from detector.data.annotations import load_annotations
 from detector.data.preprocess import Preprocessing
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
@@ -314,7 +314,7 @@ def test_all_faults_are_listed_where_loading_stops_at_the_first(clean: Path) -> 
 
     edit(clean, change)
     with pytest.raises(InputError):
-        load_coco(clean / "annotations" / "train.json", clean / "images")
+        load_annotations(clean / "annotations" / "train.json", clean / "images")
     diagnosis = diagnose(clean)
     assert set(faults(diagnosis)) == {"missing_files", "unknown_categories", "entries", "boxes_outside"}
     severities = [f.severity for f in diagnosis.findings]

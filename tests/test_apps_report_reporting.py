@@ -15,7 +15,7 @@ from scored_data import write_scored_data
 from tool_runner import tool_environment
 
 from detector.apps.report.reporting import _cost, _usual_canvas, evaluate_results
-from detector.data.coco import load_coco
+from detector.data.annotations import load_annotations
 from detector.errors import InputError
 from detector.inference.detector import Detector
 from detector.models.fuse import fuse
@@ -71,7 +71,7 @@ def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], word
 def test_cost_is_of_the_network_as_it_was_trained(tmp_path: Path, small_detector: Detector) -> None:
     # Pictures of 48 x 64, 64 x 48, 64 x 96, 40 x 100 and 80 x 60 for an input of 64 x 96: three canvases.
     root = write_scored_data(tmp_path / "data", small_detector)
-    index = load_coco(root / "annotations/val.json", root / "images")
+    index = load_annotations(root / "annotations/val.json", root / "images")
     count = sum(parameter.numel() for parameter in small_detector.network.parameters())
     small_detector.network, small_detector.fused = fuse(small_detector.network), True
     assert sum(parameter.numel() for parameter in small_detector.network.parameters()) < count
@@ -86,7 +86,7 @@ def test_cost_is_of_the_network_as_it_was_trained(tmp_path: Path, small_detector
 
 def test_the_usual_canvas(tmp_path: Path, small_detector: Detector) -> None:
     root = write_scored_data(tmp_path / "data", small_detector)
-    index = load_coco(root / "annotations/val.json", root / "images")
+    index = load_annotations(root / "annotations/val.json", root / "images")
     # 48 x 64 -> 64 x 85 -> canvas 64 x 96, as is 64 x 96, and 40 x 100 -> 38 x 96; the upright ones: 96 x 64.
     assert _usual_canvas(small_detector, index) == (64, 96)
     index.sizes[:] = np.array([[0, 0]])

@@ -12,7 +12,7 @@ from scored_data import write_scored_data
 from torchvision.ops import box_iou
 
 from detector.apps.report.two_stages import two_stages
-from detector.data.coco import CocoIndex, load_coco
+from detector.data.annotations import AnnotationIndex, load_annotations
 from detector.data.preprocess import pad, resize
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
@@ -23,7 +23,7 @@ SIZES = {"all": (0, 1e10), "small": (0, 1024), "medium": (1024, 9216), "large": 
 
 
 @pytest.fixture
-def index(tmp_path: Path, small_detector: Detector) -> CocoIndex:
+def index(tmp_path: Path, small_detector: Detector) -> AnnotationIndex:
     """Five pictures with objects near what the detector finds, one of them a crowd region, one picture empty."""
     root = write_scored_data(tmp_path / "data", small_detector, empty=(3,))
     path = root / "annotations/val.json"
@@ -35,10 +35,12 @@ def index(tmp_path: Path, small_detector: Detector) -> CocoIndex:
         {"id": 901, "image_id": 98, "category_id": 17, "bbox": [2.75, 9.5, 90.5, 45], "area": 4073, "iscrowd": 0},
     ]
     path.write_text(json.dumps(content))
-    return load_coco(path, root / "images")
+    return load_annotations(path, root / "images")
 
 
-def frames(detector: Detector, index: CocoIndex) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]]:
+def frames(
+    detector: Detector, index: AnnotationIndex
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]]:
     """Per picture: padded input, its size, truths in the input's frame, and their areas in the file."""
     found = []
     for i in range(len(index)):
@@ -53,7 +55,7 @@ def frames(detector: Detector, index: CocoIndex) -> list[tuple[torch.Tensor, tor
 
 
 @torch.no_grad()
-def test_recall_and_anchors_are_those_of_a_plain_loop(small_detector: Detector, index: CocoIndex):
+def test_recall_and_anchors_are_those_of_a_plain_loop(small_detector: Detector, index: AnnotationIndex):
     network = small_detector.network.eval()
     reached: list[tuple[float, list[float], float]] = []  # area, best IoU by number of proposals, by anchors
     for pixels, size, truths, areas in frames(small_detector, index):
@@ -93,7 +95,7 @@ def test_recall_and_anchors_are_those_of_a_plain_loop(small_detector: Detector, 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_ap_with_each_number_is_that_of_a_detector_with_this_limit(
-    small_detector: Detector, index: CocoIndex, fused: bool
+    small_detector: Detector, index: AnnotationIndex, fused: bool
 ):
     if fused:
         small_detector.network, small_detector.fused = fuse(small_detector.network), True
@@ -114,30 +116,30 @@ def test_ap_with_each_number_is_that_of_a_detector_with_this_limit(
     assert found["budgets"][0]["AP"] < found["budgets"][-1]["AP"] < 1
 
 
-def test_a_limit_takes_the_first_pictures(small_detector: Detector, index: CocoIndex):
+def test_a_limit_takes_the_first_pictures(small_detector: Detector, index: AnnotationIndex):
     found = two_stages(small_detector, index, limit=2)
     rows = slice(0, index.offsets[2])
     assert found["images"] == 2
     assert found["recall"]["all"]["truths"] == int((~index.crowd[rows]).sum())
 
 
-def test_pictures_without_objects_have_no_figures(small_detector: Detector, index: CocoIndex):
+def test_pictures_without_objects_have_no_figures(small_detector: Detector, index: AnnotationIndex):
     content = json.loads(index.annotation_file.read_text())
     index.annotation_file.write_text(json.dumps(content | {"annotations": []}))
-    found = two_stages(small_detector, load_coco(index.annotation_file, index.image_dir), limit=2)
+    found = two_stages(small_detector, load_annotations(index.annotation_file, index.image_dir), limit=2)
     assert found["recall"]["all"] == {"truths": 0, "recall50": None, "recall": None}
     assert found["budgets"][-1]["AP"] is None
 
 
 @pytest.mark.parametrize(("change", "message"), [({"limit": 0}, "limit=0"), ({"budgets": (0, 10)}, "budgets=")])
 def test_numbers_that_make_no_sense_are_named(
-    small_detector: Detector, index: CocoIndex, change: dict[str, Any], message: str
+    small_detector: Detector, index: AnnotationIndex, change: dict[str, Any], message: str
 ):
     with pytest.raises(InputError, match=message):
         two_stages(small_detector, index, **change)
 
 
-def test_other_classes_are_named(small_detector: Detector, index: CocoIndex):
+def test_other_classes_are_named(small_detector: Detector, index: AnnotationIndex):
     small_detector.class_names = ("cat", "dog", "cow")
     with pytest.raises(InputError, match="cow"):
         two_stages(small_detector, index)

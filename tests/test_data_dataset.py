@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from detector.data import dataset as dataset_module
-from detector.data.coco import CocoIndex, load_coco
+from detector.data.annotations import AnnotationIndex, load_annotations
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
 from detector.data.preprocess import Preprocessing
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 
 @pytest.fixture
-def index(tiny_coco: Path) -> CocoIndex:
-    return load_coco(tiny_coco / "annotations" / "train.json", tiny_coco / "images")
+def index(tiny_coco: Path) -> AnnotationIndex:
+    return load_annotations(tiny_coco / "annotations" / "train.json", tiny_coco / "images")
 
 
 def train_transform(seed: int = 0) -> TrainTransform:
@@ -33,7 +33,7 @@ def train_transform(seed: int = 0) -> TrainTransform:
     return TrainTransform(Preprocessing(short_side=32, long_side=48), draws, seed=seed)
 
 
-def test_sample(index: CocoIndex) -> None:
+def test_sample(index: AnnotationIndex) -> None:
     data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=24, long_side=100)))
     assert len(data) == 4
     sample = data[0]
@@ -50,7 +50,7 @@ def test_sample(index: CocoIndex) -> None:
         data[-1]
 
 
-def test_cache_reads_each_file_once_and_changes_nothing(tiny_coco: Path, index: CocoIndex) -> None:
+def test_cache_reads_each_file_once_and_changes_nothing(tiny_coco: Path, index: AnnotationIndex) -> None:
     plain = DetectionDataset(index, train_transform())
     cached = DetectionDataset(index, train_transform(), cache=True)
     expected = [plain[i % 4] for i in range(40)]
@@ -64,7 +64,7 @@ def test_cache_reads_each_file_once_and_changes_nothing(tiny_coco: Path, index: 
         plain[0]
 
 
-def test_a_transform_cannot_spoil_the_cache(index: CocoIndex) -> None:
+def test_a_transform_cannot_spoil_the_cache(index: AnnotationIndex) -> None:
     class Careless(EvalTransform):
         def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
             image[:] = 0
@@ -76,7 +76,7 @@ def test_a_transform_cannot_spoil_the_cache(index: CocoIndex) -> None:
 
 
 def test_cache_stops_at_its_bound(
-    index: CocoIndex, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    index: AnnotationIndex, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(dataset_module, "CACHE_BYTES", (48 * 64 + 60 * 40) * 3)
     with caplog.at_level(logging.INFO):
@@ -99,7 +99,7 @@ class Repeat:
         return self.dataset[0]
 
 
-def epochs(index: CocoIndex, workers: int, persistent: bool, seed: int = 0, rank: int = 0) -> list[bytes]:
+def epochs(index: AnnotationIndex, workers: int, persistent: bool, seed: int = 0, rank: int = 0) -> list[bytes]:
     """The pictures of three epochs of eight samples, as a training run with this global seed draws them."""
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +118,7 @@ def epochs(index: CocoIndex, workers: int, persistent: bool, seed: int = 0, rank
 
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
-def test_draws_are_distinct_and_reproducible(index: CocoIndex, workers: int, persistent: bool) -> None:
+def test_draws_are_distinct_and_reproducible(index: AnnotationIndex, workers: int, persistent: bool) -> None:
     drawn = epochs(index, workers, persistent)
     assert len(drawn) == 24
     assert len(set(drawn)) == 24
@@ -127,7 +127,7 @@ def test_draws_are_distinct_and_reproducible(index: CocoIndex, workers: int, per
     assert len({*drawn, *others}) == 72
 
 
-def test_seed_worker_finds_the_data_set_in_a_subset(index: CocoIndex) -> None:
+def test_seed_worker_finds_the_data_set_in_a_subset(index: AnnotationIndex) -> None:
     data = DetectionDataset(index, train_transform())
     loader: DataLoader[Any] = DataLoader(
         Subset(data, [0, 0, 0, 0]),
@@ -139,7 +139,7 @@ def test_seed_worker_finds_the_data_set_in_a_subset(index: CocoIndex) -> None:
     assert len({batch.images.numpy().tobytes() for batch in loader}) == 4
 
 
-def test_collate_pads_pictures_and_objects(index: CocoIndex) -> None:
+def test_collate_pads_pictures_and_objects(index: AnnotationIndex) -> None:
     data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=40, long_side=80)))
     batch = collate([data[i] for i in range(4)])
     assert batch.images.dtype == torch.uint8
@@ -157,14 +157,14 @@ def test_collate_pads_pictures_and_objects(index: CocoIndex) -> None:
     assert batch.images[1, :, 60:].unique().tolist() == [104, 116, 124]
 
 
-def test_a_batch_without_objects_keeps_one_place(index: CocoIndex) -> None:
+def test_a_batch_without_objects_keeps_one_place(index: AnnotationIndex) -> None:
     batch = collate([DetectionDataset(index, EvalTransform(Preprocessing(short_side=40, long_side=80)))[2]])
     assert batch.boxes.shape == (1, 1, 4)
     assert batch.labels.tolist() == [[-1]]
     assert batch.crowd.tolist() == [[False]]
 
 
-def test_evaluation_batches_do_not_depend_on_batch_mates(index: CocoIndex) -> None:
+def test_evaluation_batches_do_not_depend_on_batch_mates(index: AnnotationIndex) -> None:
     preprocessing = Preprocessing(short_side=32, long_side=64)
     data = DetectionDataset(index, transform=None)
     samples = [data[i] for i in (0, 1, 2, 3, 0)]
@@ -177,7 +177,7 @@ def test_evaluation_batches_do_not_depend_on_batch_mates(index: CocoIndex) -> No
             assert np.array_equal(image, alone.images[0])
 
 
-def test_the_way_from_a_worker_leaves_memory_as_it_is(index: CocoIndex) -> None:
+def test_the_way_from_a_worker_leaves_memory_as_it_is(index: AnnotationIndex) -> None:
     batch = collate_eval([DetectionDataset(index, transform=None)[0]], Preprocessing(short_side=32, long_side=64))
     (before,), (after,) = batch.prepared, pickle.loads(pickle.dumps(batch)).prepared
     assert after.images.strides == before.images.strides

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from detector.data.coco import load_coco
+from detector.data.annotations import load_annotations
 from detector.data.image_properties import image_properties, measure
 from detector.errors import InputError
 
@@ -36,7 +36,7 @@ def test_numbers_are_those_of_pillow_and_of_five_shifted_copies():
 
 
 def test_pictures_of_a_data_set_by_id(tiny_coco: Path):
-    index = load_coco(tiny_coco / "annotations/val.json", tiny_coco / "images")
+    index = load_annotations(tiny_coco / "annotations/val.json", tiny_coco / "images")
     found = image_properties(index)
     assert set(found) == {10, 7, 42, 99}
     assert found[7]["resolution"] == pytest.approx((40 * 60) ** 0.5)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from judged_rows import random_rows
 
-from detector.data.coco import load_coco
+from detector.data.annotations import load_annotations
 from detector.errors import InputError
 from detector.evaluation.diagnosis import diagnose
 from detector.evaluation.metrics import evaluate
@@ -35,7 +35,7 @@ def test_everything_is_there_and_fits_into_json(tmp_path: Path):
 
 def test_pictures_are_read_where_they_are_given(tiny_coco: Path):
     path = tiny_coco / "annotations/val.json"
-    index = load_coco(path, tiny_coco / "images")
+    index = load_annotations(path, tiny_coco / "images")
     results = [{"image_id": 10, "category_id": 3, "bbox": [4, 6, 20, 10], "score": 0.9}]
 
     found = diagnose(results, path, images=index, image_ids=[10, 7], score_threshold=0.25, worst_count=1)

@@ -13,7 +13,7 @@ from scored_data import write_scored_data
 from detector.apps.evaluate_export import find_all
 from detector.apps.report.two_stages import two_stages
 from detector.data import preprocess
-from detector.data.coco import CocoIndex, load_coco
+from detector.data.annotations import AnnotationIndex, load_annotations
 from detector.export.parity import REFERENCE, take_turns
 from detector.export.quantize import _samples
 from detector.inference.detector import Detector
@@ -33,7 +33,7 @@ def exported(detector: Detector, run: Any = None) -> ExportedDetector:
     return ExportedDetector(ExportInfo(detector.class_names, detector.preprocessing), run, Path("a.onnx"))
 
 
-def validate(detector: Detector, index: CocoIndex) -> object:
+def validate(detector: Detector, index: AnnotationIndex) -> object:
     data = DetectionData(
         train=None, val=index, preprocessing=detector.preprocessing, transform=None, train_batch_size=1,
         val_batch_size=2, workers=0, cache=False,
@@ -41,7 +41,7 @@ def validate(detector: Detector, index: CocoIndex) -> object:
     return list(data.val_dataloader())
 
 
-CALLERS: dict[str, Callable[[Detector, CocoIndex], object]] = {
+CALLERS: dict[str, Callable[[Detector, AnnotationIndex], object]] = {
     "prediction": lambda detector, _: detector.predict(IMAGE),
     "an export": lambda detector, _: exported(detector).predict(IMAGE),
     "tiles": lambda detector, _: detector.predict(IMAGE, tile=(50, 50, 10), flip=True),
@@ -59,7 +59,7 @@ def test_breaking_prepare_breaks_every_caller(
     small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     root = write_scored_data(tmp_path / "data", small_detector)
-    index = load_coco(root / "annotations/val.json", root / "images")
+    index = load_annotations(root / "annotations/val.json", root / "images")
 
     def broken(*_: object) -> None:
         raise BrokenError

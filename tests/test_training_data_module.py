@@ -12,7 +12,7 @@ import torch
 from classified_data import write_classified_data
 from torch.utils.data import DistributedSampler
 
-from detector.data.coco import CocoIndex, load_coco
+from detector.data.annotations import AnnotationIndex, load_annotations, read_annotations
 from detector.data.image_folder import ImageFolder, eval_view, train_view
 from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
@@ -22,19 +22,14 @@ from detector.training.data_module import ClassificationData, DetectionData, Eva
 PREPROCESSING = Preprocessing(short_side=64, long_side=96)
 
 
-def index_of(sizes: list[tuple[int, int]]) -> CocoIndex:
+def index_of(sizes: list[tuple[int, int]]) -> AnnotationIndex:
     """Pictures of these heights and widths without objects, and without files."""
-    count = len(sizes)
-    return CocoIndex(
-        annotation_file=Path("none.json"), image_dir=Path(), image_ids=list(range(count)), file_names=[""] * count,
-        sizes=np.array(sizes, np.int64).reshape(-1, 2), offsets=np.zeros(count + 1, np.int64),
-        boxes=np.zeros((0, 4), np.float32), labels=np.zeros(0, np.int64), crowd=np.zeros(0, bool),
-        areas=np.zeros(0, np.float32), class_names=("cat",), category_ids=(1,), counts={},
-    )  # fmt: skip
+    images = [{"id": i, "height": height or None, "width": width or None} for i, (height, width) in enumerate(sizes)]
+    return read_annotations({"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]})
 
 
 def module(root: Path, **changes: Any) -> DetectionData:
-    index = load_coco(root / "annotations/train.json", root / "images")
+    index = load_annotations(root / "annotations/train.json", root / "images")
     values: dict[str, Any] = {
         "train": index, "val": index, "preprocessing": PREPROCESSING,
         "transform": TrainTransform(PREPROCESSING, AugmentOptions(flip=0), seed=0),

@@ -10,7 +10,7 @@ import lightning
 import pytest
 from scored_data import write_scored_data
 
-from detector.data.coco import CocoIndex, load_coco
+from detector.data.annotations import AnnotationIndex, load_annotations
 from detector.evaluation import clock as clock_module
 from detector.evaluation.clock import Clock
 from detector.inference.detector import Detector
@@ -46,7 +46,7 @@ def test_a_delay_shows_in_its_own_part(
     tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_scored_data(tmp_path / "data", small_detector)
-    index = load_coco(root / "annotations/val.json", root / "images")
+    index = load_annotations(root / "annotations/val.json", root / "images")
     data = DetectionData(
         train=None, val=index, preprocessing=small_detector.preprocessing, transform=None, train_batch_size=1,
         val_batch_size=2, workers=0, cache=False,
@@ -57,7 +57,7 @@ def test_a_delay_shows_in_its_own_part(
     head.thin.register_forward_pre_hook(fake.slowed(lambda *_: None, 1))  # in the forward pass
     monkeypatch.setattr(head, "detect", fake.slowed(head.detect, 10))  # after it
     monkeypatch.setattr(task_module, "evaluate", fake.slowed(task_module.evaluate, 100))
-    monkeypatch.setattr(CocoIndex, "read", fake.slowed(CocoIndex.read, 1000))
+    monkeypatch.setattr(AnnotationIndex, "read", fake.slowed(AnnotationIndex.read, 1000))
     task = DetectionTask(small_detector)
     task.val_index = index
     clock = Clock()

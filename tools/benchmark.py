@@ -29,7 +29,7 @@ import torchvision
 import yaml
 from omegaconf import DictConfig
 
-from detector.data.coco import load_coco
+from detector.data.annotations import load_annotations
 from detector.data.images import read_image
 from detector.data.progress import progress
 from detector.data.scenes import render_scene
@@ -90,7 +90,7 @@ def peers(config: DictConfig, turns: int) -> Iterator[Contest]:
     with tempfile.TemporaryDirectory() as folder:
         # Other pictures than the training ones, at the size that both sides take in without shrinking.
         root = ensure_shapes(Path(folder) / "shapes", seed=1, train=32, val=1, size=320)
-        index = load_coco(root / "annotations/train.json", root / "images")
+        index = load_annotations(root / "annotations/train.json", root / "images")
         yield training_contest(spec, values["augment"], index, turns)
 
 

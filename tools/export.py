@@ -32,7 +32,7 @@ import torch
 from omegaconf import DictConfig
 
 from detector.apps.evaluate import evaluation_data
-from detector.data.coco import CocoIndex
+from detector.data.annotations import AnnotationIndex
 from detector.data.images import list_images, read_image
 from detector.data.preprocess import resize
 from detector.data.progress import progress
@@ -132,7 +132,7 @@ def accuracy_control(values: dict[str, Any], detector: Detector) -> Accuracy | N
     return accuracy_on(index, values["check"]["images"], values["check"]["max_drop"]["int8"])
 
 
-def accuracy_on(index: CocoIndex, count: int, max_drop: float) -> Accuracy:
+def accuracy_on(index: AnnotationIndex, count: int, max_drop: float) -> Accuracy:
     """On so many pictures of an index, evenly spread."""
     chosen, precision = spread(range(len(index)), count), scorer(index)
 
@@ -145,7 +145,7 @@ def accuracy_on(index: CocoIndex, count: int, max_drop: float) -> Accuracy:
     return Accuracy(measure, len(chosen), max_drop)
 
 
-def scorer(index: CocoIndex) -> Callable[[Sequence[Found], Sequence[int]], float | None]:
+def scorer(index: AnnotationIndex) -> Callable[[Sequence[Found], Sequence[int]], float | None]:
     """AP of what was found in the pictures of these numbers; None where they hold no object."""
     truth = json.loads(index.annotation_file.read_text(encoding="utf-8"))
     images, objects = {image["id"]: image for image in truth["images"]}, defaultdict(list)
@@ -200,7 +200,7 @@ def file_of_each(formats: list[str], values: dict[str, Any]) -> dict[str, Path]:
     return {formats[0]: out}
 
 
-def validation_pictures(values: dict[str, Any], detector: Detector) -> CocoIndex:
+def validation_pictures(values: dict[str, Any], detector: Detector) -> AnnotationIndex:
     with way_out("Or give check=null: nothing is compared then."):
         data = evaluation_data(values, detector)
         data["val"] = data["val"] | {"limit": values["check"]["images"]}
@@ -247,7 +247,7 @@ def check(
     detector: Detector,
     canvas: tuple[int, int] | None,
     places: dict[str, Path],
-    index: CocoIndex,
+    index: AnnotationIndex,
 ) -> list[Row]:
     threads = values["check"]["threads"]
     if threads:

@@ -9,7 +9,7 @@ from typing import Any
 
 from detector.apps.evaluate import evaluation_data
 from detector.apps.report.reporting import report_on_export
-from detector.data.coco import CocoIndex
+from detector.data.annotations import AnnotationIndex
 from detector.data.progress import progress
 from detector.data.splits import load_split
 from detector.errors import InputError
@@ -48,7 +48,7 @@ def evaluate_export(config: Mapping[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def find_all(detector: Predictor, index: CocoIndex, batch_size: int) -> list[dict[str, Any]]:
+def find_all(detector: Predictor, index: AnnotationIndex, batch_size: int) -> list[dict[str, Any]]:
     """COCO's results of every image of an index, in its order."""
     results: list[dict[str, Any]] = []
     for start in progress(range(0, len(index), batch_size), "predict", unit="batch"):

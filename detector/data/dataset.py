@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detector.data.coco import CocoIndex
+from detector.data.annotations import AnnotationIndex
 from detector.data.progress import progress
 from detector.data.transforms import Transform
 
@@ -27,7 +27,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     width as decoded; image_id as in the annotation file.
     """
 
-    def __init__(self, index: CocoIndex, transform: Transform | None, cache: bool = False) -> None:
+    def __init__(self, index: AnnotationIndex, transform: Transform | None, cache: bool = False) -> None:
         """
         Args:
             index: the pictures and their objects.
@@ -78,7 +78,7 @@ def seed_worker(worker_id: int) -> None:
         dataset.transform.reseed(torch.initial_seed())
 
 
-def _decode(index: CocoIndex) -> list[np.ndarray]:
+def _decode(index: AnnotationIndex) -> list[np.ndarray]:
     """The first pictures of an index, as many as CACHE_BYTES hold; not writable, because they are used again."""
     pictures: list[np.ndarray] = []
     used = 0

@@ -107,6 +107,18 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
+def exif_orientation(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]]:
+    """EXIF orientation of a file, 1 (none) to 8, and height and width as stored, before it; (1, (0, 0)) if unreadable.
+
+    From 5 on the rotation swaps height and width. Only the header is read.
+    """
+    try:
+        with Image.open(path) as image:
+            return _orientation(image), (image.height, image.width)
+    except Exception:  # Decoders raise what they like; whoever reads the pixels says what is wrong.
+        return 1, (0, 0)
+
+
 def _suffixes() -> str:
     return ", ".join(sorted(IMAGE_SUFFIXES))
 

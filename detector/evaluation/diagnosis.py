@@ -17,7 +17,7 @@ from detector.evaluation.tide import tide
 from detector.evaluation.worst import worst
 
 if TYPE_CHECKING:
-    from detector.data.coco import CocoIndex
+    from detector.data.annotations import AnnotationIndex
 
 
 def diagnose(
@@ -25,7 +25,7 @@ def diagnose(
     ground_truth: Mapping[str, Any] | str | Path,
     *,
     image_ids: Iterable[Any] | None = None,
-    images: CocoIndex | None = None,
+    images: AnnotationIndex | None = None,
     image_limit: int | None = None,
     score_threshold: float | None = None,
     worst_count: int = 12,

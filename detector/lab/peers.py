@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from detector.data.coco import CocoIndex
+from detector.data.annotations import AnnotationIndex
 from detector.data.collate import Batch, collate
 from detector.data.dataset import DetectionDataset
 from detector.data.preprocess import Preprocessing
@@ -83,7 +83,9 @@ def _randomise_statistics(network: torch.nn.Module) -> None:
             module.get_buffer("running_var").uniform_(0.1, 0.5)
 
 
-def training_contest(spec: Mapping[str, Any], augment: Mapping[str, Any], index: CocoIndex, turns: int) -> Contest:
+def training_contest(
+    spec: Mapping[str, Any], augment: Mapping[str, Any], index: AnnotationIndex, turns: int
+) -> Contest:
     """A training step, from reading files to the optimiser, against torchvision's light two-stage detector.
 
     Same pictures, same transforms, same resize (short side 320), batch 8, two steps a turn; a third of the turns,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from detector.data.coco import CocoIndex
+from detector.data.annotations import AnnotationIndex
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
 from detector.data.image_folder import ImageFolder, collate_images
@@ -34,7 +34,9 @@ def share(order: Sequence[int], batch_size: int, rank: int, world: int) -> list[
 class EvaluationBatches(Sampler[list[int]]):
     """This rank's share of the pictures, each exactly once over all ranks, pictures of one canvas side by side."""
 
-    def __init__(self, index: CocoIndex, preprocessing: Preprocessing, batch_size: int, rank: int, world: int) -> None:
+    def __init__(
+        self, index: AnnotationIndex, preprocessing: Preprocessing, batch_size: int, rank: int, world: int
+    ) -> None:
         canvases = [
             canvas_size([preprocessing.target_size(*size)]) if min(size) > 0 else (0, 0)
             for size in np.asarray(index.sizes).tolist()
@@ -64,11 +66,11 @@ class DetectionData(lightning.LightningDataModule):
     def __init__(
         self,
         *,
-        val: CocoIndex,
+        val: AnnotationIndex,
         preprocessing: Preprocessing,
         val_batch_size: int,
         workers: int,
-        train: CocoIndex | None = None,
+        train: AnnotationIndex | None = None,
         transform: TrainTransform | None = None,
         train_batch_size: int = 1,
         cache: bool = False,

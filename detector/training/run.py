@@ -76,7 +76,7 @@ def train(options: TrainOptions) -> Path:
     # Not the draws of the first epochs once more where a run goes on.
     lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
     device_arguments = devices(options.trainer)
-    train_index, val_index = (load_split(options.data.to_dict(), split) for split in ("train", "val"))
+    train_index, val_index = (load_split(options.data, split) for split in ("train", "val"))
     if train_index.class_names != val_index.class_names:
         raise InputError(
             f"The classes of the training split {list(train_index.class_names)} and the validation split "

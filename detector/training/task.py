@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from detector.data.coco import CocoIndex
+from detector.data.annotations import AnnotationIndex
 from detector.data.collate import Batch, EvaluationBatch
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
@@ -44,7 +44,7 @@ class DetectionTask(lightning.LightningModule):
         self.detector = detector
         self.network = detector.network
         self.optimizer_options, self.schedule = optimizer, schedule
-        self.val_index: CocoIndex | None = None
+        self.val_index: AnnotationIndex | None = None
         self.results: list[dict[str, Any]] = []
         self.figures: dict[str, Any] = {}
         backbone = detector.network.backbone

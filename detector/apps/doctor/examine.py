@@ -1,6 +1,6 @@
 """The data doctor: everything that is wrong or odd about a data set, before a run is spent on it.
 
-Unlike `load_coco`, which stops at the first fault, it lists all of them.
+Unlike `load_annotations`, which stops at the first fault, it lists all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An annotation file as the data doctor sees it: whatever can be read of it, and a list of what cannot.
 
-`load_coco` stops at the first fault, because a run must not start with it. Here the sound entries are kept, so that one
-look finds all faults.
+`load_annotations` stops at the first fault, because a run must not start with it. Here the sound entries are kept, so
+that one look finds all faults.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
-# What each key of an entry must be: the rules of `load_coco`.
+# What each key of an entry must be: the rules of `load_annotations`.
 _KEYS = {
     "images": {"id": _is_id, "file_name": lambda value: isinstance(value, str) and bool(value)},
     "annotations": {"image_id": _is_id, "category_id": _is_id, "bbox": _is_box},

@@ -16,7 +16,7 @@ import yaml
 import detector as package
 from detector.apps.report.images import picture_entries, worst_at_any_threshold
 from detector.apps.report.page import PICTURE_BUDGET, Report, format_times, write_report
-from detector.data.coco import CocoIndex, load_coco
+from detector.data.annotations import AnnotationIndex, load_annotations
 from detector.data.preprocess import canvas_size
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
@@ -66,7 +66,7 @@ def evaluate_results(config: Mapping[str, Any]) -> dict[str, Any]:
         log.info("metrics.json in %s", out)
         return figures
     rows = json.loads(path.read_text(encoding="utf-8"))
-    index = load_coco(annotations, config["images"]) if config["images"] else None
+    index = load_annotations(annotations, config["images"]) if config["images"] else None
     clock.book("load")
     reporter = _Reporter(out, config, clock, figures, rows, Path(annotations), index)
     reporter.write(
@@ -88,7 +88,7 @@ def report_on_checkpoint(
     config: Mapping[str, Any],
     clock: Clock,
     detector: Detector,
-    index: CocoIndex,
+    index: AnnotationIndex,
     results: Rows,
     figures: Mapping[str, Any],
     seconds_per_image: Sequence[float],
@@ -143,7 +143,7 @@ def report_on_export(
     config: Mapping[str, Any],
     clock: Clock,
     detector: ExportedDetector,
-    index: CocoIndex,
+    index: AnnotationIndex,
     results: Rows,
     figures: Mapping[str, Any],
 ) -> None:
@@ -179,7 +179,7 @@ class _Reporter:
         figures: Mapping[str, Any],
         results: Rows,
         ground_truth: Path,
-        index: CocoIndex | None,
+        index: AnnotationIndex | None,
     ) -> None:
         self.out, self.options, self.metrics, self.clock = out, config["report"], config["metrics"], clock
         self.figures, self.results, self.ground_truth, self.index = figures, results, ground_truth, index
@@ -247,7 +247,7 @@ class _Reporter:
 
 
 def _cost(
-    detector: Detector, index: CocoIndex, config: Mapping[str, Any], seconds_per_image: Sequence[float]
+    detector: Detector, index: AnnotationIndex, config: Mapping[str, Any], seconds_per_image: Sequence[float]
 ) -> dict[str, Any]:
     """Size of the model, its multiply-adds on the canvas that most pictures have, and its speed in this run."""
     import torch
@@ -295,7 +295,7 @@ def _cost(
     return {"cards": cards, "pairs": pairs}
 
 
-def _examined(detector: Detector, index: CocoIndex, config: Mapping[str, Any]) -> dict[str, Any]:
+def _examined(detector: Detector, index: AnnotationIndex, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the data doctor finds in the split that was scored, as a section; empty where it was not asked."""
     limit = config["report"]["doctor"]
     if not limit:
@@ -324,7 +324,7 @@ def _examined(detector: Detector, index: CocoIndex, config: Mapping[str, Any]) -
     return {"errors": diagnosis.counts["error"], "warnings": diagnosis.counts["warning"], **findings}
 
 
-def _usual_canvas(detector: Detector, index: CocoIndex) -> tuple[int, int]:
+def _usual_canvas(detector: Detector, index: AnnotationIndex) -> tuple[int, int]:
     """Height and width of the padded input that most pictures have."""
     preprocessing = detector.preprocessing
     sizes = Counter((height, width) for height, width in index.sizes.tolist() if height and width)

@@ -26,7 +26,7 @@ from detector.models.boxes import pairwise_iou
 from detector.models.rpn import Proposals
 
 if TYPE_CHECKING:
-    from detector.data.coco import CocoIndex
+    from detector.data.annotations import AnnotationIndex
 
 RECALL_AT = (10, 50, 100, 300, 1000)
 BUDGETS = (10, 25, 50, 100, 200, 300, 1000)
@@ -37,7 +37,7 @@ SIZES = {"all": (0, np.inf), "small": (0, 32**2), "medium": (32**2, 96**2), "lar
 
 
 def two_stages(
-    detector: Detector, index: CocoIndex, *, limit: int | None = None, budgets: Sequence[int] = BUDGETS
+    detector: Detector, index: AnnotationIndex, *, limit: int | None = None, budgets: Sequence[int] = BUDGETS
 ) -> dict[str, Any]:
     """Run the detector image by image, with a progress bar, and measure each stage.
 
@@ -119,7 +119,7 @@ def _numbers(wanted: Sequence[int], detector: Detector) -> list[int]:
 
 
 def _look_at_all(
-    detector: Detector, index: CocoIndex, places: Sequence[int], numbers: list[int], recall_at: list[int]
+    detector: Detector, index: AnnotationIndex, places: Sequence[int], numbers: list[int], recall_at: list[int]
 ) -> list[_Look]:
     if places:
         _look(detector, index, places[0], numbers, recall_at)  # the first pass through a network is a slow one
@@ -127,7 +127,7 @@ def _look_at_all(
 
 
 @torch.no_grad()
-def _look(detector: Detector, index: CocoIndex, i: int, numbers: list[int], recall_at: list[int]) -> _Look:
+def _look(detector: Detector, index: AnnotationIndex, i: int, numbers: list[int], recall_at: list[int]) -> _Look:
     network, device = detector.network.eval(), detector.device
     image = index.read(i)
     (prepared,) = prepare([image], detector.preprocessing)
@@ -158,7 +158,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _truths(index: CocoIndex, i: int) -> np.ndarray:
+def _truths(index: AnnotationIndex, i: int) -> np.ndarray:
     """Rows of the objects of picture i that are no crowd regions."""
     rows = np.arange(index.offsets[i], index.offsets[i + 1])
     return rows[~index.crowd[rows]]
@@ -178,7 +178,7 @@ def _restored(found: tuple[Tensor, Tensor, Tensor], detector: Detector, prepared
 
 
 def _by_budget(
-    looks: list[_Look], index: CocoIndex, places: Sequence[int], numbers: list[int], milliseconds: np.ndarray
+    looks: list[_Look], index: AnnotationIndex, places: Sequence[int], numbers: list[int], milliseconds: np.ndarray
 ) -> list[dict[str, Any]]:
     ground_truth = json.loads(index.annotation_file.read_text(encoding="utf-8"))
     ids = [index.image_ids[i] for i in places]

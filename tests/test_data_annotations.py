@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detector.data.coco import CocoIndex, load_coco
+from detector.data.annotations import AnnotationIndex, load_annotations, read_annotations
 from detector.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -22,14 +22,22 @@ pytestmark = pytest.mark.filterwarnings("error")
 Change = Callable[[dict[str, Any]], Any]
 
 
-def load(root: Path, change: Change | None = None, **options: Any) -> CocoIndex:
+def load(root: Path, change: Change | None = None, **options: Any) -> AnnotationIndex:
     """Load the tiny data set after `change` has edited its JSON."""
     path = root / "annotations" / "train.json"
     content = json.loads(path.read_text())
     if change is not None:
         change(content)
         path.write_text(json.dumps(content))
-    return load_coco(path, root / "images", **options)
+    return load_annotations(path, root / "images", **options)
+
+
+def drop(section: str, position: int, key: str) -> Change:
+    return lambda content: content[section][position].pop(key)
+
+
+def put(section: str, position: int, key: str, value: Any) -> Change:
+    return lambda content: content[section][position].update({key: value})
 
 
 def test_index_by_hand(tiny_coco: Path) -> None:
@@ -47,14 +55,14 @@ def test_index_by_hand(tiny_coco: Path) -> None:
     assert crowd.tolist() == [False, False]
     assert index.objects(1)[2].tolist() == [True, False]
     assert [part.shape for part in index.objects(2)] == [(0, 4), (0,), (0,)]
-    assert index.counts == {"images": 4, "boxes": 5, "crowds": 1, "empty": 1, "clipped": 0, "dropped": 0}
+    assert index.counts == {"images": 4, "boxes": 5, "crowds": 1, "empty": 1, "clipped": 0, "degenerate": 0}
     assert [str(part.dtype) for part in (index.boxes, index.labels, index.crowd)] == ["float32", "int64", "bool"]
 
 
 def test_real_coco_against_the_json(shared: Path) -> None:
     root = shared / "data" / "coco-permissive-320"
     path = root / "annotations" / "instances_val_permissive.json"
-    index = load_coco(path, root / "images")
+    index = load_annotations(path, root / "images")
     content = json.loads(path.read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
     assert len(index.class_names) == 80
@@ -72,16 +80,20 @@ def test_real_coco_against_the_json(shared: Path) -> None:
 
 
 def test_clipping_and_dropping_are_counted(tiny_coco: Path) -> None:
+    extra_boxes = [[-5, -5, 20, 20], [60, 40, 10, 20], [70, 2, 5, 5], [5, 5, 0, 4], [5, 5, 4, -2], [1, 1, 63.005, 5]]
+
     def change(content: dict[str, Any]) -> None:
-        extra = [[-5, -5, 20, 20], [60, 40, 10, 20], [70, 2, 5, 5], [5, 5, 0, 4], [5, 5, 4, -2], [1, 1, 63.005, 5]]
         content["annotations"] = [
-            {"id": k, "image_id": 10, "category_id": 3, "bbox": box} for k, box in enumerate(extra)
+            {"id": k, "image_id": 10, "category_id": 3, "bbox": box} for k, box in enumerate(extra_boxes)
         ]
 
     index = load(tiny_coco, change)
-    assert index.boxes.tolist() == [[0, 0, 15, 15], [60, 40, 64, 48], [1, 1, 64, 6]]
+    assert index.objects(0)[0].tolist() == [[0, 0, 15, 15], [60, 40, 64, 48], [1, 1, 64, 6]]
+    assert index.xywh[index.offsets[0] : index.offsets[1]].tolist() == extra_boxes
+    assert index.degenerate.tolist() == [False, False, True, True, True, False]
     assert index.areas[:2].tolist() == [400, 200]
-    assert index.counts == {"images": 4, "boxes": 3, "crowds": 0, "empty": 3, "clipped": 2, "dropped": 3}
+    assert "3 without area inside it (not trained on; counted by metrics, can never be found)" in index.summary()
+    assert index.counts == {"images": 4, "boxes": 3, "crowds": 0, "empty": 3, "clipped": 2, "degenerate": 3}
 
 
 def test_without_a_declared_size_nothing_is_clipped(tiny_coco: Path) -> None:
@@ -113,10 +125,11 @@ def test_empty_pictures_are_kept_unless_told_otherwise(tiny_coco: Path, caplog: 
         left_out = load(tiny_coco, keep_empty=False)
     assert kept.image_ids == [10, 7, 42, 99]
     assert left_out.image_ids == [10, 7, 99]
-    assert left_out.counts["empty"] == 1
+    assert left_out.counts["empty"] == 0
+    assert left_out.other_ids == {42}
     np.testing.assert_array_equal(left_out.objects(2)[0], kept.objects(3)[0])
-    assert "1 without a box (kept)" in caplog.messages[0]
-    assert "1 without a box (left out)" in caplog.messages[1]
+    assert "4 images, 1 without a box" in caplog.messages[0]
+    assert "3 of these images are used" in caplog.messages[-1]
     assert "1 crowd" in kept.summary()
 
 
@@ -138,6 +151,103 @@ def test_text_ids_and_no_annotations(tiny_coco: Path) -> None:
     assert index.image_ids[0] == "image-10"
     assert index.boxes.shape == (0, 4)
     assert index.counts["empty"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "repaired"),
+    [
+        (put("annotations", 2, "area", None), 1),
+        (put("annotations", 2, "iscrowd", "1"), 1),
+        (put("annotations", 1, "iscrowd", None), 1),
+        (put("annotations", 1, "iscrowd", "0"), 1),
+        (put("annotations", 1, "iscrowd", "false"), 1),
+        (put("annotations", 1, "difficult", None), 1),
+        (put("annotations", 1, "ignore", "0"), 1),
+        (put("annotations", 1, "bbox", ["4", "6", "20", "10"]), 1),
+        (put("annotations", 1, "image_id", 10.0), 1),
+        (put("annotations", 1, "image_id", "10"), 1),
+        (put("annotations", 1, "category_id", "3"), 1),
+        (put("images", 0, "id", 10.0), 1),
+        (put("images", 0, "width", "64"), 1),
+        (put("images", 0, "height", 48.0), 1),
+        (put("images", 2, "width", None), 1),
+        (put("categories", 1, "id", "3"), 1),
+        (lambda c: [a.update(iscrowd=str(a["iscrowd"])) for a in c["annotations"]], 5),
+    ],
+)
+def test_what_is_plain_is_repaired_and_counted(
+    tiny_coco: Path, change: Change, repaired: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = load(tiny_coco)
+    index = load(tiny_coco, change)
+    for name in ("offsets", "boxes", "xywh", "labels", "crowd", "difficult"):
+        np.testing.assert_array_equal(getattr(index, name), getattr(expected, name))
+    assert (index.image_ids, index.category_ids) == (expected.image_ids, expected.category_ids)
+    assert all(type(number) is int for number in (*index.image_ids, *index.category_ids))
+    assert [(fault.rule, fault.count) for fault in index.faults] == [("repaired_values", repaired)]
+    assert f"train.json: {repaired} values" in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
+def test_every_encoding_of_json(tiny_coco: Path, encoding: str) -> None:
+    path = tiny_coco / "annotations" / "train.json"
+    expected = load(tiny_coco)
+    path.write_bytes(path.read_text().encode(encoding))
+    np.testing.assert_array_equal(load_annotations(path, tiny_coco / "images").boxes, expected.boxes)
+
+
+def test_difficult_and_ignored_objects(tiny_coco: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"][1]["difficult"] = 1
+        content["annotations"][3]["ignore"] = True
+
+    assert load(tiny_coco, change).difficult.tolist() == [True, True, True, False, False]
+
+
+def test_all_faults_are_collected_and_the_first_is_refused(tiny_coco: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"][0]["bbox"] = [1, 2, 3]
+        content["annotations"][1]["image_id"] = 5
+        content["annotations"][2]["category_id"] = 6
+        content["images"][0]["width"] = -3
+
+    with pytest.raises(InputError, match=r"`width` of image id 10 is -3.*3 more of its entries.*tools/doctor\.py"):
+        load(tiny_coco, change)
+    index = read_annotations(tiny_coco / "annotations" / "train.json", tiny_coco / "images")
+    assert [(fault.rule, fault.count) for fault in index.faults] == [
+        ("entries", 1), ("entries", 1), ("unknown_images", 1), ("unknown_categories", 1),
+    ]  # fmt: skip
+    assert index.annotation_ids.tolist() == [4, 5]
+    assert index.describe(0) == "annotation 4 of image 10"
+
+
+def test_select_keeps_boxes_with_their_images(tiny_coco: Path) -> None:
+    index = load(tiny_coco)
+    part = index.select([3, 0])
+    assert part.image_ids == [99, 10]
+    assert part.other_ids == {7, 42}
+    for new, old in ((0, 3), (1, 0)):
+        for ours, theirs in zip(part.objects(new), index.objects(old), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert part.annotation_ids.tolist() == [1, 2, 4]
+    assert part.images.tolist() == [0, 1, 1]
+
+
+def test_sizes_of_the_file_with_boxes_of_the_turned_image(tiny_coco: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """EXIF says a quarter turn, width and height are those before it, and one box only fits after it."""
+    stored = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    save_turned(tiny_coco, stored)
+
+    def change(content: dict[str, Any]) -> None:
+        content["images"][0].update(width=48, height=64)
+        content["annotations"][1]["bbox"] = [40, 6, 20, 10]
+
+    index = load(tiny_coco, change)
+    assert index.sizes[0].tolist() == [48, 64]
+    assert index.objects(0)[0][0].tolist() == [40, 6, 60, 16]
+    np.testing.assert_array_equal(index.read(0), cv2.rotate(stored, cv2.ROTATE_90_CLOCKWISE))
+    assert [(fault.rule, fault.count) for fault in index.faults] == [("exif_frame", 1)]
+    assert caplog.text.count("only fit after it") == 1
 
 
 def test_declared_classes_count_even_when_unused(tiny_coco: Path) -> None:
@@ -197,14 +307,6 @@ def test_missing_pictures_at_load_and_at_read(tiny_coco: Path) -> None:
         load(tiny_coco)
 
 
-def drop(section: str, position: int, key: str) -> Change:
-    return lambda content: content[section][position].pop(key)
-
-
-def put(section: str, position: int, key: str, value: Any) -> Change:
-    return lambda content: content[section][position].update({key: value})
-
-
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -215,30 +317,36 @@ def put(section: str, position: int, key: str, value: Any) -> Change:
         (lambda c: c["annotations"].append(3), ["entry 5 of `annotations`", "correct"]),
         (lambda c: c.update(images=[], annotations=[]), ["`images` is empty", "at least one"]),
         (lambda c: c.update(categories=[]), ["`categories` is empty", "declare"]),
-        (drop("images", 1, "id"), ["image number 1", "`id`", "add it"]),
-        (drop("images", 1, "file_name"), ["image id 7", "`file_name`", "add it"]),
+        (drop("images", 1, "id"), ["image number 1", "`id`", "add or correct it"]),
+        (drop("images", 1, "file_name"), ["image id 7", "`file_name`", "add or correct it"]),
         (put("images", 1, "id", [1]), ["`id` of image id [1]", "an integer or a text"]),
-        (put("images", 1, "file_name", ""), ["`file_name` of image id 7", "a file name"]),
+        (put("images", 1, "file_name", ""), ["`file_name` of image id 7", "expected a file name"]),
         (put("images", 1, "width", 0), ["`width` of image id 7", "positive integer", "correct"]),
-        (put("images", 1, "height", "40"), ["`height` of image id 7", "'40'", "positive integer"]),
+        (put("images", 1, "height", "tall"), ["`height` of image id 7", "'tall'", "positive integer"]),
         (put("images", 1, "height", float("inf")), ["`height` of image id 7", "positive integer"]),
         (put("images", 1, "id", 10), ["image id 10", "more than once", "renumber"]),
-        (drop("annotations", 2, "bbox"), ["annotation id 3", "`bbox`", "add it or remove"]),
+        (drop("annotations", 2, "bbox"), ["annotation id 3", "`bbox`", "add or correct it"]),
         (drop("annotations", 2, "image_id"), ["annotation id 3", "`image_id`"]),
         (drop("annotations", 2, "category_id"), ["annotation id 3", "`category_id`"]),
-        (put("annotations", 2, "image_id", 1234), ["image_id 1234 of annotation 3", "`images`", "remove these"]),
+        (put("annotations", 2, "image_id", 1234), ["image_id 1234 of annotation id 3", "`images`", "remove these"]),
         (put("annotations", 2, "image_id", [7]), ["`image_id` of annotation id 3", "expected an id"]),
-        (put("annotations", 2, "category_id", 4), ["category_id 4 of annotation 3", "`categories`", "add the entry"]),
+        (
+            put("annotations", 2, "category_id", 4),
+            ["category_id 4 of annotation id 3", "add the entry"],
+        ),
         (put("annotations", 2, "bbox", [1, 2, 3]), ["`bbox` of annotation id 3", "[1, 2, 3]", "4 finite numbers"]),
         (put("annotations", 2, "bbox", [1, 2, float("nan"), 4]), ["`bbox` of annotation id 3", "finite", "remove"]),
         (put("annotations", 2, "bbox", [1, 2, float("inf"), 4]), ["`bbox` of annotation id 3", "finite"]),
         (put("annotations", 2, "bbox", None), ["`bbox` of annotation id 3", "None"]),
         (put("annotations", 2, "bbox", [1, 2, "x", 4]), ["`bbox` of annotation id 3", "'x'"]),
         (put("annotations", 2, "area", float("nan")), ["`area` of annotation id 3", "a finite number", "correct"]),
-        (drop("categories", 1, "id"), ["category number 1", "`id`", "add it"]),
-        (drop("categories", 1, "name"), ["category id 3", "`name`", "add it"]),
-        (put("categories", 1, "id", "3"), ["`id` of category id '3'", "an integer"]),
-        (put("categories", 1, "name", 5), ["`name` of category id 3", "a text"]),
+        (drop("categories", 1, "id"), ["category number 1", "`id`", "add or correct it"]),
+        (drop("categories", 1, "name"), ["category id 3", "`name`", "add or correct it"]),
+        (put("categories", 1, "id", None), ["`id` of category id None", "an integer"]),
+        (put("categories", 1, "name", None), ["`name` of category id 3", "a text"]),
+        (put("images", 1, "file_name", "data:image/png;base64,AAAA"), ["`file_name` of image id 7", "data:image"]),
+        (put("images", 1, "file_name", "A" * 5000), ["`file_name` of image id 7", "AAA", "expected a file name"]),
+        (put("annotations", 2, "iscrowd", "maybe"), ["`iscrowd` of annotation id 3", "'maybe'", "0 or 1"]),
         (put("categories", 1, "id", 17), ["category id 17", "more than once", "renumber"]),
         (put("categories", 1, "name", "cat"), ["category name 'cat'", "more than once"]),
     ],
@@ -263,12 +371,12 @@ def test_wrong_files_and_folders(tiny_coco: Path) -> None:
         cases.append((broken, images, f"{broken}: {message}"))
     for annotation_file, image_dir, message in cases:
         with pytest.raises(InputError) as caught:
-            load_coco(annotation_file, image_dir)
+            load_annotations(annotation_file, image_dir)
         assert message in str(caught.value)
 
 
 def test_nothing_left(tiny_coco: Path) -> None:
-    with pytest.raises(InputError, match=r"train\.json: no picture has a box.*keep_empty"):
+    with pytest.raises(InputError, match=r"train\.json: no image has a box.*keep_empty"):
         load(tiny_coco, lambda c: c.update(annotations=[]), keep_empty=False)
     with pytest.raises(InputError, match=r"limit=0.*leave it out"):
         load(tiny_coco, limit=0)

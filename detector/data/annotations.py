@@ -1,0 +1,579 @@
+"""Annotation files in COCO's format: one lenient reader, which gives flat arrays and a list of faults.
+
+Training, evaluation and the data doctor all start here. What is plain is repaired and counted, what is not is left out
+and named (`rules.py`); `AnnotationIndex.check` refuses an index that has such faults. The only place, with the results
+file, where COCO's own ids appear: a label is an index into `class_names`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detector.data.images import exif_orientation, read_image
+from detector.data.json_file import read_json
+from detector.data.rules import ERROR, EXAMPLES, KEYS, RULES, Fault, Key
+from detector.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Missing images are looked for among this many when a file is loaded, and the rest when they are read: asking a
+# network disk for 118,000 files takes minutes.
+_FILES_CHECKED = 5
+# Boxes that stick out by less are rounding, not a mistake worth counting: COCO writes two decimals.
+_ROUNDING = 0.01
+# Boxes that stick out of one frame by more belong to another: annotators' hands are a pixel off.
+_HAND = 1.0
+_SECTIONS = ("images", "annotations", "categories")
+_LVIS_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
+_Row = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class AnnotationIndex:
+    """M images and their B annotated boxes, without a Python object per box, so that forked workers share the memory.
+
+    Attributes:
+        annotation_file: where it came from.
+        image_dir: the folder that `file_names` are relative to.
+        image_ids: M ids as in the file, integers or texts.
+        file_names: M names as in the file, "" where it has none.
+        sizes: (M, 2) int64, height and width in the frame of the boxes, 0 where the file declares none.
+        offsets: (M + 1,) int64; the boxes of image i are offsets[i]:offsets[i + 1], in the file's order.
+        xywh: (B, 4) float64, as in the file, in pixels of the original image: what metrics count.
+        boxes: (B, 4) float32, xyxy, inside the image where its size is declared: what training sees.
+        labels: (B,) int64 index into class_names.
+        crowd: (B,) bool; a region of many objects, not one.
+        difficult: (B,) bool; `difficult` or `ignore` is set, or a crowd region: Pascal VOC does not count these.
+        areas: (B,) float64, the file's `area` in square pixels (of the mask, in COCO), the box's where it has none.
+        class_names: declared classes by ascending COCO id, whether or not a box uses them.
+        category_ids: the COCO id of each class.
+        annotation_ids: (B,) as in the file, int64 where all are numbers; for messages only.
+        faults: what is wrong with the file, errors first.
+        lvis: for each image its LVIS lists of classes, see detector.evaluation.metrics; None where no image has them.
+        frequencies: LVIS's `frequency` of each class, None where there is none.
+        other_ids: of images of the file that are not in this index (see `select`).
+    """
+
+    annotation_file: Path
+    image_dir: Path
+    image_ids: list[Any]
+    file_names: list[str]
+    sizes: np.ndarray
+    offsets: np.ndarray
+    xywh: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    difficult: np.ndarray
+    areas: np.ndarray
+    class_names: tuple[str, ...]
+    category_ids: tuple[Any, ...]
+    annotation_ids: np.ndarray
+    faults: tuple[Fault, ...] = ()
+    lvis: list[_Row] | None = None
+    frequencies: tuple[str | None, ...] = ()
+    other_ids: frozenset[Any] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def images(self) -> np.ndarray:
+        """(B,) int64, the image of each box."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @property
+    def degenerate(self) -> np.ndarray:
+        """(B,) bool; no area inside its image. Training leaves it out, metrics count it, it can never be found."""
+        found: np.ndarray = np.less_equal(self.boxes[:, 2:], self.boxes[:, :2]).any(axis=1)
+        return found
+
+    @property
+    def clipped(self) -> np.ndarray:
+        """(B,) bool; the box sticks out of its image, by more than rounding."""
+        corners = np.concatenate((self.xywh[:, :2], self.xywh[:, :2] + self.xywh[:, 2:]), axis=1)
+        found: np.ndarray = (np.abs(self.boxes - corners) > _ROUNDING).any(axis=1)
+        return found
+
+    @property
+    def empty(self) -> np.ndarray:
+        """(M,) bool; no box to train on."""
+        return np.bincount(self.images[~self.degenerate], minlength=len(self)) == 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of images, boxes to train on, crowds among them, images without one, clipped and degenerate boxes."""
+        good = ~self.degenerate
+        return {
+            "images": len(self),
+            "boxes": int(good.sum()),
+            "crowds": int((self.crowd & good).sum()),
+            "empty": int(self.empty.sum()),
+            "clipped": int((self.clipped & good).sum()),
+            "degenerate": int((~good).sum()),
+        }
+
+    def objects(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Boxes (G, 4), labels (G,) and crowd flags (G,) of image i to train on, as copies."""
+        rows = np.arange(self.offsets[i], self.offsets[i + 1])
+        rows = rows[(self.boxes[rows, 2:] > self.boxes[rows, :2]).all(axis=1)]
+        return self.boxes[rows], self.labels[rows], self.crowd[rows]
+
+    def path(self, i: int) -> Path:
+        """The file of image i."""
+        return self.image_dir / self.file_names[i]
+
+    def read(self, i: int) -> np.ndarray:
+        """Decode image i, in the frame that its boxes are in.
+
+        A camera's image may carry an EXIF rotation, and tools disagree on whether boxes refer to the image before or
+        after it. The size that the file declares decides; without one, the rotation is applied.
+
+        Returns:
+            uint8 RGB (h, w, 3).
+
+        Raises:
+            InputError: the file cannot be read, or has another size than the annotation file says.
+        """
+        path, name = self.path(i), f"image id {self.image_ids[i]!r}"
+        try:
+            image = read_image(path)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        declared = tuple(self.sizes[i].tolist())
+        if 0 in declared or image.shape[:2] == declared:
+            return image
+        unrotated = read_image(path, exif=False)
+        if unrotated.shape[:2] == declared:
+            return unrotated
+        raise InputError(
+            f"{name}: {path} is {image.shape[1]} x {image.shape[0]} pixels, but {self.annotation_file.name} says width "
+            f"{declared[1]} and height {declared[0]}, so its boxes would be in the wrong place; correct width and "
+            f"height (and boxes) in the annotation file, or restore the original image."
+        )
+
+    def select(self, places: Sequence[int] | np.ndarray) -> AnnotationIndex:
+        """These images only, in this order."""
+        chosen = np.asarray(places, np.int64)
+        counts = np.diff(self.offsets)[chosen]
+        offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], counts)
+        names = ("xywh", "boxes", "labels", "crowd", "difficult", "areas", "annotation_ids")
+        ids = [self.image_ids[i] for i in chosen]
+        return replace(
+            self,
+            image_ids=ids,
+            file_names=[self.file_names[i] for i in chosen],
+            sizes=self.sizes[chosen],
+            offsets=offsets,
+            lvis=[self.lvis[i] for i in chosen] if self.lvis is not None else None,
+            other_ids=self.other_ids.union(self.image_ids) - frozenset(ids),
+            **{name: getattr(self, name)[rows] for name in names},
+        )
+
+    def check(self) -> AnnotationIndex:
+        """This index, if its file has no error; warnings are logged.
+
+        Raises:
+            InputError: the first error, and how many more there are.
+        """
+        errors = [fault for fault in self.faults if fault.severity == ERROR]
+        if errors:
+            more = sum(fault.count for fault in errors) - 1
+            hint = f" {more} more of its entries are at fault: tools/doctor.py lists them." if more else ""
+            raise InputError(f"{errors[0]}{hint}")
+        for fault in self.faults:
+            logger.warning("%s", fault)
+        return self
+
+    def describe(self, row: int) -> str:
+        """Which box this is, for a message."""
+        image = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        annotation = self.annotation_ids[row : row + 1].tolist()[0]
+        return f"annotation {'(no id)' if annotation is None else repr(annotation)} of image {self.image_ids[image]!r}"
+
+    def summary(self) -> str:
+        """One line for the log."""
+        counts = self.counts
+        return (
+            f"{self.annotation_file.name}: {counts['images']} images, {counts['empty']} without a box; "
+            f"{counts['boxes']} boxes of {len(self.class_names)} classes, {counts['crowds']} crowd regions; "
+            f"{counts['clipped']} boxes clipped to the image, {counts['degenerate']} without area inside it"
+            + (" (not trained on; counted by metrics, can never be found)" if counts["degenerate"] else "")
+        )
+
+
+def load_annotations(
+    annotation_file: str | os.PathLike[str],
+    image_dir: str | os.PathLike[str],
+    *,
+    keep_empty: bool = True,
+    class_names: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> AnnotationIndex:
+    """Read an annotation file to train or to evaluate on: as `read_annotations`, without errors.
+
+    Args:
+        annotation_file: JSON with `images`, `annotations` and `categories`.
+        image_dir: the folder that each `file_name` is relative to.
+        keep_empty: keep images without a box: what a detector must stay silent on is worth training on.
+        class_names: the classes that the file must declare, in this order (those of a checkpoint); None takes any.
+        limit: keep only this many images, the first ones.
+
+    Raises:
+        InputError: a file or folder is missing; the file has an error; nothing is left; the classes are not
+            `class_names`.
+    """
+    path, folder = Path(annotation_file), Path(image_dir)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: at least 1 image; leave it out (null) to take all.")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder that holds the images of {path.name}.")
+    index = read_annotations(path, folder).check()
+    _check_class_names(path, index.class_names, class_names)
+    logger.info(index.summary())
+    if not keep_empty or limit is not None:
+        chosen = np.arange(len(index)) if keep_empty else np.flatnonzero(~index.empty)
+        if not len(chosen):
+            raise InputError(f"{path}: no image has a box; annotate some, or keep images without boxes (keep_empty).")
+        index = index.select(chosen[:limit])
+        logger.info("%s: %d of these images are used", path.name, len(index))
+    for i in range(min(_FILES_CHECKED, len(index))):
+        if not index.path(i).is_file():
+            raise InputError(
+                f"image id {index.image_ids[i]!r}: {index.path(i)}: no such file; check image_dir ({folder}) and the "
+                f"`file_name` entries of {path.name}."
+            )
+    return index
+
+
+def read_annotations(
+    source: str | os.PathLike[str] | Mapping[str, Any], image_dir: str | os.PathLike[str] | None = None
+) -> AnnotationIndex:
+    """Read whatever can be read of an annotation file; what cannot is in `faults`, and raises nothing.
+
+    `area`, `iscrowd`, `difficult`, `ignore`, `width` and `height` may be absent or null. Segmentations are ignored. The
+    order of annotations, gaps between ids and annotation ids do not matter. Of entries with one id, the first counts.
+
+    Args:
+        source: a JSON file, or its content.
+        image_dir: the folder of the images; None where none will be read, and then names of files may be absent.
+    """
+    path = Path("annotations in memory") if isinstance(source, Mapping) else Path(source)
+    reader = _Reader(path, image_dir)
+    try:
+        content = source if isinstance(source, Mapping) else read_json(path, "annotation file", _without_segmentation)
+    except InputError as error:
+        reader.refuse(str(error).removeprefix(f"{path}: ").removesuffix("."))
+        content = {}
+    return reader.read(content)
+
+
+def show(values: Sequence[Any], most: int = 8) -> str:
+    """The first values, for a message."""
+    shown = ", ".join(repr(value) for value in values[:most])
+    return shown if len(values) <= most else f"{shown} ... ({len(values)} in all)"
+
+
+def id_order(value: Any) -> tuple[bool, Any]:
+    """Key to sort ids by that may be numbers and texts."""
+    return isinstance(value, str), value
+
+
+def look_up(ids: Sequence[Hashable], known: Mapping[Any, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (N,) int64 of ids, -1 for unknown ones; and (N,) bool, which were only found as text or as number."""
+    found = np.fromiter((known.get(value, -1) for value in ids), np.int64, len(ids))
+    other_type = np.zeros(len(ids), bool)
+    for place in np.flatnonzero(found < 0).tolist():
+        found[place] = known.get(_other_type(ids[place]), -1)
+        other_type[place] = found[place] >= 0
+    return found, other_type
+
+
+def _other_type(value: Any) -> Any:
+    if not isinstance(value, str):
+        return str(value)
+    return int(value) if value.lstrip("-").isdecimal() else None
+
+
+def _check_class_names(path: Path, names: tuple[str, ...], expected: Sequence[str] | None) -> None:
+    if expected is None or names == tuple(expected):
+        return
+    pairs = zip(names, expected, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(names), len(expected)))
+    raise InputError(
+        f"{path} declares {len(names)} classes ({show(names)}), but the detector knows {len(expected)} "
+        f"({show(tuple(expected))}); the first difference is class {at}. Give `categories` these names in the order of "
+        f"their ids, or train a detector on this data set."
+    )
+
+
+def _without_segmentation(item: _Row) -> _Row:
+    # Most of a COCO file, and never used: dropped while parsing, or it takes gigabytes.
+    item.pop("segmentation", None)
+    return item
+
+
+class _Reader:
+    """Reads one file, and collects its faults."""
+
+    def __init__(self, path: Path, image_dir: str | os.PathLike[str] | None) -> None:
+        self.path, self.has_images = path, image_dir is not None
+        self.folder = Path(image_dir) if image_dir is not None else Path()
+        self.faults: list[Fault] = []
+
+    def report(self, rule: str, texts: Iterable[str], count: int | None = None) -> None:
+        """Note a fault of these entries; none where there are none. `texts` are read as far as they are shown."""
+        listed = list(texts)
+        if listed:
+            self.faults.append(Fault(rule, self.path, count or len(listed), tuple(listed[:EXAMPLES])))
+
+    def refuse(self, why: str) -> None:
+        self.report("file", [why])
+
+    def read(self, content: Any) -> AnnotationIndex:
+        sections = self._sections(content)
+        images, annotations, categories = (self._columns(name, sections[name]) for name in _SECTIONS)
+        if not self.faults and not sections["images"]:
+            self.refuse("`images` is empty; list at least one image")
+        known = self._known_categories(categories)
+        rows = self._known_images(images)
+        self._repeats("annotation_ids", "annotation id", [a["id"] for a in sections["annotations"] if "id" in a])
+        places, labels = self._places(annotations, rows, known)
+        order = np.argsort(places, kind="stable")
+        order = order[(places[order] >= 0) & (labels[order] >= 0)]
+        xywh = _array(annotations["bbox"], 4)[order]
+        areas = np.array([np.nan if area is None else area for area in annotations["area"]], np.float64)[order]
+        flags = {
+            name: np.fromiter(map(bool, annotations[name]), bool, len(places))[order]
+            for name in ("iscrowd", "difficult", "ignore")
+        }
+        sizes = np.array(
+            [(h or 0, w or 0) for h, w in zip(images["height"], images["width"], strict=True)], np.int64
+        ).reshape(-1, 2)
+        sizes[(sizes == 0).any(axis=1)] = 0  # one without the other is no size
+        self._turn(sizes, images, places[order], xywh)
+        boxes = _clip(xywh, sizes[places[order]])
+        counts = np.bincount(places[order], minlength=len(sizes))
+        entries = images["entry"]
+        index = AnnotationIndex(
+            annotation_file=self.path,
+            image_dir=self.folder,
+            image_ids=images["id"],
+            file_names=[name or "" for name in images["file_name"]],
+            sizes=sizes,
+            offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+            xywh=xywh,
+            boxes=boxes,
+            labels=labels[order],
+            crowd=flags["iscrowd"],
+            difficult=flags["iscrowd"] | flags["difficult"] | flags["ignore"],
+            areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
+            class_names=tuple(name for name, _ in known.values()),
+            category_ids=tuple(known),
+            annotation_ids=_ids([annotations["entry"][i].get("id") for i in order]),
+            lvis=[{key: entry.get(key) for key in _LVIS_KEYS} for entry in entries]
+            if any(key in entry for entry in entries for key in _LVIS_KEYS)
+            else None,
+            frequencies=tuple(entry.get("frequency") for _, entry in known.values()),
+        )
+        bad = np.flatnonzero(index.degenerate)
+        texts = (f"`bbox` of {index.describe(row)} is {xywh[row].tolist()}" for row in bad[:EXAMPLES].tolist())
+        self.report("degenerate_boxes", texts, len(bad))
+        order_of_rules = list(RULES)
+        return replace(index, faults=tuple(sorted(self.faults, key=lambda fault: order_of_rules.index(fault.rule))))
+
+    def _sections(self, content: Any) -> dict[str, list[_Row]]:
+        if self.faults:
+            return {name: [] for name in _SECTIONS}
+        given = content if isinstance(content, Mapping) else {}
+        lacking = [name for name in _SECTIONS if not isinstance(given.get(name), list)]
+        if not isinstance(content, Mapping):
+            self.refuse(
+                f"holds a JSON {type(content).__name__}, not an object with `images`, `annotations` and `categories`; "
+                f"a results file is not an annotation file"
+            )
+        elif lacking:
+            self.refuse(
+                f"no list under the key `{'`, `'.join(lacking)}`; a COCO annotation file has `images`, `annotations` "
+                f"and `categories` (add an empty `annotations` list if nothing is annotated)"
+            )
+        if lacking:
+            return {name: [] for name in _SECTIONS}
+        sections = {}
+        for name in _SECTIONS:
+            sections[name] = [item for item in content[name] if isinstance(item, dict)]
+            if len(sections[name]) < len(content[name]):
+                others = ((i, item) for i, item in enumerate(content[name]) if not isinstance(item, dict))
+                self.report("entries", [f"entry {i} of `{name}` is not an object: {repr(x)[:80]}" for i, x in others])
+        return sections
+
+    def _columns(self, section: str, items: list[_Row]) -> dict[str, list[Any]]:
+        """The values of each key of the entries that lack nothing, and these entries themselves as "entry"."""
+        keys = [key for key in KEYS if key.section == section]
+        sound = np.ones(len(items), bool)
+        columns: dict[str, list[Any]] = {}
+        for key in keys:
+            columns[key.name] = self._column(key, items, sound)
+        columns["entry"] = items
+        if not sound.all():
+            kept = np.flatnonzero(sound).tolist()
+            columns = {name: [values[i] for i in kept] for name, values in columns.items()}
+        return columns
+
+    def _column(self, key: Key, items: list[_Row], sound: np.ndarray) -> list[Any]:
+        values = [item.get(key.name) for item in items]
+        required = key.required and (key.name != "file_name" or self.has_images)
+        types = set(map(type, values))
+        if not required and not any(value is None and key.name in items[i] for i, value in enumerate(values)):
+            types.discard(type(None))
+        if types <= set(key.plain) or _are_plain_numbers(key, values):
+            return values
+        wrong: list[str] = []
+        repaired: list[str] = []
+        for i, value in enumerate(values):
+            if value is None and (not required or key.name not in items[i]):
+                if required:
+                    wrong.append(f"{_entry(key.section, items[i], i)} has no `{key.name}`")
+                    sound[i] = False
+                elif key.name in items[i]:
+                    repaired.append(f"`{key.name}` of {_entry(key.section, items[i], i)} is null (read as absent)")
+                continue
+            try:
+                values[i] = key.read(value)
+            except (ValueError, TypeError, OverflowError):
+                name = _entry(key.section, items[i], i)
+                wrong.append(f"`{key.name}` of {name} is {repr(value)[:80]}, expected {key.expected}")
+                values[i] = None
+                sound[i] &= not required
+                continue
+            if _is_repaired(value, values[i]):
+                name = _entry(key.section, items[i], i)
+                repaired.append(f"`{key.name}` of {name} is {repr(value)[:80]} (read as {values[i]!r})")
+        self.report("entries", wrong)
+        self.report("repaired_values", repaired)
+        return values
+
+    def _known_categories(self, categories: dict[str, list[Any]]) -> dict[Any, tuple[str, _Row]]:
+        """Name and entry of each category id, ascending; of a repeated id, the first."""
+        if not self.faults and not categories["id"]:
+            self.report("no_categories", ["`categories` is empty"])
+        self._repeats("category_ids", "category id", categories["id"])
+        self._repeats("category_names", "category name", categories["name"])
+        rows = zip(categories["id"], categories["name"], categories["entry"], strict=True)
+        first = {number: (name, entry) for number, name, entry in reversed(list(rows))}
+        return dict(sorted(first.items(), key=lambda item: id_order(item[0])))
+
+    def _known_images(self, images: dict[str, list[Any]]) -> dict[Any, int]:
+        """Row of each image id; of a repeated one, the first."""
+        self._repeats("image_ids", "image id", images["id"])
+        if self.has_images:
+            self._repeats("file_names", "file", images["file_name"])
+        return {number: row for row, number in reversed(list(enumerate(images["id"])))}
+
+    def _repeats(self, rule: str, what: str, values: list[Any]) -> None:
+        try:
+            if len(set(values)) == len(values):
+                return
+        except TypeError:  # a list as an annotation id, which nobody uses
+            values = list(map(repr, values))
+        repeated = {value: count for value, count in Counter(values).items() if count > 1}
+        self.report(rule, [f"{what} {value!r} appears more than once, {n} times" for value, n in repeated.items()])
+
+    def _places(
+        self, annotations: dict[str, list[Any]], rows: Mapping[Any, int], known: Mapping[Any, Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Image and label of each annotation, -1 where unknown."""
+        found = []
+        for key, numbers, section in (
+            ("image_id", rows, "images"),
+            ("category_id", {number: label for label, number in enumerate(known)}, "categories"),
+        ):
+            ids = annotations[key]
+            places, other_type = look_up(ids, numbers)
+            for rule, mask, words in (
+                (f"unknown_{section}", places < 0, f"is not in `{section}`"),
+                ("repaired_values", other_type, f"is of another type in `{section}`"),
+            ):
+                at = np.flatnonzero(mask).tolist()
+                names = [_entry("annotations", annotations["entry"][i], i) for i in at[:EXAMPLES]]
+                texts = [f"{key} {ids[i]!r} of {name} {words}" for i, name in zip(at, names, strict=False)]
+                self.report(rule, texts, len(at))
+            found.append(places)
+        return found[0], found[1]
+
+    def _turn(self, sizes: np.ndarray, images: dict[str, list[Any]], places: np.ndarray, xywh: np.ndarray) -> None:
+        """Swap the declared sides of images whose boxes only fit after the EXIF rotation, in place.
+
+        One image decides for all that are stored the same way: a tool wrote the file.
+        """
+        if not self.has_images:
+            return
+        ends, size = xywh[:, :2] + xywh[:, 2:], sizes[places]
+        out = (ends > size[:, ::-1] + _HAND).any(axis=1) & (ends <= size + _HAND).all(axis=1) & (size > 0).all(axis=1)
+        suspects = np.unique(places[out])
+        if not any(self._is_turned(sizes[i], images["file_name"][i]) for i in suspects.tolist()):
+            return
+        turned = [i for i, name in enumerate(images["file_name"]) if self._is_turned(sizes[i], name)]
+        sizes[turned] = sizes[turned][:, ::-1]
+        self.report(
+            "exif_frame",
+            [f"image id {images['id'][i]!r} ({images['file_name'][i]})" for i in turned[:EXAMPLES]],
+            len(turned),
+        )
+
+    def _is_turned(self, declared: np.ndarray, name: str) -> bool:
+        """Whether an image is stored lying, with the size that is declared."""
+        orientation, stored = exif_orientation(self.folder / name)
+        return orientation >= 5 and stored == tuple(declared.tolist()) and stored[0] != stored[1]
+
+
+def _are_plain_numbers(key: Key, values: list[Any]) -> bool:
+    """Whether a whole column is boxes, or numbers, that need no look one by one."""
+    if key.name not in ("bbox", "area"):
+        return False
+    try:
+        array = np.array(values)
+    except ValueError:  # ragged
+        return False
+    shape = (len(values), 4) if key.name == "bbox" else (len(values),)
+    return array.dtype.kind in "iuf" and array.shape == shape and bool(np.isfinite(array).all())
+
+
+def _is_repaired(old: Any, new: Any) -> bool:
+    if isinstance(old, list):
+        return any(isinstance(value, str) for value in old)
+    return isinstance(old, str) != isinstance(new, str) or (isinstance(old, float) and isinstance(new, int))
+
+
+def _entry(section: str, item: _Row, position: int) -> str:
+    noun = {"images": "image", "annotations": "annotation", "categories": "category"}[section]
+    return f"{noun} id {item['id']!r}" if "id" in item else f"{noun} number {position} (it has no id)"
+
+
+def _array(values: list[Any], width: int) -> np.ndarray:
+    return np.array(values, np.float64).reshape(-1, width)
+
+
+def _ids(values: list[Any]) -> np.ndarray:
+    if set(map(type, values)) <= {int}:
+        return np.array(values, np.int64)
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def _clip(xywh: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes (B, 4) float32 xyxy inside their images (B, 2)."""
+    boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
+    limits = np.where(sizes > 0, sizes, np.inf)[:, [1, 0, 1, 0]]
+    known = (sizes > 0).all(axis=1, keepdims=True)
+    return np.where(known, boxes.clip(0, limits), boxes).astype(np.float32)
