@@ -18,30 +18,29 @@ from PIL import Image
 from detector.errors import InputError
 from detector.inference import sources
 from detector.inference.sources import (
-    Picture,
-    Reading,
-    count_pictures,
+    ReadingOptions,
+    SourceImage,
+    count_images,
     is_live,
     is_video,
     leave_out,
-    read_pictures,
+    read_images,
     search_root,
     source_name,
 )
 from detector.inference.video import Frame
 
-READING = Reading()
+READING = ReadingOptions()
 
 
 def grey(value: int) -> np.ndarray:
     return np.full((8, 12, 3), value, np.uint8)
 
 
-def values(source: Any, reading: Reading = READING) -> list[int | str]:
+def values(source: Any, reading: ReadingOptions = READING) -> list[int | str]:
     """The grey value of each picture, or what its error says."""
     return [
-        str(picture.error) if picture.error else int(picture.image[0, 0, 0])
-        for picture in read_pictures(source, reading)
+        str(picture.error) if picture.error else int(picture.image[0, 0, 0]) for picture in read_images(source, reading)
     ]
 
 
@@ -77,14 +76,14 @@ def test_folders_and_patterns(tree: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert values("*.png") == [1, 3]
     Image.fromarray(grey(9)).save(tree / "[1].png")
     assert values("[1].png") == [9]  # a file of that name goes before the pattern
-    assert [picture.path for picture in read_pictures("b", READING)] == ["b/2.png"]
+    assert [picture.path for picture in read_images("b", READING)] == ["b/2.png"]
 
 
 def test_patterns_and_folders_without_pictures(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source, part in (
         (f"{tree}/*.jpg", "no such file"),
-        (f"{tree}/*.txt", "1 matches, none a picture"),
+        (f"{tree}/*.txt", "1 matches, none an image"),
         (tmp_path / "empty", "no picture in this folder"),
         (tmp_path / "missing", "no such file"),
     ):
@@ -101,7 +100,7 @@ def test_results_of_earlier_runs_are_left_out(tree: Path, tmp_path: Path, monkey
     (tmp_path / "link").symlink_to(tree)
     for source in (".", "../a", str(tmp_path / "link"), "**/*.png"):
         assert [path.name for path in leave_out(source, Path("b"))] == ["1.png", "3.png"]
-    with pytest.raises(InputError, match=r"\.\.: has pictures in \. only"):
+    with pytest.raises(InputError, match=r"\.\.: has images in \. only"):
         leave_out("..", Path())
     for folder in (tree, tmp_path, tmp_path / "other", tree / "b2"):
         assert values(leave_out(str(tree), folder)) == [1, 3, 2]
@@ -142,7 +141,7 @@ def test_a_generator_is_read_as_it_goes() -> None:
             given.append(len(given))
             yield grey(len(given))
 
-    pictures = read_pictures([grey(0), endless()], READING)
+    pictures = read_images([grey(0), endless()], READING)
     assert [int(next(pictures).image[0, 0, 0]) for _ in range(4)] == [0, 1, 2, 3]
     assert given == [0, 1, 2]
 
@@ -170,7 +169,7 @@ def test_a_generator_is_read_as_it_goes() -> None:
     ],
 )
 def test_what_is_no_source(source: Any, part: str) -> None:
-    [picture] = read_pictures(source, READING)
+    [picture] = read_images(source, READING)
     assert part in str(picture.error)
     assert "secret" not in f"{picture.error} {picture.path}"
 
@@ -202,7 +201,7 @@ def test_no_password_in_what_a_stream_gives(monkeypatch: pytest.MonkeyPatch) -> 
         raise InputError("ends")
 
     monkeypatch.setattr(sources, "read_stream", stream)
-    pictures = list(read_pictures("rtsp://user:secret@cam/1", READING))
+    pictures = list(read_images("rtsp://user:secret@cam/1", READING))
     assert [picture.path for picture in pictures] == ["rtsp://cam/1", "rtsp://cam/1"]
     assert opened == ["rtsp://user:secret@cam/1"]
 
@@ -211,18 +210,18 @@ def test_channel_order_and_pixels(tree: Path) -> None:
     red = grey(0)
     red[..., 0] = 200
     assert values([red]) == [200]
-    assert values([red], Reading(bgr=True)) == [0]
-    assert values(tree / "1.png", Reading(max_pixels=96)) == [1]
-    assert "12 x 8 pixels" in str(values(tree / "1.png", Reading(max_pixels=95))[0])
+    assert int(next(read_images(red, READING, bgr=True)).image[0, 0, 0]) == 0
+    assert values(tree / "1.png", ReadingOptions(max_pixels=96)) == [1]
+    assert "12 x 8 pixels" in str(values(tree / "1.png", ReadingOptions(max_pixels=95))[0])
 
 
 def test_counts(tree: Path) -> None:
-    assert count_pictures(tree) == 3
-    assert count_pictures([tree, f"{tree}/*.png", grey(0), b"", "https://host/a.jpg"]) == 8
-    assert count_pictures(tree / "missing.png") == 1  # one that fails
+    assert count_images(tree) == 3
+    assert count_images([tree, f"{tree}/*.png", grey(0), b"", "https://host/a.jpg"]) == 8
+    assert count_images(tree / "missing.png") == 1  # one that fails
     for unknown in ("webcam:0", 0, "rtsp://host/1", "http://host/a.mp4", iter([grey(0)]), [tree, "webcam:0"]):
-        assert count_pictures(unknown) is None
-    assert count_pictures(f"{tree}/*.jpg") is None
+        assert count_images(unknown) is None
+    assert count_images(f"{tree}/*.jpg") is None
 
 
 def test_what_is_live_and_what_is_a_video() -> None:
@@ -245,11 +244,11 @@ def test_a_video_among_pictures(tmp_path: Path) -> None:
     with write_video(path, 20) as add:
         for value in (0, 100, 200):
             add(grey(value))
-    pictures = list(read_pictures([grey(7), path, str(path)], Reading(every=2)))
+    pictures = list(read_images([grey(7), path, str(path)], ReadingOptions(every=2)))
     assert [picture.frame for picture in pictures] == [None, 0, 2, 0, 2]
     np.testing.assert_allclose([picture.image.mean() for picture in pictures], [7, 0, 200, 0, 200], atol=3)
     assert [picture.rate for picture in pictures] == [None, 10, 10, 10, 10]
-    assert count_pictures([grey(7), path, str(path)], every=2) == 5
+    assert count_images([grey(7), path, str(path)], every=2) == 5
     path.write_bytes(b"no video")
     assert "not a video" in str(values(path)[0])
 
@@ -272,8 +271,8 @@ def served(tree: Path) -> Iterator[str]:
 
 
 def test_addresses(served: str, tree: Path) -> None:
-    here = Reading(allow_private=True)
-    [picture] = read_pictures(f"{served}/b/2.png", here)
+    here = ReadingOptions(allow_private=True)
+    [picture] = read_images(f"{served}/b/2.png", here)
     assert (picture.path, picture.image[0, 0, 0], picture.error) == (f"{served}/b/2.png", 2, None)
     messages = values([f"{served}/notes.txt", f"{served}/none.png"], here)
     assert "notes.txt: not a picture" in str(messages[0])
@@ -288,18 +287,18 @@ def test_a_video_at_an_address(served: str, tree: Path) -> None:
     with write_video(tree / "a.mp4", 20) as add:
         for value in (0, 100, 200):
             add(grey(value))
-    pictures = list(read_pictures(f"{served}/a.mp4", Reading(allow_private=True)))
+    pictures = list(read_images(f"{served}/a.mp4", ReadingOptions(allow_private=True)))
     assert [(picture.path, picture.frame) for picture in pictures] == [(f"{served}/a.mp4", i) for i in range(3)]
 
 
 @pytest.mark.parametrize("reading", [{"every": 0}, {"every": 1.5}, {"every": True}, {"max_pixels": 0}])
 def test_a_reading_that_cannot_be(reading: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(reading))}="):
-        Reading(**reading)
+        ReadingOptions.parse(reading)
 
 
 def test_a_picture_with_an_error_has_no_pixels(tmp_path: Path) -> None:
-    [picture] = read_pictures(tmp_path / "none.jpg", READING)
-    assert isinstance(picture, Picture)
+    [picture] = read_images(tmp_path / "none.jpg", READING)
+    assert isinstance(picture, SourceImage)
     assert picture.image.shape == (0, 0, 3)
     assert isinstance(picture.error, InputError)

@@ -280,7 +280,7 @@ def test_places(tmp_path: Path) -> None:
         ("https://host/p/a%20b.jpg?c=1", "a_20b"),
         ("https://host/", "host"),
         (f"{tmp_path}/in", "source"),  # a folder without pictures
-        ("https://host/..", "picture"),
+        ("https://host/..", "image"),
         ("webcam:0", "webcam_0"),
     ):
         assert places(named(path)) == Path("out") / place

@@ -24,7 +24,7 @@ from detector.data.progress import progress
 from detector.errors import InputError
 from detector.inference.loading import load
 from detector.inference.predictor import PredictOptions, SearchOptions
-from detector.inference.sources import count_pictures, is_live, leave_out
+from detector.inference.sources import count_images, is_live, leave_out
 from detector.inference.writers import LIVE_WRITERS, WRITERS, Places
 from detector.options import Count
 
@@ -69,7 +69,7 @@ def predict(options: PredictCommandOptions) -> None:
         kinds = LIVE_WRITERS if endless else WRITERS
         writers = [stack.enter_context(kinds[name](out, save, predictor.class_names)) for name in save]
         with stop.ends() if endless else nullcontext():
-            for image, found in progress(results, "predict", count_pictures(source, options.every)):
+            for image, found in progress(results, "predict", count_images(source, options.every)):
                 with stop.waits():
                     place = place_of(found)
                     for add in writers:

@@ -37,19 +37,19 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one picture, best first.
+    """What was found in one image, best first.
 
     Attributes:
-        boxes: (D, 4) float32, xyxy in pixels of the original picture, inside it.
+        boxes: (D, 4) float32, xyxy in pixels of the original image, inside it.
         scores: (D,) float32 in [0, 1], descending.
         labels: (D,) int64, index into class_names.
         class_names: the names that labels index.
-        image_size: height and width of the original picture.
-        path: where the picture came from: a file, an address (without user name and password), a camera; None for what
+        image_size: height and width of the original image.
+        path: where the image came from: a file, an address (without user name and password), a camera; None for what
             was in memory.
         frame: of a video: its number, from 0.
         time: of a video: seconds since its first frame.
-        error: why the picture could not be read (`on_error="report"`); then there are no boxes, and no size, (0, 0).
+        error: why the image could not be read (`on_error="report"`); then there are no boxes, and no size, (0, 0).
     """
 
     boxes: np.ndarray
@@ -94,7 +94,7 @@ class Detections:
         """COCO's results format: xywh boxes in original pixels.
 
         Args:
-            image_id: the id that the annotation file uses for this picture.
+            image_id: the id that the annotation file uses for this image.
             category_ids: the data set's id of each class; None counts 1, 2, 3 ... in the order of class_names.
         """
         ids = list(category_ids) if category_ids is not None else list(range(1, len(self.class_names) + 1))
@@ -171,13 +171,13 @@ class Detections:
         )
 
     def crop(self, image: Any = None) -> list[np.ndarray]:
-        """The part of the picture inside each box, rounded outwards to whole pixels: uint8 RGB (h, w, 3) copies.
+        """The part of the image inside each box, rounded outwards to whole pixels: uint8 RGB (h, w, 3) copies.
 
         Args:
-            image: anything that shows the picture; None reads `path` again.
+            image: anything that shows the image; None reads `path` again.
 
         Raises:
-            InputError: there is no picture to cut from, or it has another size than the one that was searched.
+            InputError: there is no image to cut from, or it has another size than the one that was searched.
         """
         searched = self._read(image)
         height, width = self.image_size
@@ -186,7 +186,7 @@ class Detections:
         return [searched[y1:y2, x1:x2].copy() for (x1, y1), (x2, y2) in zip(corners, ends, strict=True)]
 
     def draw(self, image: Any = None, threshold: float = 0.0) -> Image:
-        """A copy of the picture with boxes, names and scores drawn on it.
+        """A copy of the image with boxes, names and scores drawn on it.
 
         Args:
             image: anything that `predict` takes; None reads `path` again.

@@ -13,9 +13,9 @@ from pydantic import BeforeValidator
 from detector.data.preprocess import Prepared, Preprocessing, prepare, restore
 from detector.errors import InputError
 from detector.inference.detections import Detections, Found
-from detector.inference.sources import Picture, Reading, read_pictures
+from detector.inference.sources import ReadingOptions, SourceImage, read_images
 from detector.inference.tiles import Tiling, merge_flipped, merge_tiles, mirror_boxes
-from detector.options import Count, Flag, Options, Share
+from detector.options import Count, Flag, Share
 
 
 def _as_tile(value: Any) -> Any:
@@ -24,7 +24,7 @@ def _as_tile(value: Any) -> Any:
     return value
 
 
-class SearchOptions(Options):
+class SearchOptions(ReadingOptions):
     """How a source is read and searched."""
 
     score_threshold: Share = 0.3
@@ -39,12 +39,6 @@ class SearchOptions(Options):
     """Also search the mirror image: twice the time."""
     batch_size: Count = 8
     """Images in memory, and in the network, at once; does not change results."""
-    every: Count = 1
-    """Of a video or stream: each n-th frame."""
-    max_pixels: Count | None = None
-    """Refuse image files that declare more; null: Pillow's limit, 179 million."""
-    allow_private: Flag = False
-    """Addresses may lead to this machine and the local network."""
 
 
 class PredictOptions(SearchOptions):
@@ -61,11 +55,6 @@ class PredictOptions(SearchOptions):
         if unknown := values.keys() - cls.model_fields.keys():
             raise InputError(f"predict: there is no option {min(unknown)}; there is {', '.join(cls.model_fields)}.")
         return cls.parse(values)
-
-    @property
-    def reading(self) -> Reading:
-        """What concerns the sources."""
-        return Reading(self.bgr, self.every, self.max_pixels, self.allow_private)
 
     def labels(self, class_names: Sequence[str]) -> list[int] | None:
         """`classes` as indices; None: all. Raises InputError for a class that there is not."""
@@ -167,25 +156,25 @@ class Predictor(ABC):
         """
         return (found for _, found in self.search(source, PredictOptions.of(options)))
 
-    def search(self, source: Any, options: PredictOptions) -> Iterator[tuple[Picture, Detections]]:
-        """As `stream`, each with the picture itself: to draw on it, or to cut from it."""
-        # Not a generator itself: a wrong class is told here, not at the first picture.
+    def search(self, source: Any, options: PredictOptions) -> Iterator[tuple[SourceImage, Detections]]:
+        """As `stream`, each with the image itself: to draw on it, or to cut from it."""
+        # Not a generator itself: a wrong class is told here, not at the first image.
         return self._search(source, options, options.labels(self.class_names))
 
     def _search(
         self, source: Any, options: PredictOptions, labels: list[int] | None
-    ) -> Iterator[tuple[Picture, Detections]]:
-        for chunk in _chunks(read_pictures(source, options.reading), options.batch_size):
-            readable = [picture for picture in chunk if picture.error is None]
+    ) -> Iterator[tuple[SourceImage, Detections]]:
+        for chunk in _chunks(read_images(source, options, bgr=options.bgr), options.batch_size):
+            readable = [item for item in chunk if item.error is None]
             results = iter(self._detections(readable, options))
-            for picture in chunk:
-                if picture.error is not None and options.on_error == "raise":
-                    raise picture.error
-                found = self._failure(picture) if picture.error is not None else next(results)
-                yield picture, found if labels is None else found.of(labels)
+            for item in chunk:
+                if item.error is not None and options.on_error == "raise":
+                    raise item.error
+                found = self._failure(item) if item.error is not None else next(results)
+                yield item, found if labels is None else found.of(labels)
 
-    def _detections(self, pictures: Sequence[Picture], options: PredictOptions) -> list[Detections]:
-        images = [picture.image for picture in pictures]
+    def _detections(self, items: Sequence[SourceImage], options: PredictOptions) -> list[Detections]:
+        images = [item.image for item in items]
         if options.tile is None:
             results = self._detect(images, options)
         else:
@@ -194,7 +183,7 @@ class Predictor(ABC):
             Detections(*found, self.class_names, _size(one.image), one.path, one.frame, one.time).above(
                 options.score_threshold
             )
-            for found, one in zip(results, pictures, strict=True)
+            for found, one in zip(results, items, strict=True)
         ]
 
     def _detect_tiles(self, image: np.ndarray, tiling: Tiling, options: PredictOptions) -> Found:
@@ -221,21 +210,21 @@ class Predictor(ABC):
             for one, other, image in zip(straight, mirrored, images, strict=True)
         ]
 
-    def _failure(self, picture: Picture) -> Detections:
+    def _failure(self, item: SourceImage) -> Detections:
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
-        return Detections(*nothing, self.class_names, (0, 0), picture.path, error=str(picture.error))
+        return Detections(*nothing, self.class_names, (0, 0), item.path, error=str(item.error))
 
 
 def _size(image: np.ndarray) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-def _chunks(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+def _chunks(items: Iterable[SourceImage], size: int) -> Iterator[list[SourceImage]]:
     """Batches of a size; one that cannot be read, or that is live, ends its batch: it must not wait for others."""
-    chunk: list[Picture] = []
-    for picture in pictures:
-        chunk.append(picture)
-        if len(chunk) == size or picture.live or picture.error is not None:
+    chunk: list[SourceImage] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size or item.live or item.error is not None:
             yield chunk
             chunk = []
     if chunk:

@@ -24,7 +24,6 @@ from detector.errors import InputError
 from detector.inference.detections import Found
 from detector.inference.export_info import KEYS, SECTION, ExportInfo
 from detector.inference.predictor import Predictor
-from detector.inference.sources import is_count
 
 # images (N, H, W, 3), image_sizes -> boxes, scores, labels, counts: see DetectionGraph.forward.
 Run: TypeAlias = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
@@ -234,7 +233,7 @@ OPENERS = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_torch}
 
 def check_threads(threads: int | None) -> None:
     """Raises InputError where it is neither None nor a whole number, 1 or more."""
-    if threads is not None and not is_count(threads):
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads={threads}; expected a whole number, 1 or more, or nothing.")
 
 

@@ -1,10 +1,10 @@
-"""What a source expands to: one thing, or any nesting of lists and generators of things, becomes a flow of pictures.
+"""What a source expands to: one thing, or any nesting of lists and generators of things, becomes a flow of images.
 
-"street.jpg", Path("street.jpg")      a picture file
-"frames/*.jpg", "**/*.png"            the pictures and videos that match, sorted
-"folder"                              its pictures, with subfolders, sorted; hidden files are left out
+"street.jpg", Path("street.jpg")      an image file
+"frames/*.jpg", "**/*.png"            the images and videos that match, sorted
+"folder"                              its images, with subfolders, sorted; hidden files are left out
 "https://host/street.jpg"             downloaded: see detector.inference.remote
-b"...", io.BytesIO, open(p, "rb")     the bytes of a picture file
+b"...", io.BytesIO, open(p, "rb")     the bytes of an image file
 PIL image, numpy array, torch tensor  see detector.data.images.read_image
 "drive.mp4"                           its frames: see detector.inference.video
 "rtsp://camera/1", "rtmp://..."       the frames of a stream, until it ends
@@ -39,34 +39,23 @@ from detector.inference.video import (
     read_stream,
     read_video,
 )
+from detector.options import Count, Flag, Options
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How sources are read.
+class ReadingOptions(Options):
+    """How sources are read."""
 
-    Attributes:
-        bgr: arrays and tensors are in OpenCV's channel order.
-        every: of a video or stream, frames 0, every, 2 * every ...
-        max_pixels: see `read_image`.
-        allow_private: see `fetch`.
-    """
-
-    bgr: bool = False
-    every: int = 1
-    max_pixels: int | None = None
-    allow_private: bool = False
-
-    def __post_init__(self) -> None:
-        if not is_count(self.every):
-            raise InputError(f"every={self.every}; expected a whole number, 1 or more.")
-        if self.max_pixels is not None and not is_count(self.max_pixels):
-            raise InputError(f"max_pixels={self.max_pixels}; expected a whole number, 1 or more, or None.")
+    every: Count = 1
+    """Of a video or stream: each n-th frame."""
+    max_pixels: Count | None = None
+    """Refuse image files that declare more; null: Pillow's limit, 179 million."""
+    allow_private: Flag = False
+    """Addresses may lead to this machine and the local network."""
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """One picture of a source, or why there is none.
+class SourceImage:
+    """One image of a source, or why there is none.
 
     Attributes:
         image: uint8 RGB (h, w, 3); (0, 0, 3) where there is an error.
@@ -85,14 +74,14 @@ class Picture:
     error: InputError | None = None
 
 
-def read_pictures(source: Any, reading: Reading) -> Iterator[Picture]:
-    """Every picture of a source, one in memory at a time, in order.
+def read_images(source: Any, reading: ReadingOptions, bgr: bool = False) -> Iterator[SourceImage]:
+    """Every image of a source, one in memory at a time, in order; bgr: arrays and tensors have OpenCV's channel order.
 
-    What cannot be read is a Picture with an error, and the rest follows; errors of a generator of the user's pass.
+    What cannot be read is a SourceImage with an error, and the rest follows; errors of a generator of the user's pass.
     """
     if is_collection(source):
         for part in source:
-            yield from read_pictures(part, reading)
+            yield from read_images(part, reading, bgr)
         return
     try:
         items = expand(source)
@@ -100,7 +89,7 @@ def read_pictures(source: Any, reading: Reading) -> Iterator[Picture]:
         items = []
         yield _broken(source, error)
     for item in items:
-        yield from _read_item(item, reading)
+        yield from _read_item(item, reading, bgr)
 
 
 def is_collection(source: Any) -> bool:
@@ -158,14 +147,14 @@ def leave_out(source: Any, folder: Path) -> Any:
     left_out = {parent for parent in {file.parent for file in files} if parent.resolve().is_relative_to(results)}
     kept = [file for file in files if file.parent not in left_out]
     if not kept:
-        raise InputError(f"{source}: has pictures in {folder} only, which is where results go; give another folder.")
+        raise InputError(f"{source}: has images in {folder} only, which is where results go; give another folder.")
     return kept
 
 
-def count_pictures(source: Any, every: int = 1) -> int | None:
-    """How many pictures a source will give, if that can be told without reading them; videos may say it roughly."""
+def count_images(source: Any, every: int = 1) -> int | None:
+    """How many images a source will give, if that can be told without reading them; videos may say it roughly."""
     if is_collection(source):
-        parts = [count_pictures(part, every) for part in source] if isinstance(source, (list, tuple)) else [None]
+        parts = [count_images(part, every) for part in source] if isinstance(source, (list, tuple)) else [None]
         return None if None in parts else sum(part or 0 for part in parts)
     try:
         counts = [_count_item(item, every) for item in expand(source)]
@@ -194,19 +183,19 @@ def source_name(source: Any) -> str | None:
     return f"{CAMERA}{source}" if _is_camera(source) else None
 
 
-def _read_item(item: Any, reading: Reading) -> Iterator[Picture]:
+def _read_item(item: Any, reading: ReadingOptions, bgr: bool) -> Iterator[SourceImage]:
     name = source_name(item)
     try:
         if is_live(item) or is_video(item):
             for frame in _frames(item, reading):
-                yield Picture(frame.image, name, frame.index, frame.time, frame.rate, live=is_live(item))
+                yield SourceImage(frame.image, name, frame.index, frame.time, frame.rate, live=is_live(item))
         else:
-            yield Picture(_read_still(item, reading), name)
+            yield SourceImage(_read_still(item, reading, bgr), name)
     except InputError as error:
         yield _broken(item, error)
 
 
-def _frames(item: Any, reading: Reading) -> Iterator[Frame]:
+def _frames(item: Any, reading: ReadingOptions) -> Iterator[Frame]:
     if _is_camera(item):
         return read_camera(str(item).removeprefix(CAMERA), every=reading.every)
     scheme = _scheme(item)
@@ -218,10 +207,10 @@ def _frames(item: Any, reading: Reading) -> Iterator[Frame]:
     return read_video(item, every=reading.every)
 
 
-def _read_still(item: Any, reading: Reading) -> np.ndarray:
+def _read_still(item: Any, reading: ReadingOptions, bgr: bool) -> np.ndarray:
     scheme = _scheme(item)
     if not scheme:
-        return read_image(item, bgr=reading.bgr, max_pixels=reading.max_pixels)
+        return read_image(item, bgr=bgr, max_pixels=reading.max_pixels)
     if scheme not in ("http", "https"):
         known = ", ".join(("http", "https", *STREAM_SCHEMES))
         raise InputError(
@@ -231,8 +220,8 @@ def _read_still(item: Any, reading: Reading) -> np.ndarray:
     return read_image(content, max_pixels=reading.max_pixels, name=source_name(item))
 
 
-def _broken(item: Any, error: InputError) -> Picture:
-    return Picture(np.zeros((0, 0, 3), np.uint8), source_name(item), live=is_live(item), error=error)
+def _broken(item: Any, error: InputError) -> SourceImage:
+    return SourceImage(np.zeros((0, 0, 3), np.uint8), source_name(item), live=is_live(item), error=error)
 
 
 def _scheme(item: Any) -> str:
@@ -251,7 +240,7 @@ def _matches(pattern: str) -> list[Path]:
     found = [Path(name) for name in glob.iglob(pattern, recursive=True)]
     kept = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and path.is_file())
     if not kept:
-        what = f"{len(found)} matches, none a picture or a video" if found else "no such file"
+        what = f"{len(found)} matches, none an image or a video" if found else "no such file"
         raise InputError(f"{pattern}: {what}; check the pattern.")
     return kept
 
@@ -260,8 +249,3 @@ def _count_item(item: Any, every: int) -> int | None:
     if is_live(item) or (is_video(item) and _scheme(item)):
         return None
     return count_frames(item, every=every) if is_video(item) else 1
-
-
-def is_count(value: Any) -> bool:
-    """Whether an option is a whole number, 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

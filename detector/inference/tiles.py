@@ -1,6 +1,6 @@
-"""Several looks at one picture, and how what they find becomes one result: tiles, and the mirror image.
+"""Several looks at one image, and how what they find becomes one result: tiles, and the mirror image.
 
-Ours, all of it: the papers look once. Boxes are xyxy in pixels of the original picture unless a word says otherwise.
+Ours, all of it: the papers look once. Boxes are xyxy in pixels of the original image unless a word says otherwise.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Tiling:
         whole = len(numbers) == 3 and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
         if not whole or not 0 <= numbers[2] < min(numbers[:2]):
             raise InputError(
-                f"tile={value}; expected (width, height, overlap) in whole pixels of the picture, the overlap smaller "
+                f"tile={value}; expected (width, height, overlap) in whole pixels of the image, the overlap smaller "
                 f"than both sides."
             )
         return cls(*numbers)
 
     def regions(self, height: int, width: int) -> np.ndarray:
-        """The tiles (T, 4) of a picture, xyxy, row by row, all inside it; none if one tile would hold it all."""
+        """The tiles (T, 4) of an image, xyxy, row by row, all inside it; none if one tile would hold it all."""
         columns = _starts(width, self.width, self.overlap)
         rows = _starts(height, self.height, self.overlap)
         if len(columns) == len(rows) == 1:
@@ -58,10 +58,10 @@ class Tiling:
 
 
 def merge_tiles(found: Sequence[Found], regions: np.ndarray, size: tuple[int, int]) -> Found:
-    """One result from what each tile and the whole picture show, class by class.
+    """One result from what each tile and the whole image show, class by class.
 
-    1. A box that ends at a seam (within MARGIN of a side of its tile that is no side of the picture) is cut; the
-       others are whole. The picture's own pass cuts nothing.
+    1. A box that ends at a seam (within MARGIN of a side of its tile that is no side of the image) is cut; the
+       others are whole. The image's own pass cuts nothing.
     2. Non-maximum suppression between the looks: best first, a whole box goes if another look has a better one with
        IoU > SAME_IOU. Boxes of one look do not suppress each other: the network has done that by its own threshold.
     3. A cut box goes if a whole box that stays, SURE times its score or more, holds COVERED of it.
@@ -70,9 +70,9 @@ def merge_tiles(found: Sequence[Found], regions: np.ndarray, size: tuple[int, in
        whole ones, the better of two with IoU > SAME_IOU stays.
 
     Args:
-        found: of each look, boxes in pixels of the original picture.
+        found: of each look, boxes in pixels of the original image.
         regions: (T, 4), the xyxy that each look saw.
-        size: height and width of the picture.
+        size: height and width of the image.
     """
     boxes, scores, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
     look = np.repeat(np.arange(len(found)), [len(one[1]) for one in found])
@@ -88,12 +88,12 @@ def merge_tiles(found: Sequence[Found], regions: np.ndarray, size: tuple[int, in
 
 
 def mirror_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
-    """Boxes of a picture's mirror image (left for right) in the picture, or the other way round."""
+    """Boxes of an image's mirror image (left for right) in the image, or the other way round."""
     return np.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), axis=1)
 
 
 def merge_flipped(straight: Found, mirrored: Found) -> Found:
-    """One result from a picture and its mirror image, whose boxes are already turned back.
+    """One result from an image and its mirror image, whose boxes are already turned back.
 
     Best first, class by class, each box of one look takes the free box of the other with the largest IoU, at least
     SAME_IOU. The pair becomes the mean of both boxes, weighted by their scores, with the mean of both scores; a box
@@ -164,10 +164,10 @@ def _join(boxes: np.ndarray, scores: np.ndarray, seen: np.ndarray) -> tuple[np.n
 
 
 def _is_cut(boxes: np.ndarray, seen: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Which boxes (D,) end at a side of their tile (D, 4) that is no side of the picture."""
-    picture = np.array([0, 0, size[1], size[0]])
+    """Which boxes (D,) end at a side of their tile (D, 4) that is no side of the image."""
+    image = np.array([0, 0, size[1], size[0]])
     margin = MARGIN * np.tile(seen[:, 2:] - seen[:, :2], 2)
-    return ((np.abs(boxes - seen) <= margin) & (seen != picture)).any(axis=1)
+    return ((np.abs(boxes - seen) <= margin) & (seen != image)).any(axis=1)
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:

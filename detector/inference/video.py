@@ -39,7 +39,7 @@ _DEVICES = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One picture of a video.
+    """One image of a video.
 
     Attributes:
         image: uint8 RGB (h, w, 3), turned as the file says.
@@ -65,7 +65,7 @@ def read_video(
         name: what messages call the source.
 
     Raises:
-        InputError: PyAV is not installed; the file is missing, not a video, or has no picture track; and, after the
+        InputError: PyAV is not installed; the file is missing, not a video, or has no image track; and, after the
             frames before it, at the first damage, or where the file ends early.
     """
     name = name or str(source)
@@ -111,7 +111,7 @@ def read_camera(camera: str, *, every: int = 1) -> Iterator[Frame]:
 def count_frames(path: str | os.PathLike[str], *, every: int = 1) -> int | None:
     """How many frames `read_video` will give: what the file says, or its duration times its rate; None: unknown."""
     with _opened_video(str(path), str(path)) as container:
-        stream = _picture_track(container, str(path))
+        stream = _video_track(container, str(path))
         count = stream.frames
         if not count and container.duration and stream.average_rate:
             count = round(container.duration / 1e6 * float(stream.average_rate))
@@ -200,7 +200,7 @@ def _opened(source: Any, name: str, problem: str, **options: Any) -> Iterator[av
 
 
 def _frames(container: av.container.InputContainer, name: str, every: int, *, live: bool) -> Iterator[Frame]:
-    stream = _picture_track(container, name)
+    stream = _video_track(container, name)
     if not live:
         stream.thread_type = "AUTO"  # frame threads would delay a live stream
     rate, first, end = float(stream.average_rate or 25), None, 0.0
@@ -253,9 +253,9 @@ def _rest(stream: Any) -> list[Any]:
         return []
 
 
-def _picture_track(container: Any, name: str) -> Any:
+def _video_track(container: Any, name: str) -> Any:
     if not container.streams.video:
-        raise InputError(f"{name}: has no pictures, only sound or text; give a video.")
+        raise InputError(f"{name}: has no images, only sound or text; give a video.")
     return container.streams.video[0]
 
 

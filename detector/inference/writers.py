@@ -3,8 +3,8 @@ lines of a camera or a stream, which are there as soon as they are known.
 
 places = Places(out, source, ["jsonl"])
 with WRITERS["jsonl"](out, ["jsonl"], predictor.class_names) as add:
-    for picture, found in predictor.search(source, PredictOptions()):
-        add(picture, found, places(found))
+    for item, found in predictor.search(source, PredictOptions()):
+        add(item, found, places(found))
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from PIL.PngImagePlugin import PngInfo
 from detector.errors import InputError
 from detector.files import replacing, write_json
 from detector.inference.detections import ROW_COLUMNS, Detections
-from detector.inference.sources import Picture, is_live, search_root
+from detector.inference.sources import SourceImage, is_live, search_root
 from detector.inference.video import read_comment, write_video
 
 # What copies say about who wrote them: a file that does not is not replaced.
 MADE_BY = "light-head-detector"
 
-# Takes a picture, what was found in it, and where its files go, without a suffix.
-Writer: TypeAlias = Callable[[Picture, Detections, Path], None]
+# Takes an image, what was found in it, and where its files go, without a suffix.
+Writer: TypeAlias = Callable[[SourceImage, Detections, Path], None]
 
 
 class Places:
-    """Where the files of each picture go: a folder's own layout, no name twice, and none of a file that must stay.
+    """Where the files of each image go: a folder's own layout, no name twice, and none of a file that must stay.
 
     Raises:
-        InputError: annotated copies or crops would lie among the pictures that are searched: the next run would search
+        InputError: annotated copies or crops would lie among the images that are searched: the next run would search
             them too.
     """
 
@@ -107,7 +107,7 @@ def _is_copy(path: Path) -> bool:
         return False
 
 
-def _save_picture(image: Image.Image, path: Path) -> None:
+def _save_png(image: Image.Image, path: Path) -> None:
     about = PngInfo()
     about.add_text("Software", MADE_BY)  # comes before the pixels
     with replacing(path) as partial:
@@ -118,33 +118,33 @@ def _name_of(url: str) -> str:
     """A file name for an address."""
     parts = urlsplit(url)
     name = parts.path.rstrip("/").rpartition("/")[2] or parts.hostname or ""
-    return re.sub(r"[^\w.-]", "_", name).strip(".") or "picture"
+    return re.sub(r"[^\w.-]", "_", name).strip(".") or "image"
 
 
 def annotated(place: Path, found: Detections) -> Path:
-    """The annotated copy of a picture, or of its video."""
+    """The annotated copy of an image, or of its video."""
     return place.with_name(place.name + (".png" if found.frame is None else ".mp4"))
 
 
 @contextmanager
 def write_images(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
-    """Annotated copies: a .png for each picture, an .mp4 for each video."""
+    """Annotated copies: a .png for each image, an .mp4 for each video."""
     with ExitStack() as stack:
         current: dict[Path, Callable[[Any], None]] = {}
 
-        def add(picture: Picture, found: Detections, place: Path) -> None:
+        def add(item: SourceImage, found: Detections, place: Path) -> None:
             path = annotated(place, found)
             if found.frame is None or path not in current:
                 stack.close()  # the video before is complete
                 current.clear()
             if found.error is not None:
                 return
-            drawn = found.draw(picture.image)
+            drawn = found.draw(item.image)
             if found.frame is None:
-                _save_picture(drawn, path)
+                _save_png(drawn, path)
                 return
             if not current:
-                current[path] = stack.enter_context(write_video(path, picture.rate or 25, MADE_BY))
+                current[path] = stack.enter_context(write_video(path, item.rate or 25, MADE_BY))
             current[path](np.asarray(drawn))
 
         yield add
@@ -152,18 +152,18 @@ def write_images(out: Path, save: list[str], class_names: tuple[str, ...]) -> It
 
 @contextmanager
 def write_crops(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
-    """crops/: a .png of each object, named after its picture, its rank and its class."""
+    """crops/: a .png of each object, named after its image, its rank and its class."""
 
-    def add(picture: Picture, found: Detections, place: Path) -> None:
+    def add(item: SourceImage, found: Detections, place: Path) -> None:
         if not len(found):
             return
         frame = "" if found.frame is None else f"_{found.frame:06d}"
-        for rank, (crop, name) in enumerate(zip(found.crop(picture.image), found.names, strict=True)):
+        for rank, (crop, name) in enumerate(zip(found.crop(item.image), found.names, strict=True)):
             inside = place.relative_to(out)
             word = re.sub(r"[^\w-]", "_", name)
             names = _numbered(out / "crops" / inside.parent / f"{inside.name}{frame}_{rank}_{word}")
             paths = (one.with_name(f"{one.name}.png") for one in names)
-            _save_picture(Image.fromarray(crop), next(path for path in paths if not _must_stay(path, found)))
+            _save_png(Image.fromarray(crop), next(path for path in paths if not _must_stay(path, found)))
 
     yield add
 
@@ -175,15 +175,15 @@ def record(found: Detections, place: Path, save: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def write_all(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
-    """detections.json: a list with an entry for each picture, those that could not be read too."""
+    """detections.json: a list with an entry for each image, those that could not be read too."""
     records: list[dict[str, Any]] = []
-    yield lambda picture, found, place: records.append(record(found, place, save))
+    yield lambda item, found, place: records.append(record(found, place, save))
     write_json(out / "detections.json", records)
 
 
 @contextmanager
 def write_lines(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
-    """detections.jsonl: the same, a line for each picture; nothing of it is kept in memory."""
+    """detections.jsonl: the same, a line for each image; nothing of it is kept in memory."""
     with replacing(out / "detections.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
         yield _line_writer(file, save)
 
@@ -196,7 +196,7 @@ def append_lines(out: Path, save: list[str], class_names: tuple[str, ...]) -> It
 
 
 def _line_writer(file: IO[str], save: list[str]) -> Writer:
-    def add(picture: Picture, found: Detections, place: Path) -> None:
+    def add(item: SourceImage, found: Detections, place: Path) -> None:
         file.write(json.dumps(record(found, place, save), ensure_ascii=False, allow_nan=False) + "\n")
 
     return add
@@ -214,7 +214,7 @@ def write_table(out: Path, save: list[str], class_names: tuple[str, ...]) -> Ite
     with replacing(out / "detections.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, ROW_COLUMNS)
         table.writeheader()
-        yield lambda picture, found, place: table.writerows(found.rows())
+        yield lambda item, found, place: table.writerows(found.rows())
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def append_table(out: Path, save: list[str], class_names: tuple[str, ...]) -> It
         table = csv.DictWriter(file, ROW_COLUMNS)
         if not file.tell():
             table.writeheader()
-        yield lambda picture, found, place: table.writerows(found.rows())
+        yield lambda item, found, place: table.writerows(found.rows())
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def write_coco(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iter
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
 
-    def add(picture: Picture, found: Detections, place: Path) -> None:
+    def add(item: SourceImage, found: Detections, place: Path) -> None:
         if found.error is not None:
             return
         height, width = found.image_size
