@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from detector.models.backbones import Backbone, arguments_of, build_backbone
+from detector.models.backbones import Backbone, build_backbone, parse_backbone
 
 Module = TypeVar("Module", bound=nn.Module)
 CONF = Path(__file__).parents[1] / "conf" / "backbone"
@@ -21,7 +21,7 @@ def entry(file_name: str) -> dict[str, Any]:
 
 def build(file_name: str, **changes: Any) -> Backbone:
     torch.manual_seed(0)
-    return build_backbone(**(arguments_of(entry(file_name)) | changes))
+    return build_backbone(parse_backbone(entry(file_name) | changes))
 
 
 def randomise(module: Module) -> Module:

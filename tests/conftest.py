@@ -16,6 +16,7 @@ from torch import nn
 from detector.data.collate import Batch
 from detector.data.preprocess import Preprocessing
 from detector.inference.detector import Detector
+from detector.models.build import NetworkOptions
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +182,11 @@ def make_batch() -> Callable[..., Batch]:
 def small_detector(small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module]) -> Detector:
     """A detector of three classes that runs in milliseconds and finds something everywhere."""
     torch.manual_seed(0)
-    detector = Detector(small_spec, ("cat", "dog", "bird"), Preprocessing(short_side=64, long_side=96), {"epoch": 3})
+    detector = Detector(
+        NetworkOptions.parse(small_spec),
+        ("cat", "dog", "bird"),
+        Preprocessing(short_side=64, long_side=96),
+        {"epoch": 3},
+    )
     excite(detector.network)
     return detector

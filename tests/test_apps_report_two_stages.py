@@ -71,7 +71,7 @@ def test_recall_and_anchors_are_those_of_a_plain_loop(small_detector: Detector, 
 
     assert found["images"] == 5
     assert (found["limit"], found["recall"]["proposals"]) == (20, [10, 20])
-    foreground = small_detector.spec["rpn"]["foreground_iou"]
+    foreground = small_detector.options.spec()["rpn"]["foreground_iou"]
     for name, (low, high) in SIZES.items():
         own = [row for row in reached if low <= row[0] <= high]
         recall, anchors_of = found["recall"][name], found["anchors"][name]

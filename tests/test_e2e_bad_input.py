@@ -13,7 +13,7 @@ from tool_runner import Outcome, run_tool
 
 from detector.data.preprocess import Preprocessing
 from detector.inference.detector import Detector
-from detector.models.build import build_network
+from detector.models.build import NetworkOptions, build_network
 
 # A network and a run that take a second.
 SMALL = (
@@ -42,7 +42,7 @@ def assert_says(message: str, *parts: str) -> None:
 def checkpoint(tmp_path: Path, small_spec: dict[str, Any]) -> Path:
     """A detector of tiny_coco's classes, as `save` writes it."""
     path = tmp_path / "detector.ckpt"
-    Detector(small_spec, CLASSES, Preprocessing(short_side=64, long_side=96)).save(path)
+    Detector(NetworkOptions.parse(small_spec), CLASSES, Preprocessing(short_side=64, long_side=96)).save(path)
     return path
 
 
@@ -73,9 +73,9 @@ def checkpoint(tmp_path: Path, small_spec: dict[str, Any]) -> Path:
         (["augment.flip=2"], ["augment.flip=2: expected a number from 0 to 1"]),
         (["input.short_side=0"], ["input.short_side=0"]),
         (["input.short_side=512"], ["short_side=512, long_side=256", "short_side at most long_side"]),
-        (["rpn.channels=0"], ["rpn.channels=0: expected a number above 0"]),
-        (["rpn.channels=many"], ["rpn.channels=many: expected a number above 0"]),
-        (["light_head.sampling=best"], ["light_head.sampling='best'", "ohem and random"]),
+        (["rpn.channels=0"], ["rpn.channels=0: expected a whole number, 1 or more"]),
+        (["rpn.channels=many"], ["rpn.channels=many: expected a whole number, 1 or more"]),
+        (["light_head.sampling=best"], ["light_head.sampling=best", "ohem or random"]),
         (["neck.name=fpn"], ["Unknown neck 'fpn'", "none, cem"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -196,7 +196,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, tiny_coco: Path, checkpoin
 @pytest.mark.slow
 def test_weights_of_another_backbone(tmp_path: Path, tiny_coco: Path, small_spec: dict[str, Any]) -> None:
     path = tmp_path / "weights.pth"
-    torch.save(build_network(small_spec, 3).backbone.state_dict(), path)
+    torch.save(build_network(NetworkOptions.parse(small_spec), 3).backbone.state_dict(), path)
     message = finetune(tiny_coco, f"backbone.weights={path}").error()
     assert_says(message, str(path), "made for another architecture", "(8, 3, 3, 3), expected (24, 3, 3, 3)")
 

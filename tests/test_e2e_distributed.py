@@ -40,7 +40,7 @@ def training(root: Path, detector: Detector) -> list[str]:
         "recipe=finetune", f"data.root={root}", "backbone.weights=null", "input.short_side=64", "input.long_side=96",
         "train.batch_size=1", "val.batch_size=2", "val.every=1", "trainer.log_every=1", "schedule.epochs=1",
         "optimizer.lr=0.001", "optimizer.base_batch=8", "schedule.warmup_steps=0",
-        *overrides_of(detector.spec),
+        *overrides_of(detector.options.spec()),
     ]  # fmt: skip
 
 

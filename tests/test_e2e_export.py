@@ -15,6 +15,7 @@ from torch import nn
 
 from detector.data.preprocess import Preprocessing
 from detector.inference.detector import Detector
+from detector.models.build import NetworkOptions
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -37,7 +38,9 @@ def checkpoint(tmp_path: Path, small_spec: dict[str, Any], excite: Callable[[nn.
         "train": {"annotations": "annotations/train.json", "images": "images", "limit": None},
         "val": {"annotations": "annotations/val.json", "images": "images", "limit": None},
     }
-    detector = Detector(small_spec, NAMES, Preprocessing(short_side=64, long_side=96), {"config": {"data": data}})
+    detector = Detector(
+        NetworkOptions.parse(small_spec), NAMES, Preprocessing(short_side=64, long_side=96), {"config": {"data": data}}
+    )
     excite(detector.network)
     write_scored_data(root, detector, sizes=SIZES * 2)
     detector.save(tmp_path / "run" / "best.ckpt")

@@ -16,6 +16,7 @@ from detector.data.preprocess import Preprocessing
 from detector.export.parity import difference
 from detector.inference.detector import Detector
 from detector.models.backbones.pretrained import load_weights
+from detector.models.build import NetworkOptions
 
 PICTURES = 200
 
@@ -38,7 +39,7 @@ def test_folded_network_equals_the_training_one_on_real_pictures(
         }
     }  # fmt: skip
     torch.manual_seed(0)
-    detector = Detector(spec, ["a", "b", "c"], Preprocessing(short_side=320, long_side=640))
+    detector = Detector(NetworkOptions.parse(spec), ["a", "b", "c"], Preprocessing(short_side=320, long_side=640))
     load_weights(detector.network.backbone, shared / "weights" / "shufflenet_v2_x0_5_backbone.pth")
     pictures = real_pictures(shared)
     assert len(pictures) == PICTURES

@@ -28,6 +28,7 @@ from torch import nn
 
 from detector.data.preprocess import Preprocessing
 from detector.inference.detector import Detector
+from detector.models.build import NetworkOptions
 
 pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
@@ -41,7 +42,7 @@ NAMES = ("cat", "<img src=x onerror=\"document.title='run'\">", "bird")
 @pytest.fixture
 def checkpoint(tmp_path: Path, small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module]) -> Path:
     torch.manual_seed(0)
-    detector = Detector(small_spec, NAMES, Preprocessing(short_side=64, long_side=96))
+    detector = Detector(NetworkOptions.parse(small_spec), NAMES, Preprocessing(short_side=64, long_side=96))
     excite(detector.network)
     detector.save(tmp_path / "best.ckpt")
     return tmp_path / "best.ckpt"

@@ -71,7 +71,7 @@ class Lab:
             "val.batch_size=2", "val.every=1", "trainer.log_every=1", "schedule.epochs=2", "schedule.warmup_steps=0",
             "augment.scale=[1, 1]", "augment.photometric=0", "optimizer.lr=1e-5", "ema=0.5",
             "optimizer.base_batch=8", "schedule.kind=cosine", "schedule.final_share=0.01",
-            *overrides_of(self.detector.spec), *overrides,
+            *overrides_of(self.detector.options.spec()), *overrides,
         ]  # fmt: skip
         return run_tool("train", *arguments, cwd=self.folder)
 
@@ -260,7 +260,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch(lab: Lab) -> None:
 
 
 def test_control_c_leaves_a_run_that_can_go_on(lab: Lab) -> None:
-    arguments = [f"data.root={lab.root}", *DEMO[2:], *overrides_of(lab.detector.spec), "schedule.epochs=500"]
+    arguments = [f"data.root={lab.root}", *DEMO[2:], *overrides_of(lab.detector.options.spec()), "schedule.epochs=500"]
     command = [sys.executable, str(ROOT / "tools/train.py"), "recipe=finetune", "backbone.weights=null", *arguments]
     with subprocess.Popen(
         [*command, "run_dir=run", "train.batch_size=2"], cwd=lab.folder, env=tool_environment(),

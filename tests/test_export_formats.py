@@ -20,6 +20,7 @@ from detector.export import formats
 from detector.inference.detector import Detector
 from detector.inference.export_info import FORMAT, ExportInfo
 from detector.inference.runtime import INPUTS, OUTPUTS, ExportedDetector
+from detector.models.build import NetworkOptions
 from detector.models.fuse import fuse
 
 onnx = pytest.importorskip("onnx")
@@ -137,7 +138,7 @@ def test_metadata_is_that_of_the_detector(onnx_file: Path, small_detector: Detec
     exported = ExportedDetector.load(onnx_file)
     assert exported.class_names == small_detector.class_names
     assert exported.preprocessing == Preprocessing(short_side=64, long_side=96)
-    assert exported.info.spec == small_detector.spec
+    assert exported.info.spec == small_detector.options.spec()
     assert exported.provenance["epoch"] == 3
     assert exported.provenance["export"]["torch"] == torch.__version__
 
@@ -193,7 +194,9 @@ def test_every_variant_in_both_runtimes_without_torch(
 ) -> None:
     torch.manual_seed(0)
     detector = Detector(
-        changed(small_spec, VARIANTS[name]), ("cat", "dog", "bird"), Preprocessing(short_side=64, long_side=96)
+        NetworkOptions.parse(changed(small_spec, VARIANTS[name])),
+        ("cat", "dog", "bird"),
+        Preprocessing(short_side=64, long_side=96),
     )
     excite(detector.network)
     info = formats.export_onnx(detector, tmp_path / "a.onnx")
@@ -266,7 +269,7 @@ def test_openvino_is_two_files_that_belong_together(small_detector: Detector, tm
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.xml"]
     exported = ExportedDetector.load(path)
     assert exported.class_names == ("cat", "dog", "bird")
-    assert exported.info.spec == small_detector.spec
+    assert exported.info.spec == small_detector.options.spec()
     weights = bytearray((tmp_path / "a.bin").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "a.bin").write_bytes(weights)

@@ -14,7 +14,7 @@ from torchvision.ops import batched_nms
 
 from detector.data.preprocess import Prepared
 from detector.export.graph import DetectionGraph, keep_for_onnx, keep_with_torchvision
-from detector.models.build import build_network
+from detector.models.build import NetworkOptions, build_network
 from detector.models.fuse import fuse
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -75,7 +75,7 @@ def test_graph_equals_detect(
     small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module], name: str, keep: Any
 ) -> None:
     torch.manual_seed(0)
-    network = excite(build_network(changed(small_spec, VARIANTS[name]), 3))
+    network = excite(build_network(NetworkOptions.parse(changed(small_spec, VARIANTS[name])), 3))
     # Both fused: torch's own rounding is not the subject.
     network = fuse(network)
     compared = 0

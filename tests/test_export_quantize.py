@@ -26,6 +26,7 @@ from detector.export.quantize import (
 from detector.inference.detector import Detector
 from detector.inference.export_info import ExportInfo
 from detector.inference.runtime import ExportedDetector
+from detector.models.build import NetworkOptions
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -153,7 +154,9 @@ def test_the_same_layers_stay_in_float_in_both_runtimes(
 def test_weights_have_a_scale_per_channel_however_large_they_are(small_spec: dict[str, Any], tmp_path: Path) -> None:
     """As a checkpoint is exported: loaded for prediction, its 1x1 convolutions made products."""
     wide = small_spec | {"backbone": small_spec["backbone"] | {"channels": [16, 32, 300]}}
-    Detector(wide, ("a", "b"), Preprocessing(short_side=64, long_side=96)).save(tmp_path / "d.ckpt")
+    Detector(NetworkOptions.parse(wide), ("a", "b"), Preprocessing(short_side=64, long_side=96)).save(
+        tmp_path / "d.ckpt"
+    )
     export_int8_onnx(Detector.load(tmp_path / "d.ckpt", "cpu"), tmp_path / "a.onnx", noise(2), canvas=(64, 96))
     graph = onnx.load(tmp_path / "a.onnx").graph
     stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in graph.initializer}

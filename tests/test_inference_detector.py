@@ -17,6 +17,7 @@ from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference.detections import Detections
 from detector.inference.detector import FORMAT, VERSION, Detector
+from detector.models.build import NetworkOptions
 
 SIZES = [(48, 70), (90, 60), (64, 64), (50, 75), (33, 100), (70, 48)]
 
@@ -214,7 +215,7 @@ def test_a_missing_checkpoint_and_a_missing_device_are_named(small_detector: Det
 
 def test_a_detector_needs_classes(small_spec: dict) -> None:
     with pytest.raises(InputError, match="class name"):
-        Detector(small_spec, [], Preprocessing(short_side=64, long_side=96))
+        Detector(NetworkOptions.parse(small_spec), [], Preprocessing(short_side=64, long_side=96))
 
 
 def test_every_kind_of_source_agrees(small_detector: Detector, pictures: list[np.ndarray], folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from detector.lab.backbones import Row, alexnet_row, describe, time_classifiers
 from detector.lab.cost import memory_access, multiply_adds
+from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
 
 CONF = Path(__file__).parents[1] / "conf" / "backbone"
@@ -31,7 +32,7 @@ def test_published_cost_is_met_or_explained(name: str) -> None:
     published = entry(name)["published"]
     size = published["image_size"]
     with torch.device("meta"):
-        network = build_classifier(entry(name), 1000)
+        network = build_classifier(parse_backbone(entry(name)), 1000)
         cost = multiply_adds(network, torch.zeros(1, 3, size, size)) / 1e6
     deviation = cost / published["multiply_adds"] - 1
     assert abs(deviation) < 0.03, f"{cost:.1f} M against {published['multiply_adds']} M"

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from detector.lab import receptive_field
 from detector.lab.receptive_field import effective_field, effective_side, theoretical_field
-from detector.models.backbones import Backbone, arguments_of, build_backbone
+from detector.models.backbones import Backbone, build_backbone, parse_backbone
 
 CONF = Path(__file__).parents[1] / "conf" / "backbone"
 
 
 def build(file_name: str, **changes: Any) -> Backbone:
     torch.manual_seed(0)
-    return build_backbone(**(arguments_of(yaml.safe_load((CONF / f"{file_name}.yaml").read_text())) | changes))
+    return build_backbone(parse_backbone(yaml.safe_load((CONF / f"{file_name}.yaml").read_text()) | changes))
 
 
 def chain(kernels: list[tuple[int, int]]) -> int:

@@ -10,7 +10,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from detector.models.anchors import AnchorGrid
-from detector.models.backbones import build_backbone
+from detector.models.backbones import build_backbone, parse_backbone
 
 
 def naive(height: int, width: int, scales: list[float], ratios: list[float], stride: int) -> torch.Tensor:
@@ -50,10 +50,10 @@ def test_anchors_equal_torchvisions_up_to_its_rounding() -> None:
 def test_a_cell_looks_where_its_anchors_are(level: str, stride: int) -> None:
     """The gradient of a cell of the backbone is centred on stride * i, not on stride * (i + 0.5)."""
     torch.manual_seed(0)
-    backbone = build_backbone(
-        name="shufflenet_v2", stem_channels=8, channels=[16, 32, 64], repeats=[2, 2, 2],
-        extra_depthwise=False, layout="torchvision", dilate_c5=False,
-    ).eval()  # fmt: skip
+    backbone = build_backbone(parse_backbone({
+        "name": "shufflenet_v2", "stem_channels": 8, "channels": [16, 32, 64], "repeats": [2, 2, 2],
+        "extra_depthwise": False, "layout": "torchvision", "dilate_c5": False,
+    })).eval()  # fmt: skip
     centers = []
     for _ in range(20):
         images = torch.randn(1, 3, 512, 512, requires_grad=True)

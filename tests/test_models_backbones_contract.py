@@ -10,7 +10,7 @@ import torch
 from backbone_files import CONF, entry
 from torch import Tensor, nn
 
-from detector.models.backbones import BACKBONES, Backbone
+from detector.models.backbones import BACKBONES, Backbone, parse_backbone
 from detector.models.backbones.classifier import build_classifier
 from detector.models.fuse import fuse, multiply_pointwise
 
@@ -170,7 +170,7 @@ def test_stages_cover_it_in_order(name: str) -> None:
 def test_a_classifier_on_top_has_logits(name: str) -> None:
     if entry(name)["name"] == "timm":
         pytest.importorskip("timm")
-    classifier = build_classifier(entry(name), num_classes=5).train()
+    classifier = build_classifier(parse_backbone(entry(name)), num_classes=5).train()
     logits = classifier(torch.randn(2, 3, 64, 64))
     assert logits.shape == (2, 5)
     logits.square().sum().backward()

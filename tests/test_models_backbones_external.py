@@ -19,10 +19,17 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from detector.data.collate import Batch
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
-from detector.models.backbones import arguments_of, build_backbone
+from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
-from detector.models.backbones.external import External, TimmBackbone, TorchvisionBackbone
-from detector.models.build import build_network
+from detector.models.backbones.contract import ClassifierOptions
+from detector.models.backbones.external import (
+    External,
+    TimmBackbone,
+    TimmOptions,
+    TorchvisionBackbone,
+    TorchvisionOptions,
+)
+from detector.models.build import NetworkOptions, build_network
 from detector.models.fuse import fuse
 
 CONF = Path(__file__).parents[1] / "conf" / "backbone"
@@ -93,14 +100,14 @@ def randomise(module: nn.Module) -> nn.Module:
 @cache
 def torchvision_backbone(model: str) -> TorchvisionBackbone:
     torch.manual_seed(0)
-    return randomise(TorchvisionBackbone(model=model))
+    return randomise(TorchvisionBackbone(TorchvisionOptions(model=model)))
 
 
 @cache
 def timm_backbone(model: str) -> TimmBackbone:
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    return randomise(TimmBackbone(model=model))
+    return randomise(TimmBackbone(TimmOptions(model=model)))
 
 
 @cache
@@ -263,11 +270,11 @@ def test_costs_are_those_that_torchvision_publishes(name: str) -> None:
     whole = torchvision.models.get_model(content["model"], weights=None)
     expected = multiply_adds(whole, images)
     assert expected / 1e9 == pytest.approx(meta["_ops"], abs=5e-4)
-    backbone = build_backbone(**arguments_of(content))
+    backbone = build_backbone(parse_backbone(content))
     head = whole.classifier if hasattr(whole, "classifier") else whole.fc
     trunk = multiply_adds(backbone, images)
     assert trunk + multiply_adds(head, torch.zeros(1, backbone.channels["c5"])) == expected
-    classifier = ImageClassifier(backbone, num_classes=1000, **content["classifier"])
+    classifier = ImageClassifier(backbone, 1000, ClassifierOptions.parse(content["classifier"]))
     found = trunk + multiply_adds(classifier.fc, torch.zeros(1, backbone.channels["c5"]))
     if "note" not in published:
         assert parameters(classifier) == meta["num_params"]
@@ -286,7 +293,7 @@ def test_a_detector_learns_on_it(
     if entry(name)["name"] == "timm":
         pytest.importorskip("timm")
     torch.manual_seed(0)
-    network = build_network(small_spec | {"backbone": arguments_of(entry(name)), "neck": neck}, 3).train()
+    network = build_network(NetworkOptions.parse(small_spec | {"backbone": entry(name), "neck": neck}), 3).train()
     losses = network.losses(make_batch([[(5, 5, 40, 40, 1)], [(30, 10, 90, 60, 2)]]))
     total = torch.stack(list(losses.values())).sum()
     assert total.isfinite()
@@ -315,8 +322,8 @@ def test_dilated_c5_keeps_its_size(library: Any, model: str) -> None:
 
 @pytest.mark.slow
 def test_a_dilated_resnet_has_at_every_second_pixel_what_it_would_have() -> None:
-    plain = randomise(TorchvisionBackbone(model="resnet50"))
-    dilated = TorchvisionBackbone(model="resnet50", dilate_c5=True).eval()
+    plain = randomise(TorchvisionBackbone(TorchvisionOptions(model="resnet50")))
+    dilated = TorchvisionBackbone(TorchvisionOptions(model="resnet50", dilate_c5=True)).eval()
     dilated.load_state_dict(plain.state_dict())
     images = torch.randn(1, 3, 128, 96)
     with torch.no_grad():
@@ -345,10 +352,10 @@ def test_what_cannot_be_used_says_why(library: str, options: dict[str, Any], mes
     if library == "timm":
         pytest.importorskip("timm")
     with pytest.raises(InputError, match=message):
-        build_backbone(name=library, **options)
+        build_backbone(parse_backbone(dict(name=library, **options)))
 
 
 def test_without_timm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match=r"timm.*pip install 'light-head-detector\[timm\]'"):
-        TimmBackbone(model="mobilenetv1_100")
+        TimmBackbone(TimmOptions(model="mobilenetv1_100"))

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from detector.errors import InputError
 from detector.models import light_head_rcnn
-from detector.models.backbones import arguments_of, build_backbone
+from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
+from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.input_frame import MEAN, STD, for_normalised_rgb
 from detector.models.backbones.key_maps import feature_order, megvii_names, stage_order
 from detector.models.backbones.pretrained import load_weights
@@ -93,7 +94,7 @@ def authors(width: str) -> AuthorsNetwork:
 
 def build(name: str, **changes: Any) -> ShuffleNetV2:
     torch.manual_seed(1)
-    backbone = build_backbone(**(arguments_of(yaml.safe_load((CONF / f"{name}.yaml").read_text())) | changes))
+    backbone = build_backbone(parse_backbone(yaml.safe_load((CONF / f"{name}.yaml").read_text()) | changes))
     assert isinstance(backbone, ShuffleNetV2)
     for module in backbone.double().modules():
         if isinstance(module, ExtraDepthwise):  # the identity to the last digit of float32, and now of float64
@@ -128,7 +129,7 @@ def test_features_and_logits_are_the_authors(name: str, layout: str, tmp_path: P
     assert len(report.kept) == (16 * 6 if "star" in name else 0)
     assert set(report.ignored) == {key for key in theirs.state_dict() if key.startswith(("conv_last.", "classifier."))}
 
-    classifier = ImageClassifier(ours, conv5_channels=WIDTHS[width][-1], num_classes=CLASSES).double().eval()
+    classifier = ImageClassifier(ours, CLASSES, ClassifierOptions(conv5_channels=WIDTHS[width][-1])).double().eval()
     missing, unexpected = classifier.load_state_dict(dict(report.classifier), strict=False)
     assert all(key.startswith("backbone.") for key in missing)
     assert not unexpected

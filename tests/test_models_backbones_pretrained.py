@@ -14,8 +14,9 @@ import yaml
 from torch import Tensor, nn
 
 from detector.errors import InputError
-from detector.models.backbones import arguments_of, build_backbone
+from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
+from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.input_frame import MEAN, STD
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.published import imagenet_url
@@ -35,7 +36,7 @@ FULL = HALF | {"channels": [116, 232, 464]}
 
 
 def build(spec: dict[str, Any], **changes: Any) -> nn.Module:
-    return build_backbone(**(spec | changes))
+    return build_backbone(parse_backbone(spec | changes))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,7 @@ def test_raw_pixels_of_any_shufflenet_fold(published: dict[str, Tensor], tmp_pat
 
 def test_a_pretrained_classifier_s_file_loads(tmp_path: Path) -> None:
     """The backbone's names beside conv5 and fc, as tools/pretrain.py writes them."""
-    classifier = ImageClassifier(build(HALF), conv5_channels=16, num_classes=7)
+    classifier = ImageClassifier(build(HALF), 7, ClassifierOptions(conv5_channels=16))
     content = {key.removeprefix("backbone."): value for key, value in classifier.state_dict().items()}
     path = tmp_path / "pretrained.pth"
     torch.save(content, path)
@@ -272,11 +273,11 @@ def test_mobilenet_v2_is_torchvision_s(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.hub, "load_state_dict_from_url", lambda url, **_: asked.append(url) or theirs.state_dict()
     )
     entry = yaml.safe_load((CONF / "mobilenet_v2_1.0.yaml").read_text())
-    backbone = build_backbone(**arguments_of(entry))
+    backbone = build_backbone(parse_backbone(entry))
     report = load_weights(backbone, "imagenet")
     assert asked == [torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url]
     assert report.matched == tuple(backbone.state_dict())
-    classifier = ImageClassifier(backbone, num_classes=10, **entry["classifier"])
+    classifier = ImageClassifier(backbone, 10, ClassifierOptions.parse(entry["classifier"]))
     missing, unexpected = classifier.load_state_dict(dict(report.classifier), strict=False)
     assert all(key.startswith("backbone.") for key in missing)
     assert not unexpected
@@ -285,7 +286,7 @@ def test_mobilenet_v2_is_torchvision_s(monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(classifier.eval()(images), theirs(images)) < 1e-5
     narrow = yaml.safe_load((CONF / "mobilenet_v2_0.4.yaml").read_text())
     with pytest.raises(InputError, match="none are published for MobileNetV2"):
-        load_weights(build_backbone(**arguments_of(narrow)), "imagenet")
+        load_weights(build_backbone(parse_backbone(narrow)), "imagenet")
 
 
 @pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small", "regnet_y_400mf", "densenet121"])
@@ -298,7 +299,7 @@ def test_torchvision_s_models_load_whole(model: str, monkeypatch: pytest.MonkeyP
         assert any("denselayer1.norm.1.weight" in key for key in content)
     asked: list[str] = []
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: asked.append(url) or content)
-    backbone = build_backbone(name="torchvision", model=model).eval()
+    backbone = build_backbone(parse_backbone({"name": "torchvision", "model": model})).eval()
     report = load_weights(backbone, "imagenet")
     assert asked == [torchvision.models.get_model_weights(model).IMAGENET1K_V1.url]
     assert set(report.matched) == set(backbone.state_dict())
@@ -316,10 +317,12 @@ def test_a_deeper_model_does_not_pass_for_a_shallower_one(tmp_path: Path) -> Non
     """All tensors of a ResNet-18 lie in a ResNet-34's file, with the right shapes."""
     path = saved(torchvision.models.resnet34(weights=None), tmp_path / "resnet34.pth")
     with pytest.raises(InputError, match=r"layer1\.2\.conv1\.weight has no place here"):
-        load_weights(build_backbone(name="torchvision", model="resnet18"), path)
+        load_weights(build_backbone(parse_backbone({"name": "torchvision", "model": "resnet18"})), path)
     path = saved(torchvision.models.resnet18(weights=None), tmp_path / "resnet18.pth")
     with pytest.raises(InputError, match="input=bgr255: only for a stem like ShuffleNet V2's"):
-        load_weights(build_backbone(name="torchvision", model="resnet18"), path, input_frame="bgr255")
+        load_weights(
+            build_backbone(parse_backbone({"name": "torchvision", "model": "resnet18"})), path, input_frame="bgr255"
+        )
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def test_timm_s_models_load_whole(model: str, tmp_path: Path, monkeypatch: pytes
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = randomise(timm.create_model(model, pretrained=False))
-    backbone = build_backbone(name="timm", model=model).eval()
+    backbone = build_backbone(parse_backbone({"name": "timm", "model": model})).eval()
     report = load_weights(backbone, saved(theirs, tmp_path / "timm.pth"))
     assert report.matched == tuple(backbone.state_dict())
     assert report.format == "a whole model's names"
@@ -354,7 +357,7 @@ def test_timm_s_models_load_whole(model: str, tmp_path: Path, monkeypatch: pytes
         made.append((name, pretrained))
         return theirs if pretrained else real(name, pretrained=False, **options)
 
-    other = build_backbone(name="timm", model=model).eval()
+    other = build_backbone(parse_backbone({"name": "timm", "model": model})).eval()
     monkeypatch.setattr(timm, "create_model", create)
     assert str(load_weights(other, "imagenet").source).startswith(f"timm's {model}")
     assert (model, True) in made
@@ -363,7 +366,7 @@ def test_timm_s_models_load_whole(model: str, tmp_path: Path, monkeypatch: pytes
 
 def test_without_network_timm_s_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
-    backbone = build_backbone(name="timm", model="resnet18")
+    backbone = build_backbone(parse_backbone({"name": "timm", "model": "resnet18"}))
 
     def no_network(name: str, **_: Any) -> nn.Module:
         raise OSError("Name or service not known")

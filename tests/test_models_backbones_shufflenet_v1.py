@@ -13,12 +13,15 @@ from torch.nn import functional as F
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
 from detector.models.backbones.classifier import ImageClassifier
+from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.shufflenet_v1 import shuffle_groups
 
 
 def classifier(file_name: str, **changes: Any) -> ImageClassifier:
     with torch.device("meta"):  # shapes alone: no time for weights
-        return ImageClassifier(build(file_name, **changes), num_classes=1000, **entry(file_name)["classifier"])
+        return ImageClassifier(
+            build(file_name, **changes), 1000, ClassifierOptions.parse(entry(file_name)["classifier"])
+        )
 
 
 def millions(file_name: str, **changes: Any) -> float:
@@ -186,7 +189,7 @@ def test_signal_survives_a_deep_network(file_name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": 5}, r"groups=5: there is 1, 2, 3, 4, 8"),
+        ({"groups": 5}, "groups=5: expected 1 or 2 or 3 or 4 or 8"),
         ({"width": 0.3, "groups": 8}, "no whole number"),
         ({"channels": [60, 120, 240]}, "give one of the two"),
         ({"width": None, "channels": [60, 120, 240]}, "stem_channels is missing"),
@@ -194,7 +197,7 @@ def test_signal_survives_a_deep_network(file_name: str) -> None:
         ({"width": None, "channels": [120, 60, 240], "stem_channels": 12}, "wider than the one before"),
         ({"width": None, "channels": [60, 120], "stem_channels": 12}, "three of each"),
         ({"stem_channels": 10}, "stem_channels=10: must be a multiple of groups=3"),
-        ({"repeats": [4, 0, 4]}, "at least 1"),
+        ({"repeats": [4, 0, 4]}, "1 or more"),
         ({"bottleneck": 40}, "at least groups"),
         ({"wdith": 2}, "wdith"),
     ],

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds
 from detector.models.backbones.classifier import ImageClassifier
+from detector.models.backbones.contract import ClassifierOptions
 
 
 def naive(state: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ def test_equals_the_same_drawn_again() -> None:
 def test_costs_are_near_the_published_ones(width: str, published: int) -> None:
     settings = entry(f"xception_{width}")
     with torch.device("meta"):
-        network = ImageClassifier(build(f"xception_{width}"), num_classes=1000, **settings["classifier"])
+        network = ImageClassifier(build(f"xception_{width}"), 1000, ClassifierOptions.parse(settings["classifier"]))
     cost = multiply_adds(network, torch.zeros(1, 3, 224, 224, device="meta")) / 1e6
     assert cost == pytest.approx(published, rel=0.015)
 
@@ -85,7 +86,7 @@ def test_a_block_sees_seven_cells(stage: str) -> None:
     ("changes", "message"),
     [
         ({"channels": [72, 144]}, "give three"),
-        ({"repeats": [4, 0, 4]}, "at least 1"),
+        ({"repeats": [4, 0, 4]}, "1 or more"),
         ({"bottleneck": 100}, "no more than the channels"),
         ({"se": True}, "se"),
     ],

@@ -12,8 +12,7 @@ import yaml
 
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
-from detector.models.backbones import arguments_of
-from detector.models.build import NECKS, build_network
+from detector.models.build import NECKS, NetworkOptions, build_network
 from detector.models.light_head_rcnn import LightHeadRCNN
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -37,9 +36,9 @@ def compose(*overrides: str) -> dict[str, Any]:
 
 def build(config: dict[str, Any], num_classes: int = 3) -> LightHeadRCNN:
     """As training does, without ImageNet weights."""
-    spec = {key: config[key] for key in ("neck", "rpn", "light_head")}
-    spec["backbone"] = arguments_of(config["backbone"])
-    return build_network(spec, num_classes)
+    return build_network(
+        NetworkOptions.parse({part: config[part] for part in NetworkOptions.model_fields}), num_classes
+    )
 
 
 @pytest.mark.parametrize("backbone", choices("backbone"))
@@ -91,7 +90,11 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     assert network.head.thin.column_row[1].out_channels == 490
     assert network.head.hidden.weight.shape == (2048, 490)
     assert network.head.box_deltas.out_features == 4
-    assert (network.head.box_weight, network.head.sampling, network.head.sample_count) == (2.0, "ohem", 256)
+    assert (network.head.options.box_weight, network.head.options.sampling, network.head.options.sample_count) == (
+        2.0,
+        "ohem",
+        256,
+    )
     assert (network.rpn.train_limits.after_nms, network.rpn.test_limits.after_nms) == (2000, 1000)
     assert config["optimizer"]["lr"] == 0.01
     assert config["schedule"]["images"] == 2_000_000
@@ -136,37 +139,54 @@ def test_setting_l_is_wider_and_dilated() -> None:
 def test_an_unknown_key_is_named(small_spec: dict, part: str) -> None:
     small_spec[part]["shortside"] = 3
     with pytest.raises(InputError, match="shortside"):
-        build_network(small_spec, 2)
+        build_network(NetworkOptions.parse(small_spec), 2)
+
+
+def test_without_any_option_it_is_the_published_network() -> None:
+    """Li et al. 2017, setting S, on ShuffleNet V2 1x: what recipe=paper trains."""
+    options = NetworkOptions()
+    with torch.device("meta"):
+        assert build_network(options, num_classes=20).head.class_logits.out_features == 21
+        default = build_network(options, 80).state_dict()
+        paper = build(compose("recipe=paper", "backbone=v2_1x"), 80).state_dict()
+    assert {key: value.shape for key, value in default.items()} == {key: value.shape for key, value in paper.items()}
+
+
+def test_a_description_survives_a_checkpoint(small_spec: dict) -> None:
+    """What lies in older checkpoints fits: without the options that are younger, with those that are no network."""
+    old = NetworkOptions.parse(small_spec)
+    assert "se" not in small_spec["backbone"]
+    assert old.spec()["backbone"]["se"] is False
+    assert NetworkOptions.parse(old.spec()) == old
+    entry = small_spec["backbone"] | {"weights": "imagenet", "classifier": None, "published": None}
+    assert NetworkOptions.parse(small_spec | {"backbone": entry}).spec() == old.spec()
 
 
 @pytest.mark.parametrize(
-    ("part", "key"),
+    ("part", "key", "value", "message"),
     [
-        ("backbone", "repeats"),
-        ("neck", "width"),
-        ("rpn", "train_limits"),
-        ("rpn", "scales"),
-        ("light_head", "sampling"),
+        ("rpn", "scales", [0, 32], "a list"),
+        ("rpn", "scales", [], "a list"),
+        ("rpn", "test_limits", {"before_nms": 6000, "after_nms": 0}, "rpn.test_limits.after_nms=0: expected a whole"),
+        ("rpn", "background_iou", 0.8, "rpn.background_iou=0.8 is above rpn.foreground_iou=0.7"),
+        ("light_head", "score_threshold", -0.1, "light_head.score_threshold=-0.1: expected a number from 0 to 1"),
+        ("light_head", "class_agnostic", "no", "light_head.class_agnostic=no: expected true or false"),
+        ("light_head", "kernel_size", 4, "it must be odd"),
+        ("neck", "width", 0, "neck.width=0: expected a whole number, 1 or more"),
+        ("backbone", "repeats", [4, 0, 4], "backbone.repeats=.*a whole number, 1 or more"),
     ],
 )
-def test_a_missing_key_is_named(small_spec: dict, part: str, key: str) -> None:
-    del small_spec[part][key]
-    with pytest.raises(InputError, match=key):
-        build_network(small_spec, 2)
-
-
-@pytest.mark.parametrize("part", ["backbone", "neck", "rpn", "light_head"])
-def test_a_missing_part_is_named(small_spec: dict, part: str) -> None:
-    del small_spec[part]
-    with pytest.raises(InputError, match=part):
-        build_network(small_spec, 2)
+def test_a_value_that_does_not_fit_is_named(small_spec: dict, part: str, key: str, value: Any, message: str) -> None:
+    small_spec[part][key] = value
+    with pytest.raises(InputError, match=message):
+        NetworkOptions.parse(small_spec)
 
 
 @pytest.mark.parametrize(("part", "known"), [("backbone", "shufflenet_v2"), ("neck", "cem")])
 def test_an_unknown_name_lists_what_there_is(small_spec: dict, part: str, known: str) -> None:
     small_spec[part]["name"] = "resnet_9000"
     with pytest.raises(InputError, match=rf"resnet_9000.*{known}"):
-        build_network(small_spec, 2)
+        build_network(NetworkOptions.parse(small_spec), 2)
 
 
 def test_the_spec_is_left_as_it_was_and_the_seed_decides(small_spec: dict) -> None:
@@ -174,9 +194,9 @@ def test_the_spec_is_left_as_it_was_and_the_seed_decides(small_spec: dict) -> No
 
     before = copy.deepcopy(small_spec)
     torch.manual_seed(3)
-    first = build_network(small_spec, 2).state_dict()
+    first = build_network(NetworkOptions.parse(small_spec), 2).state_dict()
     assert small_spec == before
     torch.manual_seed(3)
-    second = build_network(small_spec, 2).state_dict()
+    second = build_network(NetworkOptions.parse(small_spec), 2).state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detector.models.backbones import build_backbone
+from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.fuse import Pointwise, fuse, merge_branches, multiply_pointwise
 from detector.models.light_head import LargeSeparableConv
 
@@ -30,13 +30,17 @@ def norms(module: nn.Module) -> int:
 @pytest.mark.parametrize("extra_depthwise", [False, True])
 def test_fused_backbone_gives_the_same(layout: str, extra_depthwise: bool) -> None:
     backbone = build_backbone(
-        name="shufflenet_v2",
-        stem_channels=24,
-        channels=[116, 232, 464],
-        repeats=[4, 8, 4],
-        extra_depthwise=extra_depthwise,
-        layout=layout,
-        dilate_c5=False,
+        parse_backbone(
+            {
+                "name": "shufflenet_v2",
+                "stem_channels": 24,
+                "channels": [116, 232, 464],
+                "repeats": [4, 8, 4],
+                "extra_depthwise": extra_depthwise,
+                "layout": layout,
+                "dilate_c5": False,
+            }
+        )
     )
     for part in backbone.modules():
         if isinstance(part, nn.Conv2d):
@@ -143,10 +147,10 @@ def test_a_normalisation_that_does_more_is_not_lost() -> None:
 @pytest.mark.parametrize("extra_depthwise", [False, True])
 def test_a_fused_backbone_can_be_put_into_evaluation_mode_again(extra_depthwise: bool) -> None:
     """Every prediction does: V2*'s extra layer has no normalisation left then."""
-    backbone = build_backbone(
-        name="shufflenet_v2", stem_channels=8, channels=[16, 32, 64], repeats=[1, 2, 1],
-        extra_depthwise=extra_depthwise, layout="torchvision", dilate_c5=False,
-    )  # fmt: skip
+    backbone = build_backbone(parse_backbone({
+        "name": "shufflenet_v2", "stem_channels": 8, "channels": [16, 32, 64], "repeats": [1, 2, 1],
+        "extra_depthwise": extra_depthwise, "layout": "torchvision", "dilate_c5": False,
+    }))  # fmt: skip
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected, got = randomise(backbone).eval()(images)["c5"], fuse(backbone).eval()(images)["c5"]

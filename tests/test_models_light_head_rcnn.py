@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from detector.data.collate import Batch
-from detector.models.build import build_network
+from detector.models.build import NetworkOptions, build_network
 from detector.models.light_head_rcnn import LightHeadRCNN
 
 NAMES = {"rpn_objectness", "rpn_box", "head_class", "head_box"}
@@ -44,7 +44,7 @@ def build(spec: dict[str, Any], neck: str, agnostic: bool, sampling: str, reduce
     torch.manual_seed(0)
     spec["neck"] = {"name": "none"} if neck == "none" else {"name": "cem", "width": 16}
     spec["light_head"] |= {"class_agnostic": agnostic, "sampling": sampling, "align_reduce": reduce}
-    return build_network(spec, classes)
+    return build_network(NetworkOptions.parse(spec), classes)
 
 
 def check_losses(network: nn.Module, batch: Batch) -> dict[str, float]:
@@ -140,7 +140,7 @@ def test_a_batch_has_the_mean_of_the_single_losses(
 def test_normalisation_is_torchvisions(small_spec: dict, make_batch: Callable[..., Batch]) -> None:
     from torchvision.transforms.functional import convert_image_dtype, normalize
 
-    network = build_network(small_spec, 2)
+    network = build_network(NetworkOptions.parse(small_spec), 2)
     images = make_batch([[]]).images
     expected = normalize(convert_image_dtype(images), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     found = network.normalise(images)
@@ -167,7 +167,7 @@ def test_bfloat16_autocast_trains_and_detects(
 def test_a_diverged_network_gives_a_loss_that_is_not_finite(small_spec: dict, make_batch: Callable[..., Batch]) -> None:
     """Training checks the sum and names the pictures of the batch; nothing before that may crash."""
     for place in ("backbone.conv1.0", "rpn.objectness", "rpn.deltas", "head.hidden"):
-        network = build_network(small_spec, 2)
+        network = build_network(NetworkOptions.parse(small_spec), 2)
         with torch.no_grad():
             network.get_submodule(place).weight.fill_(float("nan"))
         assert not sum(network(make_batch([SOME, []])).values()).isfinite(), place
@@ -175,7 +175,7 @@ def test_a_diverged_network_gives_a_loss_that_is_not_finite(small_spec: dict, ma
 
 def test_overfits_one_batch(small_spec: dict, make_batch: Callable[..., Batch]) -> None:
     torch.manual_seed(0)
-    network = build_network(small_spec, 2).train()
+    network = build_network(NetworkOptions.parse(small_spec), 2).train()
     batch = make_batch([[(8, 8, 40, 40, 0)], [(40, 16, 88, 56, 1)], []])
     for i, box in ((0, (8, 8, 40, 40)), (1, (40, 16, 88, 56))):
         x1, y1, x2, y2 = box

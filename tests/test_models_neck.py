@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detector.models.neck import ContextEnhancement, NoNeck
+from detector.models.neck import ContextEnhancement, ContextEnhancementOptions, NoNeck, NoNeckOptions
 
 CHANNELS = {"c3": 8, "c4": 12, "c5": 16}
 STRIDES = {"c3": 8, "c4": 16, "c5": 32}
@@ -22,7 +22,7 @@ def maps(height: int = 64, width: int = 96, *, c5_stride: int = 32, count: int =
 
 
 def test_none_passes_c4_and_c5_through() -> None:
-    neck, features = NoNeck(CHANNELS, STRIDES), maps()
+    neck, features = NoNeck(CHANNELS, STRIDES, NoNeckOptions()), maps()
     rpn_map, head_map = neck(features)
     assert rpn_map is features["c4"]
     assert head_map is features["c5"]
@@ -33,7 +33,9 @@ def test_none_passes_c4_and_c5_through() -> None:
 @pytest.mark.parametrize("c5_stride", [32, 16])
 def test_context_enhancement_by_hand(c5_stride: int) -> None:
     torch.manual_seed(0)
-    neck = ContextEnhancement(CHANNELS, STRIDES | {"c5": c5_stride}, width=10).double().eval()
+    neck = (
+        ContextEnhancement(CHANNELS, STRIDES | {"c5": c5_stride}, ContextEnhancementOptions(width=10)).double().eval()
+    )
     features = {key: value.double() for key, value in maps(c5_stride=c5_stride).items()}
     fused, same = neck(features)
     assert fused is same
@@ -57,7 +59,7 @@ def test_context_enhancement_by_hand(c5_stride: int) -> None:
 
 def test_every_level_and_the_far_end_of_the_picture_reach_every_cell() -> None:
     torch.manual_seed(0)
-    neck = ContextEnhancement(CHANNELS, STRIDES, width=10).eval()
+    neck = ContextEnhancement(CHANNELS, STRIDES, ContextEnhancementOptions(width=10)).eval()
     features = {key: value.requires_grad_() for key, value in maps(256, 256, count=1).items()}
     neck(features)[0][0, :, 0, 0].sum().backward()
     for key, feature in features.items():
@@ -67,7 +69,7 @@ def test_every_level_and_the_far_end_of_the_picture_reach_every_cell() -> None:
 
 
 def test_trains_with_one_picture_in_the_batch() -> None:
-    neck = ContextEnhancement(CHANNELS, STRIDES, width=10).train()
+    neck = ContextEnhancement(CHANNELS, STRIDES, ContextEnhancementOptions(width=10)).train()
     fused, _ = neck(maps(count=1))
     fused.sum().backward()
     assert all(parameter.grad is not None for parameter in neck.parameters())

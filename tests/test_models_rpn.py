@@ -14,16 +14,14 @@ from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
 from detector.data.collate import Batch
 from detector.models import rpn as rpn_module
-from detector.models.rpn import RPN, ProposalLimits
+from detector.models.rpn import RPN, RPNOptions
 
 SIZES = torch.tensor([[64, 96], [50, 70]])
 
 
 def build(spec: dict[str, Any], **changes: Any) -> RPN:
-    values = spec["rpn"] | changes
-    limits = {key: ProposalLimits(**values[key]) for key in ("train_limits", "test_limits")}
     torch.manual_seed(0)
-    return RPN(12, 16, **{**values, **limits})
+    return RPN(12, 16, RPNOptions.parse(spec["rpn"] | changes))
 
 
 def raw(rpn: RPN, count: int = 2, seed: int = 0, spread: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:

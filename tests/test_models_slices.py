@@ -11,9 +11,9 @@ from test_export_graph import changed
 from test_models_fuse import randomise
 from torch import nn
 
-from detector.models.backbones import build_backbone
+from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.shufflenet_v2 import Stage
-from detector.models.build import build_network
+from detector.models.build import NetworkOptions, build_network
 from detector.models.fuse import fuse
 from detector.models.light_head_rcnn import LightHeadRCNN
 from detector.models.neck import ContextEnhancement
@@ -70,7 +70,9 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_sliced_detector_gives_the_same_maps(small_spec: dict[str, Any], name: str) -> None:
     torch.manual_seed(0)
-    network = sharp(build_network(changed(small_spec | {"backbone": SHUFFLENET}, NETWORKS[name]), 3)).double()
+    network = sharp(
+        build_network(NetworkOptions.parse(changed(small_spec | {"backbone": SHUFFLENET}, NETWORKS[name])), 3)
+    ).double()
     sliced = fuse(network)
     assert not any(isinstance(part, Stage) for part in sliced.modules())
     pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
@@ -93,7 +95,9 @@ def outputs(network: LightHeadRCNN, pixels: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("changes", [{"residual": True}, {"shuffle": False}])
 def test_stages_that_need_their_order_keep_shuffling(small_spec: dict[str, Any], changes: dict[str, Any]) -> None:
-    network = sharp(build_network(small_spec | {"backbone": SHUFFLENET | {"repeats": [2, 4, 3]} | changes}, 3))
+    network = sharp(
+        build_network(NetworkOptions.parse(small_spec | {"backbone": SHUFFLENET | {"repeats": [2, 4, 3]} | changes}), 3)
+    )
     fused = fuse(network)
     assert not any(isinstance(part, SlicedStage) for part in fused.modules())
     pixels = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
@@ -107,7 +111,7 @@ class TunedNeck(ContextEnhancement):
 
 
 def test_with_an_unknown_neck_channels_keep_their_order(small_spec: dict[str, Any]) -> None:
-    network = build_network(small_spec | {"backbone": SHUFFLENET}, 3)
+    network = build_network(NetworkOptions.parse(small_spec | {"backbone": SHUFFLENET}), 3)
     network.neck.__class__ = TunedNeck
     assert not any(isinstance(part, SlicedStage) for part in fuse(network).modules())
 
@@ -117,7 +121,7 @@ def test_other_backbones_are_left_alone(small_spec: dict[str, Any]) -> None:
         "name": "mobilenet_v2", "width": 0.15, "multiple_of": 4, "scale_last": False, "activation": "relu6",
         "dilate_c5": False,
     }  # fmt: skip
-    network = build_network(small_spec | {"backbone": backbone}, 3)
+    network = build_network(NetworkOptions.parse(small_spec | {"backbone": backbone}), 3)
     before = {name for name, _ in network.named_modules()}
     pass_by_slices(network)
     assert {name for name, _ in network.named_modules()} == before
@@ -139,7 +143,7 @@ def test_reordered_inputs() -> None:
 def test_fusing_twice_changes_nothing(small_spec: dict[str, Any]) -> None:
     """An export traces a detector that is fused already."""
     torch.manual_seed(0)
-    once = fuse(sharp(build_network(small_spec | {"backbone": SHUFFLENET}, 3)))
+    once = fuse(sharp(build_network(NetworkOptions.parse(small_spec | {"backbone": SHUFFLENET}), 3)))
     pixels = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     with torch.inference_mode():
         for one, other in zip(outputs(once, pixels), outputs(fuse(once), pixels), strict=True):
@@ -147,7 +151,7 @@ def test_fusing_twice_changes_nothing(small_spec: dict[str, Any]) -> None:
 
 
 def test_a_backbone_by_itself_keeps_the_order_of_its_channels() -> None:
-    backbone = sharp(build_backbone(**SHUFFLENET))
+    backbone = sharp(build_backbone(parse_backbone(SHUFFLENET)))
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         for key, expected in backbone(images).items():

@@ -12,14 +12,15 @@ import yaml
 from test_models_backbones_key_maps import CLASSES, authors
 from tool_runner import ROOT, run_tool
 
-from detector.models.backbones import Backbone, arguments_of, build_backbone
+from detector.models.backbones import Backbone, build_backbone, parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
+from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 
 
 def build(name: str, **changes: Any) -> Backbone:
     entry = yaml.safe_load((ROOT / "conf" / "backbone" / f"{name}.yaml").read_text())
-    return build_backbone(**(arguments_of(entry) | changes))
+    return build_backbone(parse_backbone(entry | changes))
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_the_authors_file_becomes_a_classifier_of_ours(tmp_path: Path) -> None:
     assert "the authors' ShuffleNet V2" in done.out
     assert "conv_last.1 (5)" in done.out
     content = torch.load(tmp_path / "ours.pth", weights_only=True)
-    classifier = ImageClassifier(build("v2_1x", layout="paper"), conv5_channels=1024, num_classes=CLASSES)
+    classifier = ImageClassifier(build("v2_1x", layout="paper"), CLASSES, ClassifierOptions(conv5_channels=1024))
     classifier.load_state_dict(
         {key if key.startswith(("conv5.", "fc.")) else f"backbone.{key}": value for key, value in content.items()}
     )

@@ -23,6 +23,7 @@ from detector.apps.predict import Stop
 from detector.data.preprocess import Preprocessing
 from detector.inference.detections import Detections
 from detector.inference.detector import Detector
+from detector.models.build import NetworkOptions
 
 CLASSES = ("car", "cat", "kite")
 
@@ -31,7 +32,7 @@ CLASSES = ("car", "cat", "kite")
 def checkpoint(tmp_path: Path, small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module]) -> Path:
     """A small random detector that finds something everywhere."""
     torch.manual_seed(0)
-    detector = Detector(small_spec, CLASSES, Preprocessing(short_side=64, long_side=96))
+    detector = Detector(NetworkOptions.parse(small_spec), CLASSES, Preprocessing(short_side=64, long_side=96))
     excite(detector.network)
     detector.save(tmp_path / "detector.ckpt")
     return tmp_path / "detector.ckpt"

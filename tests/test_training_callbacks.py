@@ -81,7 +81,7 @@ def test_the_average_is_what_is_scored_and_saved(
             "recipe=finetune", f"data.root={root}", f"ckpt={tmp_path}/start.ckpt", f"run_dir={tmp_path}/run",
             "backbone.weights=null", "input.short_side=64", "input.long_side=96", "train.batch_size=2",
             "val.batch_size=8", "val.every=2", "schedule.epochs=3", "optimizer.lr=0.001", "ema=0.4", "workers=0",
-            "trainer.accelerator=cpu", *overrides_of(small_detector.spec),
+            "trainer.accelerator=cpu", *overrides_of(small_detector.options.spec()),
         ],
     )  # fmt: skip
     launch.resolve(cfg)

@@ -64,11 +64,6 @@ def test_the_evaluation_configuration_is_accepted() -> None:
         ("data.train", ["train", 2024], ["", None, True, ["a"]]),
         ("schedule.kind", ["linear", "cosine", "steps"], ["line", None]),
         ("resume", [True, False], [1, "true", None]),
-        ("rpn.scales", [[32, 64]], [[0, 32], ["a"], "big", None]),
-        ("rpn.test_limits.after_nms", [1, 1000], [0, -5, "all"]),
-        ("light_head.score_threshold", [0.0, 0.001], [-0.1, math.nan, "low"]),
-        ("light_head.class_agnostic", [True, False], ["no"]),
-        ("backbone.name", ["shufflenet_v2"], []),
     ],
 )
 def test_values(key: str, good: list[Any], bad: list[Any]) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from detector.data.image_folder import ImageBatch
 from detector.errors import InputError
 from detector.inference.detector import Detector
-from detector.models.backbones import build_backbone
+from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
+from detector.models.backbones.contract import ClassifierOptions
 from detector.training.classification import ClassificationTask, draw_images, score
 from detector.training.pretrain import PretrainOptions
 from detector.training.schedule import parameter_groups
@@ -31,7 +32,9 @@ LINEAR = PRETRAINING.schedule
 def make_task(small_spec: dict[str, Any]) -> Callable[..., ClassificationTask]:
     def make(classes: int = 3, smoothing: float = 0.1) -> ClassificationTask:
         torch.manual_seed(0)
-        network = ImageClassifier(build_backbone(**small_spec["backbone"]), num_classes=classes, conv5_channels=32)
+        network = ImageClassifier(
+            build_backbone(parse_backbone(small_spec["backbone"])), classes, ClassifierOptions(conv5_channels=32)
+        )
         about = {"format": "x", "class_names": list("abc"), "provenance": {"config": {"lr": 1.0}}}
         task = ClassificationTask(network, about, optimizer=SGD, schedule=LINEAR, label_smoothing=smoothing)
         task.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer

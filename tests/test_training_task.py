@@ -12,6 +12,7 @@ from detector.data.collate import Batch
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference.detector import Detector
+from detector.models.build import NetworkOptions
 from detector.training.schedule import OptimizerOptions, build_optimizer
 from detector.training.task import DetectionTask, load_pretrained
 
@@ -71,7 +72,7 @@ def test_a_loss_that_is_not_finite_names_pictures_and_remedy(small_detector: Det
 
 def other(spec: dict[str, Any], classes: int = 3) -> Detector:
     torch.manual_seed(1)
-    return Detector(spec, tuple("abcdefgh"[:classes]), Preprocessing(short_side=64, long_side=96))
+    return Detector(NetworkOptions.parse(spec), tuple("abcdefgh"[:classes]), Preprocessing(short_side=64, long_side=96))
 
 
 def checkpoint_of(detector: Detector) -> dict[str, Any]:

@@ -56,8 +56,9 @@ from detector.lab.prediction import (
     peer_multiply_adds,
 )
 from detector.lab.receptive_field import plot_receptive_fields
-from detector.models.backbones import arguments_of
+from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
+from detector.models.build import NetworkOptions
 
 log = logging.getLogger(__name__)
 # Of each contestant, where the command line does not say: a 99th percentile needs a hundred.
@@ -85,13 +86,12 @@ def peers(config: DictConfig, turns: int) -> Iterator[Contest]:
     yield from align_contests(turns)
     yield from backbone_contests(turns)
     values = plain(config)
-    spec = {key: values[key] for key in ("backbone", "neck", "rpn", "light_head")}
-    spec["backbone"] = arguments_of(spec["backbone"])
+    options = NetworkOptions.parse({part: values[part] for part in NetworkOptions.model_fields})
     with tempfile.TemporaryDirectory() as folder:
         # Other pictures than the training ones, at the size that both sides take in without shrinking.
         root = ensure_shapes(Path(folder) / "shapes", seed=1, train=32, val=1, size=320)
         index = load_annotations(root / "annotations/train.json", root / "images")
-        yield training_contest(spec, values["augment"], index, turns)
+        yield training_contest(options, values["augment"], index, turns)
 
 
 def render_peers(results: list[Contest]) -> str:
@@ -103,7 +103,10 @@ def render_peers(results: list[Contest]) -> str:
 
 
 def benchmark_backbones(config: DictConfig) -> None:
-    entries = {name: yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text()) for name in chosen(config.only)}
+    entries = {
+        name: parse_backbone(yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text()))
+        for name in chosen(config.only)
+    }
     rows = [
         describe(name, entry, with_field=config.receptive_field)
         for name, entry in progress(entries.items(), "cost and receptive field", unit="backbone")

@@ -21,14 +21,14 @@ from rich.text import Text
 
 from detector.errors import InputError
 from detector.files import replacing
-from detector.models.backbones import arguments_of, build_backbone
+from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.pretrained import WeightsReport, load_weights
 
 
 def main(cfg: DictConfig) -> None:
     config = plain(cfg)
     source, out = str(config["source"]), str(config["out"])
-    backbone = build_backbone(**arguments_of(config["backbone"]))
+    backbone = build_backbone(parse_backbone(config["backbone"]))
     report = load_weights(backbone, source, input_frame=config["input"], partial=True)
     show(report)
     if report.problems and not config["partial"]:

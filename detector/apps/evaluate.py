@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def evaluate(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["max_proposals"]:
         rpn = detector.network.rpn
         budget = min(config["max_proposals"], rpn.test_limits.after_nms)
-        rpn.test_limits = replace(rpn.test_limits, after_nms=budget)
+        rpn.test_limits = rpn.test_limits.model_copy(update={"after_nms": budget})
     data_config = evaluation_data(config, detector)
     index = load_split(data_config, "val", class_names=detector.class_names)
     # Not where other tools look for the detector's figures.

@@ -41,7 +41,7 @@ class PredictCommandOptions(SearchOptions):
     out: str = "predictions"
     """What `save` names goes here."""
     save: str | list[str] | None = None
-    """Of images (of a video: a video), crops, json, jsonl, csv, coco; null: [images,json], of a stream [images,jsonl]."""
+    """Of images (of a video: a video), crops, json, jsonl, csv, coco; null: [images,json], streams [images,jsonl]."""
     device: str | None = None
     """Null: the GPU if there is one."""
     threads: Count | None = None

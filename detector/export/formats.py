@@ -43,7 +43,7 @@ def export_info(detector: Detector, batch: int | None, canvas: tuple[int, int] |
         batch,
         check_canvas(canvas) if canvas else None,
         "float32",
-        detector.spec,
+        detector.options.spec(),
         dict(detector.provenance) | {"export": made},
     )
 

@@ -14,7 +14,7 @@ from detector.errors import InputError
 from detector.files import replacing
 from detector.inference.detections import Found
 from detector.inference.predictor import Predictor
-from detector.models.build import build_network
+from detector.models.build import NetworkOptions, build_network
 from detector.models.fuse import fuse, multiply_pointwise
 from detector.models.light_head_rcnn import LightHeadRCNN
 
@@ -31,25 +31,25 @@ class Detector(Predictor):
         network: LightHeadRCNN.
         preprocessing: how a picture becomes network input.
         class_names: label -> name.
-        spec: the plain dict that `build_network` takes.
+        options: of the network.
         provenance: how it was made: config, epoch, metrics, versions. Plain values.
         fused: the network is the faster form that cannot be trained or saved.
     """
 
     def __init__(
         self,
-        spec: Mapping[str, Any],
+        options: NetworkOptions,
         class_names: Sequence[str],
         preprocessing: Preprocessing,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         if not class_names:
             raise InputError("A detector needs at least one class name.")
-        self.spec = dict(spec)
+        self.options = options
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.provenance = dict(provenance or {})
-        self.network: LightHeadRCNN = build_network(spec, len(self.class_names))
+        self.network: LightHeadRCNN = build_network(options, len(self.class_names))
         self.fused = False
 
     @classmethod
@@ -72,8 +72,9 @@ class Detector(Predictor):
             key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
         }
         try:
+            options = NetworkOptions.parse(about["spec"])
             preprocessing = Preprocessing.parse(about["preprocessing"])
-            detector = cls(about["spec"], about["class_names"], preprocessing, about.get("provenance"))
+            detector = cls(options, about["class_names"], preprocessing, about.get("provenance"))
             detector.network.load_state_dict(weights)
         except (InputError, KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -90,7 +91,7 @@ class Detector(Predictor):
         return {
             "format": FORMAT,
             "version": VERSION,
-            "spec": self.spec,
+            "spec": self.options.spec(),
             "class_names": list(self.class_names),
             "preprocessing": self.preprocessing.to_dict(),
             "provenance": self.provenance,

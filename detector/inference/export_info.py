@@ -29,7 +29,7 @@ class ExportInfo:
         batch: pictures that go through at once; None: any number.
         canvas: height and width of the input; None: any multiples of STRIDE.
         precision: "float32" or "int8".
-        spec: the plain dict that `build_network` takes, for the record.
+        spec: what `NetworkOptions.parse` reads, for the record.
         provenance: of the checkpoint, and how the file was made.
     """
 

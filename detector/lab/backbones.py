@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from detector.lab.cost import memory_access, multiply_adds, parameters
 from detector.lab.latency import WARM_UP, take_turns
 from detector.lab.receptive_field import TheoreticalField, effective_field, effective_side, theoretical_field
-from detector.models.backbones import arguments_of, build_backbone
+from detector.models.backbones import BackboneOptions, build_backbone
 from detector.models.backbones.classifier import build_classifier
 from detector.models.fuse import fuse
 
@@ -70,22 +70,21 @@ class Row:
         return shown | {"deviation": self.deviation, "receptive_field": fields}
 
 
-def describe(name: str, entry: Mapping[str, Any], *, with_field: bool) -> Row:
+def describe(name: str, options: BackboneOptions, *, with_field: bool) -> Row:
     """What can be computed of a backbone without a clock.
 
     Args:
-        name, entry: of a file of conf/backbone/.
+        name, options: of a file of conf/backbone/.
         with_field: measure the receptive fields too: seconds, minutes for the deepest.
     """
-    published = entry["published"] or {}
-    size = int(published.get("image_size", 224))
-    row = _row(name, build_classifier(entry, CLASSES), size)
-    row.published, row.source = published.get("multiply_adds"), published.get("source", "")
-    row.note = published.get("note", "")
-    backbone = build_backbone(**arguments_of(entry))
+    published = options.published
+    row = _row(name, build_classifier(options, CLASSES), published.image_size if published else 224)
+    if published:
+        row.published, row.source, row.note = published.multiply_adds, published.source, published.note
+    backbone = build_backbone(options)
     row.detection_multiply_adds = multiply_adds(backbone.to("meta"), _meta(DETECTION_SIZE)) / 1e9
     if with_field:
-        backbone = build_backbone(**arguments_of(entry))
+        backbone = build_backbone(options)
         row.field = _field(backbone)
         row.effective_map = effective_field(backbone)
         row.effective = effective_side(row.effective_map)

@@ -19,7 +19,8 @@ from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.lab.latency import Contest, contest
 from detector.models.backbones import build_backbone
-from detector.models.build import build_network
+from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
+from detector.models.build import NetworkOptions, build_network
 from detector.models.fuse import fuse
 from detector.models.ps_roi_align import ps_roi_align
 
@@ -57,10 +58,7 @@ def backbone_contests(turns: int) -> Iterator[Contest]:
     Both get the same contiguous images; ours pays for its change to channels_last itself.
     """
     peer = torchvision.models.shufflenet_v2_x1_0(weights=None).eval()
-    own = build_backbone(
-        name="shufflenet_v2", stem_channels=24, channels=[116, 232, 464], repeats=[4, 8, 4],
-        extra_depthwise=False, layout="torchvision", dilate_c5=False,
-    )  # fmt: skip
+    own = build_backbone(ShuffleNetV2Options())
     _randomise_statistics(peer)
     own.load_state_dict({key: value for key, value in peer.state_dict().items() if not key.startswith(("conv5", "fc"))})
     own = fuse(own.eval())
@@ -84,7 +82,7 @@ def _randomise_statistics(network: torch.nn.Module) -> None:
 
 
 def training_contest(
-    spec: Mapping[str, Any], augment: Mapping[str, Any], index: AnnotationIndex, turns: int
+    options: NetworkOptions, augment: Mapping[str, Any], index: AnnotationIndex, turns: int
 ) -> Contest:
     """A training step, from reading files to the optimiser, against torchvision's light two-stage detector.
 
@@ -94,7 +92,7 @@ def training_contest(
     preprocessing = Preprocessing(short_side=320, long_side=640)
     transform = TrainTransform(preprocessing, AugmentOptions.parse(augment, "augment"), seed=0)
     batches = _batches(DetectionDataset(index, transform))
-    own = build_network(spec, len(index.class_names)).to(memory_format=torch.channels_last).train()
+    own = build_network(options, len(index.class_names)).to(memory_format=torch.channels_last).train()
     peer = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, num_classes=len(index.class_names) + 1
     ).train()

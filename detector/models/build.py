@@ -1,48 +1,48 @@
-"""The composition root: a plain dict becomes a network. The only place where parts meet."""
+"""The composition root: options become a network. The only place where parts meet."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from detector.errors import InputError
-from detector.models.backbones import build_backbone
-from detector.models.light_head import LightHead
+from detector.models.backbones import AnyBackboneOptions, build_backbone
+from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
+from detector.models.light_head import LightHead, LightHeadOptions
 from detector.models.light_head_rcnn import LightHeadRCNN
-from detector.models.neck import ContextEnhancement, NoNeck
-from detector.models.rpn import RPN, ProposalLimits
+from detector.models.neck import NECKS, AnyNeckOptions, NoNeckOptions
+from detector.models.rpn import RPN, RPNOptions
+from detector.options import Options
 
-NECKS = {"none": NoNeck, "cem": ContextEnhancement}
+
+class NetworkOptions(Options):
+    """The parts of a detector's network. Without any: ShuffleNet V2 1x with setting S of Light-Head R-CNN."""
+
+    backbone: AnyBackboneOptions = ShuffleNetV2Options()
+    """Image in, feature maps out; `name` chooses the family."""
+    neck: AnyNeckOptions = NoNeckOptions()
+    """What stands between the backbone's maps and the two stages; `name` chooses it."""
+    rpn: RPNOptions = RPNOptions()
+    """The first stage: proposals."""
+    light_head: LightHeadOptions = LightHeadOptions()
+    """The second stage: classes and final boxes."""
+
+    def spec(self) -> dict[str, Any]:
+        """What a checkpoint holds, as plain values: what decides the network, and nothing else. `parse` reads it."""
+        parts = {name: getattr(self, name).to_dict() for name in ("neck", "rpn", "light_head")}
+        return {"backbone": self.backbone.spec()} | parts
 
 
-def build_network(spec: Mapping[str, Any], num_classes: int) -> LightHeadRCNN:
-    """Assemble a network with random weights.
+def build_network(options: NetworkOptions, num_classes: int) -> LightHeadRCNN:
+    """Assemble a network with random weights; channels and strides are derived.
 
     Args:
-        spec: `backbone`, `neck`, `rpn` and `light_head`, each the keyword arguments of its class as plain values;
-            backbone and neck also carry `name`. Channels, strides and the class count are derived, never given.
         num_classes: K, without background.
 
     Raises:
-        InputError: a part or a value of the spec is unknown or missing.
+        InputError: another library has no such backbone.
     """
-    try:
-        backbone = build_backbone(**spec["backbone"])
-        neck = _build_neck(backbone, **spec["neck"])
-        limits = {key: ProposalLimits(**spec["rpn"][key]) for key in ("train_limits", "test_limits")}
-        rpn = RPN(neck.rpn_channels, neck.rpn_stride, **{**spec["rpn"], **limits})
-        head = LightHead(neck.head_channels, neck.head_stride, num_classes, **spec["light_head"])
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"The model description does not fit this version: {error}. It holds {sorted(spec)}; "
-            "compare it with conf/ or use the version that wrote it."
-        ) from error
+    backbone = build_backbone(options.backbone)
+    neck: Any = NECKS[options.neck.name]
+    neck = neck(backbone.channels, backbone.strides, options.neck)
+    rpn = RPN(neck.rpn_channels, neck.rpn_stride, options.rpn)
+    head = LightHead(neck.head_channels, neck.head_stride, num_classes, options.light_head)
     return LightHeadRCNN(backbone, neck, rpn, head)
-
-
-def _build_neck(backbone: nn.Module, *, name: str, **arguments: Any) -> Any:
-    if name not in NECKS:
-        raise InputError(f"Unknown neck '{name}'; there are: {', '.join(NECKS)}.")
-    return NECKS[name](backbone.channels, backbone.strides, **arguments)

@@ -7,10 +7,11 @@ loss with online hard example mining; the final boxes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -19,6 +20,7 @@ from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
 from detector.models.matching import Matches, gather_boxes, match, sample
 from detector.models.ps_roi_align import ps_roi_align
 from detector.models.rpn import Proposals
+from detector.options import Count, Flag, NotNegative, Options, Positive, Share
 
 if TYPE_CHECKING:
     from detector.data.collate import Batch
@@ -71,68 +73,74 @@ class HeadOutput:
     box_deltas: Tensor
 
 
+class LightHeadOptions(Options):
+    """The defaults are setting S of Li et al. 2017 (Light-Head R-CNN), section 4.3.
+
+    "Released code" is the authors', github.com/zengarden/light_head_rcnn.
+    """
+
+    mid_channels: Count = 64
+    """Of the large separable convolution: 64 in setting S (section 4.3), 256 in L (section 4.2)."""
+    kernel_size: Count = 15
+    """Of the large separable convolution, k, an odd number (section 3.2)."""
+    thin_channels: Count = 10
+    """C of the thin map's C * 7 * 7 channels (section 3.2: 10 * 7 * 7 = 490)."""
+    hidden_channels: Count = 2048
+    """Of the fully connected layer (section 3.3)."""
+    align_reduce: Literal["mean", "max"] = "mean"
+    """Of the 2x2 samples of a bin: mean (the paper) or max (released code)."""
+    class_agnostic: Flag = True
+    """One box per RoI for all classes (section 3.3), or one for each class (released code)."""
+    sampling: Literal["ohem", "random"] = "ohem"
+    """RoIs in the loss: ohem, those of highest loss (section 4.1), or random ones (Girshick 2015, Fast R-CNN)."""
+    sample_count: Count = 256
+    """RoIs in the loss per image; ohem chooses them over all images of a device (section 4.1, released code)."""
+    foreground_share: Share = 0.25
+    """With sampling=random: of the RoIs in the loss at most (Girshick 2015, section 2.3)."""
+    foreground_iou: Share = 0.5
+    """RoIs at or above this IoU are foreground, the rest background (released code)."""
+    box_weight: NotNegative = 2.0
+    """Of the box loss against the class loss (section 4.1: doubled)."""
+    smooth_l1_beta: Positive = 1.0
+    """Where the box loss turns from square to linear (released code: sigma 1)."""
+    score_threshold: Share = 0.001
+    """Final boxes below are left out (released code: 0; below 0.001 mAP does not change, time does)."""
+    nms_threshold: Share = 0.5
+    """IoU above which the worse of two final boxes of a class goes (section 4.1, table 6)."""
+    max_detections: Count = 100
+    """Final boxes per image at most (released code; COCO counts no more)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kernel_size % 2 == 0:
+            raise InputError(f"light_head.kernel_size={self.kernel_size}; it must be odd, or the thin map grows.")
+        return self
+
+
 class LightHead(nn.Module):
     """Thin feature map and R-CNN subnet.
 
     Args:
         in_channels, stride: of the feature map.
         num_classes: K, without background.
-        mid_channels, kernel_size: of the large separable convolution (S: 64, L: 256; 15).
-        thin_channels: C of the thin map's C * 7 * 7 channels (alpha in the paper: 10).
-        hidden_channels: of the FC layer (2048).
-        align_reduce: "mean" of the 2x2 samples of a bin (the paper), or "max" (the released code).
-        class_agnostic: one box per RoI for all classes (the paper), or one per class (the released code).
-        sampling: "ohem" keeps the sample_count RoIs per image of highest loss over the whole batch (section 3.3 and the
-            released code); "random" draws them, foreground_share of them foreground (Fast R-CNN).
-        foreground_iou: RoIs at or above this are foreground, the rest background (0.5).
-        box_weight: of the box loss against the class loss (2).
-        smooth_l1_beta: 1.
-        score_threshold, nms_threshold, max_detections: of the final boxes.
     """
 
     box_std: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        stride: int,
-        num_classes: int,
-        *,
-        mid_channels: int,
-        kernel_size: int,
-        thin_channels: int,
-        hidden_channels: int,
-        align_reduce: str,
-        class_agnostic: bool,
-        sampling: str,
-        sample_count: int,
-        foreground_share: float,
-        foreground_iou: float,
-        box_weight: float,
-        smooth_l1_beta: float,
-        score_threshold: float,
-        nms_threshold: float,
-        max_detections: int,
-    ) -> None:
+    def __init__(self, in_channels: int, stride: int, num_classes: int, options: LightHeadOptions) -> None:
         super().__init__()
-        if sampling not in ("ohem", "random"):
-            raise InputError(f"light_head.sampling={sampling!r} is unknown; there is ohem and random.")
-        if align_reduce not in ("mean", "max"):
-            raise InputError(f"light_head.align_reduce={align_reduce!r} is unknown; there is mean and max.")
-        if kernel_size % 2 == 0:
-            raise InputError(f"light_head.kernel_size={kernel_size!r}; it must be odd, or the thin map grows.")
+        self.options = options
         self.scale = 1 / stride
         self.num_classes = num_classes
-        self.align_reduce, self.class_agnostic = align_reduce, class_agnostic
-        self.sampling, self.sample_count, self.foreground_share = sampling, sample_count, foreground_share
-        self.foreground_iou, self.box_weight, self.smooth_l1_beta = foreground_iou, box_weight, smooth_l1_beta
-        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
-        self.max_detections = max_detections
-        thin = thin_channels * BINS * BINS
-        self.thin = LargeSeparableConv(in_channels, thin, mid_channels=mid_channels, kernel_size=kernel_size)
-        self.hidden = nn.Linear(thin, hidden_channels)
-        self.class_logits = nn.Linear(hidden_channels, num_classes + 1)
-        self.box_deltas = nn.Linear(hidden_channels, 4 if class_agnostic else 4 * num_classes)
+        self.score_threshold, self.nms_threshold = options.score_threshold, options.nms_threshold
+        self.max_detections = options.max_detections
+        thin, hidden = options.thin_channels * BINS * BINS, options.hidden_channels
+        self.thin = LargeSeparableConv(
+            in_channels, thin, mid_channels=options.mid_channels, kernel_size=options.kernel_size
+        )
+        self.hidden = nn.Linear(thin, hidden)
+        self.class_logits = nn.Linear(hidden, num_classes + 1)
+        self.box_deltas = nn.Linear(hidden, 4 if options.class_agnostic else 4 * num_classes)
         self.register_buffer("box_std", torch.tensor(BOX_STD), persistent=False)
         for layer, std in ((self.class_logits, 0.01), (self.box_deltas, 0.001)):
             nn.init.normal_(layer.weight, std=std)
@@ -148,7 +156,11 @@ class LightHead(nn.Module):
         # Cell i is centred on pixel stride * i (see AnchorGrid), but ps_roi_align takes stride * (i + 0.5).
         # The released code of Light-Head has no such half cell either.
         roi_features = ps_roi_align(
-            thin_features, rois + 0.5 / self.scale, spatial_scale=self.scale, output_size=BINS, reduce=self.align_reduce
+            thin_features,
+            rois + 0.5 / self.scale,
+            spatial_scale=self.scale,
+            output_size=BINS,
+            reduce=self.options.align_reduce,
         )  # (N, P, C, 7, 7)
         hidden = torch.relu(self.hidden(roi_features.flatten(2)))
         box_deltas = self.box_deltas(hidden).float().unflatten(-1, (-1, 4))
@@ -171,16 +183,18 @@ class LightHead(nn.Module):
             batch.boxes,
             batch.labels,
             batch.crowd,
-            foreground_iou=self.foreground_iou,
-            background_iou=self.foreground_iou,
+            foreground_iou=self.options.foreground_iou,
+            background_iou=self.options.foreground_iou,
             best_is_foreground=False,
         )
         matches = Matches(matches.index, matches.foreground & rois.valid, matches.background & rois.valid)
-        return (rois, matches) if self.sampling == "ohem" else self._sampled(rois, matches)
+        return (rois, matches) if self.options.sampling == "ohem" else self._sampled(rois, matches)
 
     def _sampled(self, rois: Proposals, matches: Matches) -> tuple[Proposals, Matches]:
-        foreground, background = sample(matches, count=self.sample_count, foreground_share=self.foreground_share)
-        count = min(self.sample_count, foreground.shape[1])
+        foreground, background = sample(
+            matches, count=self.options.sample_count, foreground_share=self.options.foreground_share
+        )
+        count = min(self.options.sample_count, foreground.shape[1])
         kept = (foreground | background).to(torch.uint8).topk(count, dim=1).indices  # (N, count)
         boxes = gather_boxes(rois.boxes, kept)
         picked = Proposals(boxes, (foreground | background).gather(1, kept), rois.scores.gather(1, kept))
@@ -195,7 +209,7 @@ class LightHead(nn.Module):
         box_loss = self._box_loss(output.box_deltas, rois.boxes, gather_boxes(batch.boxes, matches.index), labels)
         # where, not times: a RoI outside the sample must not turn inf * 0 into nan.
         box_loss = torch.where(matches.foreground, box_loss, 0.0)
-        if self.sampling == "ohem":
+        if self.options.sampling == "ohem":
             used = self._hardest((class_loss + box_loss).detach(), used)
         count = used.sum().clamp(min=1)
         return {
@@ -206,19 +220,19 @@ class LightHead(nn.Module):
     def _box_loss(self, deltas: Tensor, rois: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
         """Weighted smooth L1 (N, P) between predicted and wanted deltas, of the RoI's own class if class-specific."""
         wanted = encode_boxes(targets, rois) / self.box_std
-        if self.class_agnostic:
+        if self.options.class_agnostic:
             predicted = deltas[:, :, 0]
         else:
             own = labels.clamp(max=self.num_classes - 1)[..., None, None].expand(*labels.shape, 1, 4)
             predicted = deltas.gather(2, own)[:, :, 0]
         # A background RoI's target is some far-away box; clamp, so that what is masked later stays finite.
-        loss = F.smooth_l1_loss(predicted, wanted.clamp(-100, 100), beta=self.smooth_l1_beta, reduction="none")
-        return self.box_weight * loss.sum(dim=-1)
+        loss = F.smooth_l1_loss(predicted, wanted.clamp(-100, 100), beta=self.options.smooth_l1_beta, reduction="none")
+        return self.options.box_weight * loss.sum(dim=-1)
 
     def _hardest(self, loss: Tensor, used: Tensor) -> Tensor:
         """OHEM (Shrivastava et al. 2016): the sample_count * N RoIs of highest loss of the batch."""
         flat = loss.masked_fill(~used, -1.0).flatten()
-        values, index = flat.topk(min(self.sample_count * len(loss), len(flat)))
+        values, index = flat.topk(min(self.options.sample_count * len(loss), len(flat)))
         # Not values >= 0: a loss that is not a number must be chosen, so that training notices it.
         return torch.zeros_like(used).flatten().scatter_(0, index, ~(values < 0)).view_as(used)
 

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
+
+from detector.options import Count, Options
+
+
+class NoNeckOptions(Options):
+    """No layers between backbone and stages: Li et al. 2017 (Light-Head R-CNN), figure 2."""
+
+    name: Literal["none"] = "none"
+
+
+class ContextEnhancementOptions(Options):
+    """One fused map for both stages: Qin et al. 2019 (ThunderNet), section 3.2."""
+
+    name: Literal["cem"] = "cem"
+    width: Count = 245
+    """Channels of the fused map (ThunderNet, section 3.2: 245)."""
+
+
+AnyNeckOptions = Annotated[NoNeckOptions | ContextEnhancementOptions, Field(discriminator="name")]
 
 
 class NoNeck(nn.Module):
     """RPN on C4, light head on C5: Li et al. 2017 (Light-Head R-CNN), figure 2."""
 
-    def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
+    def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int], options: NoNeckOptions) -> None:
         super().__init__()
         self.rpn_channels, self.rpn_stride = channels["c4"], strides["c4"]
         self.head_channels, self.head_stride = channels["c5"], strides["c5"]
@@ -31,11 +52,13 @@ class ContextEnhancement(nn.Module):
 
     Args:
         channels, strides: of the backbone.
-        width: channels of the fused map (ThunderNet: 245).
     """
 
-    def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int], *, width: int) -> None:
+    def __init__(
+        self, channels: Mapping[str, int], strides: Mapping[str, int], options: ContextEnhancementOptions
+    ) -> None:
         super().__init__()
+        width = options.width
         self.rpn_channels = self.head_channels = width
         self.rpn_stride = self.head_stride = strides["c4"]
         self.c3 = _conv_bn(channels["c3"], width, kernel=3, stride=2)
@@ -64,3 +87,6 @@ def _conv_bn(inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1) -> 
         nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(outputs),
     )
+
+
+NECKS: dict[str, type[NoNeck | ContextEnhancement]] = {"none": NoNeck, "cem": ContextEnhancement}

@@ -5,34 +5,73 @@ Source: Ren et al. 2015 (Faster R-CNN), section 3.1; settings of Li et al. 2017 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from detector.errors import InputError
 from detector.models.anchors import AnchorGrid
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
 from detector.models.matching import Matches, gather_boxes, match, sample
+from detector.options import Count, Flag, Options, Positive, Share
 
 if TYPE_CHECKING:
     from detector.data.collate import Batch
 
 
-@dataclass(frozen=True)
-class ProposalLimits:
-    """How many boxes survive.
+class ProposalLimits(Options):
+    """How many boxes survive."""
 
-    Attributes:
-        before_nms: anchors per image, by objectness, that are decoded at all.
-        after_nms: P, the fixed number of proposals per image.
+    before_nms: Count
+    """Anchors per image, by objectness, that are decoded at all."""
+    after_nms: Count
+    """P, the fixed number of proposals per image."""
+
+
+class RPNOptions(Options):
+    """The defaults are setting S of Li et al. 2017 (Light-Head R-CNN).
+
+    "Released code" is the authors', github.com/zengarden/light_head_rcnn, where the paper is silent.
     """
 
-    before_nms: int
-    after_nms: int
+    channels: Count = 256
+    """Of the hidden map: 256 in setting S (section 4.3), 512 in L (section 4.2)."""
+    separable: Flag = False
+    """5x5 depthwise and 1x1 convolution (ThunderNet, section 3.2) in place of the published 3x3."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64, 128, 256, 512)
+    """Square roots of the anchors' areas, in pixels of the network input (section 3.3)."""
+    ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
+    """Height / width of the anchors (section 3.3)."""
+    foreground_iou: Share = 0.7
+    """Anchors at or above are foreground, and the best of each object (section 3.3)."""
+    background_iou: Share = 0.3
+    """Anchors below are background; those in between are ignored (section 3.3)."""
+    sample_count: Count = 256
+    """Anchors per image in the loss (Ren et al. 2015, section 3.1.3; released code)."""
+    foreground_share: Share = 0.5
+    """Of the sampled anchors at most (Ren et al. 2015, section 3.1.3; released code)."""
+    smooth_l1_beta: Positive = 1 / 9
+    """Where the box loss turns from square to linear (released code: sigma 3, beta = 1 / sigma^2)."""
+    nms_threshold: Share = 0.7
+    """IoU above which the worse of two proposals goes (section 3.3)."""
+    train_limits: ProposalLimits = ProposalLimits(before_nms=12000, after_nms=2000)
+    """Released code; 2000 in section 4.1."""
+    test_limits: ProposalLimits = ProposalLimits(before_nms=6000, after_nms=1000)
+    """Released code; 1000 in section 4.1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.background_iou > self.foreground_iou:
+            raise InputError(
+                f"rpn.background_iou={self.background_iou} is above rpn.foreground_iou={self.foreground_iou}: an "
+                "anchor would be both."
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -55,44 +94,18 @@ class RPN(nn.Module):
 
     Args:
         in_channels, stride: of the feature map.
-        channels: of the hidden map (Light-Head: 256 in setting S, 512 in L).
-        separable: a 5x5 depthwise and a 1x1 convolution (ThunderNet, section 3.2) in place of the 3x3.
-        scales, ratios: see AnchorGrid.
-        foreground_iou, background_iou: matching thresholds (0.7, 0.3).
-        sample_count, foreground_share: anchors per image in the loss (256, 0.5).
-        smooth_l1_beta: where the box loss turns from square to linear (sigma 3 in the released code: 1/9).
-        nms_threshold: IoU above which the worse of two proposals goes (0.7).
-        train_limits, test_limits: see ProposalLimits (Light-Head: 12000 / 2000 and 6000 / 1000).
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        stride: int,
-        *,
-        channels: int,
-        separable: bool,
-        scales: Sequence[float],
-        ratios: Sequence[float],
-        foreground_iou: float,
-        background_iou: float,
-        sample_count: int,
-        foreground_share: float,
-        smooth_l1_beta: float,
-        nms_threshold: float,
-        train_limits: ProposalLimits,
-        test_limits: ProposalLimits,
-    ) -> None:
+    def __init__(self, in_channels: int, stride: int, options: RPNOptions) -> None:
         super().__init__()
-        self.anchors = AnchorGrid(scales=scales, ratios=ratios, stride=stride)
-        self.hidden = _separable(in_channels, channels) if separable else _dense(in_channels, channels)
+        self.options = options
+        self.nms_threshold = options.nms_threshold
+        self.train_limits, self.test_limits = options.train_limits, options.test_limits
+        channels = options.channels
+        self.anchors = AnchorGrid(scales=options.scales, ratios=options.ratios, stride=stride)
+        self.hidden = _separable(in_channels, channels) if options.separable else _dense(in_channels, channels)
         self.objectness = nn.Conv2d(channels, self.anchors.per_cell, 1)
         self.deltas = nn.Conv2d(channels, 4 * self.anchors.per_cell, 1)
-        self.foreground_iou, self.background_iou = foreground_iou, background_iou
-        self.sample_count, self.foreground_share = sample_count, foreground_share
-        self.smooth_l1_beta = smooth_l1_beta
-        self.nms_threshold = nms_threshold
-        self.train_limits, self.test_limits = train_limits, test_limits
         for layer in (self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             assert layer.bias is not None
@@ -146,12 +159,14 @@ class RPN(nn.Module):
                 batch.boxes,
                 batch.labels,
                 batch.crowd,
-                foreground_iou=self.foreground_iou,
-                background_iou=self.background_iou,
+                foreground_iou=self.options.foreground_iou,
+                background_iou=self.options.background_iou,
                 best_is_foreground=True,
             )
             matches = Matches(matches.index, matches.foreground, matches.background & _in_picture(anchors, batch))
-            foreground, background = sample(matches, count=self.sample_count, foreground_share=self.foreground_share)
+            foreground, background = sample(
+                matches, count=self.options.sample_count, foreground_share=self.options.foreground_share
+            )
             sampled = foreground | background
             image, anchor = foreground.nonzero(as_tuple=True)
             targets = encode_boxes(gather_boxes(batch.boxes, matches.index)[image, anchor], anchors[anchor])
@@ -159,7 +174,7 @@ class RPN(nn.Module):
         objectness_loss = F.binary_cross_entropy_with_logits(
             objectness[sampled], foreground[sampled].to(objectness.dtype), reduction="sum"
         )
-        box_loss = F.smooth_l1_loss(deltas[image, anchor], targets, beta=self.smooth_l1_beta, reduction="sum")
+        box_loss = F.smooth_l1_loss(deltas[image, anchor], targets, beta=self.options.smooth_l1_beta, reduction="sum")
         return {"rpn_objectness": objectness_loss / count, "rpn_box": box_loss / count}
 
 

@@ -120,14 +120,10 @@ RULES: dict[str, Rule] = {
     "schedule.warmup_factor": SHARE,
     "schedule.final_share": SHARE,
 }
-# Their classes check what is special to them; that no size is zero or negative holds for all.
-NETWORK = ("backbone", "neck", "rpn", "light_head")
-TEXTS = ("name", "model", "layout", "activation", "weights", "align_reduce", "sampling")
-NOT_THE_NETWORK = ("classifier", "published")  # of a backbone: for pre-training and for the benchmark
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """Check what a configuration has of the values above.
+    """Check what a configuration has of the values above; `NetworkOptions` checks the network's.
 
     Raises:
         InputError: names the key, its value, and what it must be.
@@ -136,15 +132,6 @@ def check_values(config: Mapping[str, Any]) -> None:
     for key, rule in RULES.items():
         if key in leaves and not rule.holds(leaves[key]):
             raise InputError(f"{key}={_show(leaves[key])}: expected {rule.words}.")
-    for key, value in leaves.items():
-        part, _, name = key.partition(".")
-        if name.partition(".")[0] in NOT_THE_NETWORK:
-            continue
-        numbers = value if isinstance(value, list) else [value]
-        if part in NETWORK and name not in TEXTS and not all(map(_is_size, numbers)):
-            raise InputError(
-                f"{key}={_show(value)}: expected {'a list of numbers' if numbers is value else 'a number'} above 0."
-            )
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,11 +144,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _is_any_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_size(value: Any) -> bool:
-    # Shares and thresholds may be 0, switches are neither.
-    return isinstance(value, bool) or (_is_number(value) and value >= (0 if isinstance(value, float) else 1))
 
 
 def _show(value: Any) -> str:

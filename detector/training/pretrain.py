@@ -23,9 +23,11 @@ from detector.data.image_folder import LAYOUT, ImageFolder, check_same_classes, 
 from detector.errors import InputError
 from detector.files import replacing
 from detector.inference.detector import read_torch_file
-from detector.models.backbones import arguments_of
+from detector.models.backbones import AnyBackboneOptions
 from detector.models.backbones.classifier import ImageClassifier, build_classifier
+from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
+from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
 from detector.options import BelowOne, Count, Natural, Options, Positive, Share
 from detector.training.callbacks import FirstBatchPicture, History
 from detector.training.classification import LOSSES, METRICS, ClassificationTask, draw_images
@@ -117,7 +119,8 @@ class PretrainOptions(RunOptions):
     code, github.com/megvii-model/ShuffleNet-Series. Never run on ImageNet by this project.
     """
 
-    backbone: dict[str, Any]
+    backbone: AnyBackboneOptions = ShuffleNetV2Options()
+    """what is trained; `name` chooses the family"""
     weights: str | None = Field(default=None, coerce_numbers_to_str=True)
     """of the backbone to start from: a path, or imagenet; null: random"""
     workers: Natural = 8
@@ -294,11 +297,11 @@ def next_command(options: RunOptions, run_dir: Path) -> str:
 
 def _describe(options: PretrainOptions, class_names: list[str]) -> dict[str, Any]:
     """Everything but the weights, in plain types: the `classifier` entry of a checkpoint."""
-    backbone = options.backbone
+    backbone, classifier = options.backbone, options.backbone.classifier or ClassifierOptions()
     return {
         "format": FORMAT,
         "version": VERSION,
-        "spec": {"backbone": arguments_of(backbone), "classifier": backbone["classifier"]},
+        "spec": {"backbone": backbone.spec(), "classifier": classifier.to_dict()},
         "class_names": list(class_names),
         "provenance": {
             "config": options.to_dict(),
@@ -310,7 +313,7 @@ def _describe(options: PretrainOptions, class_names: list[str]) -> dict[str, Any
 
 def _new_network(options: PretrainOptions, num_classes: int) -> ImageClassifier:
     network = build_classifier(options.backbone, num_classes)
-    weights = options.weights or options.backbone["weights"]
+    weights = options.weights or options.backbone.weights
     if weights and not options.resume:
-        log.info("%s", load_weights(network.backbone, str(weights)))
+        log.info("%s", load_weights(network.backbone, weights))
     return network.to(memory_format=torch.channels_last)

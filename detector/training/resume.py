@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 
 from detector.errors import InputError
 from detector.inference.detector import read_checkpoint
+from detector.models.backbones import parse_backbone
+from detector.models.backbones.contract import ClassifierOptions
+from detector.models.build import NetworkOptions
 from detector.training.trainer import RunOptions
 
 T = TypeVar("T", bound=RunOptions)
@@ -96,10 +99,11 @@ def check_can_go_on(
     if checkpoint["epoch"] + 1 >= epochs:
         raise InputError(f"'{path}' has finished its {epochs} epochs; raise schedule.epochs to train longer.")
     about = checkpoint[entry]
+    recorded = _complete(about["spec"])
     for part, ours in description["spec"].items():
-        if ours != about["spec"].get(part):
+        if ours != recorded.get(part):
             raise InputError(
-                f"resume=true: {part} is {ours}, but the checkpoint was trained with {about['spec'].get(part)}. Leave "
+                f"resume=true: {part} is {ours}, but the checkpoint was trained with {recorded.get(part)}. Leave "
                 "the change out; or leave out resume=true, and a new run starts from the weights that fit."
             )
     if about["class_names"] != description["class_names"]:
@@ -107,6 +111,14 @@ def check_can_go_on(
             f"resume=true: the data set has the classes {description['class_names']}, but the checkpoint was trained "
             f"with {about['class_names']}. To fine-tune on other classes, leave out resume=true."
         )
+
+
+def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's description with the options that are younger than it."""
+    if "rpn" in spec:
+        return NetworkOptions.parse(spec).spec()
+    classifier = ClassifierOptions.parse(spec["classifier"] or {})
+    return {"backbone": parse_backbone(spec["backbone"]).spec(), "classifier": classifier.to_dict()}
 
 
 def _copy_value(path: list[str], source: Mapping[str, Any], target: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning
 import torch
@@ -19,8 +19,8 @@ from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError
 from detector.evaluation.metrics import format_table
 from detector.inference.detector import Detector, read_checkpoint
-from detector.models.backbones import arguments_of
 from detector.models.backbones.pretrained import load_weights
+from detector.models.build import NetworkOptions
 from detector.options import Flag, Options
 from detector.training.callbacks import FirstBatchPicture, History
 from detector.training.data_module import DetectionData
@@ -47,23 +47,13 @@ class FreezeOptions(Options):
     """normalisation keeps its statistics and weights (Li et al. 2017, section 4.1: "all batch normalisation fixed")"""
 
 
-class TrainOptions(RunOptions):
+class TrainOptions(NetworkOptions, RunOptions):
     """A training run; the defaults are the recipe of Li et al. 2017 as Ma et al. 2018, table 7, uses it."""
 
-    backbone: dict[str, Any]
-    neck: dict[str, Any]
-    rpn: dict[str, Any]
-    light_head: dict[str, Any]
     data: DataOptions = DataOptions()
     input: Preprocessing = Preprocessing()
     augment: AugmentOptions = AugmentOptions()
     freeze: FreezeOptions = FreezeOptions()
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What `build_network` takes."""
-        network = {"neck": self.neck, "rpn": self.rpn, "light_head": self.light_head}
-        return {"backbone": arguments_of(self.backbone)} | network
 
 
 def train(options: TrainOptions) -> Path:
@@ -134,11 +124,11 @@ def _new_detector(options: TrainOptions, class_names: Sequence[str]) -> Detector
         "torch": str(torch.__version__),
         "created": datetime.now().isoformat(timespec="seconds"),
     }
-    detector = Detector(options.spec, class_names, options.input, provenance)
+    detector = Detector(options, class_names, options.input, provenance)
     if options.ckpt and not options.resume:
         random = load_pretrained(detector, read_checkpoint(options.ckpt))
         log.info("weights from %s; %d tensors start at random", options.ckpt, len(random))
-    elif options.backbone["weights"] and not options.resume:
-        log.info("%s", load_weights(detector.network.backbone, options.backbone["weights"]))
+    elif options.backbone.weights and not options.resume:
+        log.info("%s", load_weights(detector.network.backbone, options.backbone.weights))
     detector.network.to(memory_format=torch.channels_last)
     return detector

@@ -269,7 +269,7 @@ def _cost(
     device = detector.device
     images = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=device)
     operations = multiply_adds(Detect(), images, torch.tensor([[height, width]], device=device))
-    count = parameters(build_network(detector.spec, len(detector.class_names)))  # a fused network has fewer
+    count = parameters(build_network(detector.options, len(detector.class_names)))  # a fused network has fewer
     scale, unit = (1e9, "billion") if operations >= 1e9 else (1e6, "million")
     cards: list[tuple[str, float, str]] = [
         ("parameters", count / 1e6, "million"),
@@ -305,7 +305,7 @@ def _examined(detector: Detector, index: AnnotationIndex, config: Mapping[str, A
     from detector.apps.doctor.examine import examine
 
     rpn = detector.network.rpn
-    anchors = {key: detector.spec["rpn"][key] for key in ("scales", "ratios", "foreground_iou")}
+    anchors = {key: getattr(rpn.options, key) for key in ("scales", "ratios", "foreground_iou")}
     diagnosis = examine(
         {"scored": (index.annotation_file, index.image_dir)},
         preprocessing=detector.preprocessing,

@@ -88,7 +88,7 @@ def two_stages(
         "budgets": _by_budget(looks, index, places, numbers, milliseconds),
         "ms_shared": float(np.median(milliseconds[:, 0])),
         "anchors": _coverage(
-            np.concatenate([look.anchor_iou for look in looks]), areas, detector.network.rpn.foreground_iou
+            np.concatenate([look.anchor_iou for look in looks]), areas, detector.network.rpn.options.foreground_iou
         ),
     }
 

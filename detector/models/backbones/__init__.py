@@ -1,28 +1,37 @@
 """Backbones: image in, feature maps out (`contract.Backbone`).
 
-To add one: write the class, add a line to BACKBONES, add a file to `conf/backbone/`; the contract test finds the file.
+To add one: write the class and its options, add a line to each of the two tables, add a file to `conf/backbone/`; the
+contract test finds the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from detector.errors import InputError
-from detector.models.backbones.contract import Backbone
-from detector.models.backbones.external import TimmBackbone, TorchvisionBackbone
-from detector.models.backbones.mobilenet import MobileNetV1, MobileNetV2
-from detector.models.backbones.shufflenet_v1 import ShuffleNetV1
-from detector.models.backbones.shufflenet_v2 import ShuffleNetV2
-from detector.models.backbones.xception import Xception
+from pydantic import Field
 
-__all__ = ["BACKBONES", "Backbone", "arguments_of", "build_backbone"]
+from detector.models.backbones.contract import Backbone, BackboneOptions
+from detector.models.backbones.external import TimmBackbone, TimmOptions, TorchvisionBackbone, TorchvisionOptions
+from detector.models.backbones.mobilenet import MobileNetV1, MobileNetV1Options, MobileNetV2, MobileNetV2Options
+from detector.models.backbones.shufflenet_v1 import ShuffleNetV1, ShuffleNetV1Options
+from detector.models.backbones.shufflenet_v2 import ShuffleNetV2, ShuffleNetV2Options
+from detector.models.backbones.xception import Xception, XceptionOptions
+from detector.options import Options
 
-# What a file in conf/backbone/ says besides the arguments of the class: weights to start from, what a classifier has on
-# top, and the published figures that `tools/benchmark.py backbones` compares with.
-ABOUT = ("weights", "classifier", "published")
+__all__ = ["BACKBONES", "AnyBackboneOptions", "Backbone", "BackboneOptions", "build_backbone", "parse_backbone"]
 
-BACKBONES: dict[str, Callable[..., Backbone]] = {
+AnyBackboneOptions = Annotated[
+    ShuffleNetV1Options
+    | ShuffleNetV2Options
+    | MobileNetV1Options
+    | MobileNetV2Options
+    | XceptionOptions
+    | TorchvisionOptions
+    | TimmOptions,
+    Field(discriminator="name"),
+]
+BACKBONES: dict[str, Any] = {
     "shufflenet_v1": ShuffleNetV1,
     "shufflenet_v2": ShuffleNetV2,
     "mobilenet_v1": MobileNetV1,
@@ -33,24 +42,24 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 }
 
 
-def arguments_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `build_backbone` in the contents of a file of conf/backbone/."""
-    return {key: value for key, value in entry.items() if key not in ABOUT}
+class _Choice(Options):
+    backbone: AnyBackboneOptions
 
 
-def build_backbone(*, name: str, **arguments: Any) -> Backbone:
-    """The backbone of this name, with random weights (`pretrained.load_weights` fills them).
-
-    Args:
-        name: a key of BACKBONES.
-        arguments: those of the class; `arguments_of` a file in `conf/backbone/`.
+def parse_backbone(values: Mapping[str, Any]) -> BackboneOptions:
+    """The options in a file of conf/backbone/, or in a checkpoint; `name` chooses the family.
 
     Raises:
-        InputError: there is no backbone of this name, or it cannot be built from these arguments.
+        InputError: there is no such family, or a value does not fit.
     """
-    if name not in BACKBONES:
-        raise InputError(f"backbone.name={name!r} is unknown; there is {', '.join(sorted(BACKBONES))}.")
-    try:
-        return BACKBONES[name](**arguments)
-    except TypeError as error:
-        raise InputError(f"backbone {name}: {error}. Compare with the files in conf/backbone/.") from error
+    return _Choice.parse({"backbone": dict(values)}).backbone
+
+
+def build_backbone(options: BackboneOptions) -> Backbone:
+    """The backbone of these options, with random weights (`pretrained.load_weights` fills them).
+
+    Raises:
+        InputError: another library has no such model, or none with maps at these strides.
+    """
+    backbone: Backbone = BACKBONES[options.name](options)
+    return backbone

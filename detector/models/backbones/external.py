@@ -10,14 +10,14 @@ import difflib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone
+from detector.models.backbones.contract import Backbone, BackboneOptions
 
 FEATURES = ("c3", "c4", "c5")
 PROBE = 64  # side of the images that sizes are read from
@@ -86,6 +86,22 @@ class External(Backbone):
         self.stages = _stages(self, _owners(self, maps))
 
 
+class TorchvisionOptions(BackboneOptions):
+    """A classification model of torchvision."""
+
+    name: Literal["torchvision"] = "torchvision"
+    model: str
+    """A name of torchvision.models: resnet50, densenet121, mobilenet_v3_large ..."""
+
+
+class TimmOptions(BackboneOptions):
+    """A model of timm."""
+
+    name: Literal["timm"] = "timm"
+    model: str
+    """A name of timm.list_models(), with or without the tag of its weights: seresnet50, resnet50.a1_in1k ..."""
+
+
 class TorchvisionBackbone(External):
     """The trunk of a torchvision classification model, under the names of its weight files.
 
@@ -94,9 +110,7 @@ class TorchvisionBackbone(External):
     torchvision calls as a function. GoogLeNet and Inception v3 were trained on images of another normalisation, and
     translate as torchvision does when it loads their weights.
 
-    Args:
-        model: a name of `torchvision.models`.
-        dilate_c5: the last stage keeps stride 16; ResNets of bottlenecks and MobileNet V3.
+    dilate_c5: ResNets of bottlenecks and MobileNet V3.
 
     Raises:
         InputError: there is no such model, it has no maps at these strides, or its last stage cannot be dilated.
@@ -105,8 +119,9 @@ class TorchvisionBackbone(External):
     rescale: Tensor
     shift: Tensor
 
-    def __init__(self, *, model: str, dilate_c5: bool = False) -> None:
+    def __init__(self, options: TorchvisionOptions) -> None:
         super().__init__()
+        model, dilate_c5 = options.model, options.dilate_c5
         stock = _torchvision_model(model)
         trunk = list(_trunk(stock))
         # Found without dilation, where strides tell the stages apart.
@@ -148,8 +163,9 @@ class TimmBackbone(External):
         InputError: timm is not installed, does not know the model or gives no such maps of it.
     """
 
-    def __init__(self, *, model: str, dilate_c5: bool = False) -> None:
+    def __init__(self, options: TimmOptions) -> None:
         super().__init__()
+        model, dilate_c5 = options.model, options.dilate_c5
         dilation = {"output_stride": 16} if dilate_c5 else {}
         body = _timm_model(model, **dilation)
         strides = body.feature_info.reduction()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, Self
+
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone
-from detector.models.backbones.layers import activation_layer, depthwise, pointwise
+from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions
+from detector.models.backbones.layers import Activation, activation_layer, depthwise, pointwise
+from detector.options import Count, Flag, Positive
 
 # Outputs of the separable convolutions of each stage; the first of a stage has the stride, except at stride 2.
 V1_STAGES = ((64, 128, 128), (256, 256), (512,) * 6, (1024, 1024))
@@ -16,7 +20,7 @@ V2_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96,
 V2_ENDS = {6: "c3", 13: "c4", 17: "c5"}  # blocks after which the stride changes, or all ends
 
 
-def _stem(outputs: int, activation: str) -> nn.Sequential:
+def _stem(outputs: int, activation: Activation) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, outputs, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
@@ -24,7 +28,7 @@ def _stem(outputs: int, activation: str) -> nn.Sequential:
     )
 
 
-def _separable(inputs: int, outputs: int, activation: str, *, stride: int, dilation: int) -> nn.Sequential:
+def _separable(inputs: int, outputs: int, activation: Activation, *, stride: int, dilation: int) -> nn.Sequential:
     """Howard et al. 2017, figure 3: depthwise 3x3 and 1x1, each with BN and an activation."""
     return nn.Sequential(
         *depthwise(inputs, stride=stride, dilation=dilation),
@@ -33,17 +37,26 @@ def _separable(inputs: int, outputs: int, activation: str, *, stride: int, dilat
     )
 
 
+class MobileNetV1Options(BackboneOptions):
+    """The defaults are MobileNet V1 1.0 (Howard et al. 2017, table 1)."""
+
+    name: Literal["mobilenet_v1"] = "mobilenet_v1"
+    width: Positive = 1.0
+    """Times the channels of table 1 (the paper's alpha); the products must be whole numbers."""
+    activation: Activation = "relu"
+    """relu (section 3.2); the authors' later code has relu6."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if 32 * self.width != int(32 * self.width):
+            raise InputError(f"backbone.width={self.width}: 32 x {self.width} channels is no whole number.")
+        return self
+
+
 class MobileNetV1(Backbone):
     """MobileNet V1 without the classifier. Convolutions start as torch's do.
 
-    Args:
-        width: times the channels of table 1 (the paper's alpha); the products must be whole numbers.
-        activation: "relu" (the paper); the authors' later code has "relu6".
-        dilate_c5: the last stage keeps stride 16 and dilates its later 3x3 convolutions instead (setting L of
-            Light-Head R-CNN): every second pixel of c5 is what it would be without.
-
-    Raises:
-        InputError: a value is outside what is stated above.
+    dilate_c5: every second pixel of c5 is what it would be without.
     """
 
     stage1: nn.Sequential
@@ -51,10 +64,9 @@ class MobileNetV1(Backbone):
     stage3: nn.Sequential
     stage4: nn.Sequential
 
-    def __init__(self, *, width: float, activation: str, dilate_c5: bool) -> None:
+    def __init__(self, options: MobileNetV1Options) -> None:
         super().__init__()
-        if width <= 0 or 32 * width != int(32 * width):
-            raise InputError(f"backbone.width={width}: 32 x {width} channels is no whole number above 0.")
+        width, activation, dilate_c5 = options.width, options.activation, options.dilate_c5
         inputs = int(32 * width)
         self.conv1 = _stem(inputs, activation)
         for number, outputs in enumerate(V1_STAGES, start=1):
@@ -91,7 +103,15 @@ class InvertedResidual(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, expansion: int, stride: int, dilation: int, shortcut: bool, activation: str
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        expansion: int,
+        stride: int,
+        dilation: int,
+        shortcut: bool,
+        activation: Activation,
     ) -> None:
         super().__init__()
         middle = inputs * expansion
@@ -107,35 +127,43 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
+class MobileNetV2Options(BackboneOptions):
+    """The defaults are MobileNet V2 1.0 (Sandler et al. 2018, table 2)."""
+
+    name: Literal["mobilenet_v2"] = "mobilenet_v2"
+    width: Positive = 1.0
+    """Times the channels of table 2."""
+    multiple_of: Count = 8
+    """Channels are rounded to the nearest multiple, upwards where that would lose over a tenth (authors' code: 8)."""
+    scale_last: Flag = True
+    """c5 has 320 channels times the width (authors' code); false: 320 at every width, see MobileNetV2."""
+    activation: Activation = "relu6"
+    """relu6 (section 4)."""
+    classifier: ClassifierOptions | None = ClassifierOptions(conv5_channels=1280, activation="relu6", dropout=0.2)
+    """On top, for pre-training and for published costs (table 2; dropout: torchvision's)."""
+
+
 class MobileNetV2(Backbone):
     """MobileNet V2 up to its last block. Module names are torchvision's; convolutions start as torch's do.
 
     The last convolution (1280 outputs) is conv5 of the classifier. c4 is the last map of stride 16 (96 channels).
 
-    Args:
-        width: times the channels of table 2.
-        multiple_of: channels are rounded to the nearest multiple, upwards where that would lose over a tenth
-            (the authors' code and torchvision's: 8).
-        scale_last: c5 has 320 channels times the width (authors' code); false: 320 at every width. So, and with
-            multiples of 4, the costs that Ma et al. 2018, table 8, print for widths below 1 come out within 2.2% (0.15:
-            39, 0.4 at 160 x 160: 43, 0.6: 141, 0.75 at 192 x 192: 145 M); torchvision's rule gives 31, 42, 151, 154 M.
-        activation: "relu6" (the paper).
-        dilate_c5: the last stage keeps stride 16 and dilates its later 3x3 convolutions instead (setting L of
-            Light-Head R-CNN): every second pixel of c5 is what it would be without.
+    With scale_last=false and multiples of 4, the costs that Ma et al. 2018, table 8, print for widths below 1 come out
+    within 2.2% (0.15: 39, 0.4 at 160 x 160: 43, 0.6: 141, 0.75 at 192 x 192: 145 M); torchvision's rule gives 31, 42,
+    151, 154 M.
 
-    Raises:
-        InputError: a value is outside what is stated above.
+    dilate_c5: every second pixel of c5 is what it would be without.
     """
 
-    def __init__(self, *, width: float, multiple_of: int, scale_last: bool, activation: str, dilate_c5: bool) -> None:
+    def __init__(self, options: MobileNetV2Options) -> None:
         super().__init__()
-        if width <= 0 or multiple_of < 1:
-            raise InputError(f"backbone: width={width}, multiple_of={multiple_of}; both must be above 0.")
+        width, multiple_of, dilate_c5 = options.width, options.multiple_of, options.dilate_c5
+        activation = options.activation
         inputs = rounded_channels(32 * width, multiple_of)
         features: list[nn.Module] = [_stem(inputs, activation)]
         ends: list[int] = []  # outputs of every row of table 2
         for expansion, channels, count, stride in V2_STAGES:
-            scaled = channels != 320 or scale_last
+            scaled = channels != 320 or options.scale_last
             outputs = rounded_channels(channels * width, multiple_of) if scaled else channels
             for number in range(count):
                 strided = stride == 2 and number == 0

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone
+from detector.models.backbones.contract import Backbone, BackboneOptions, Stages
 from detector.models.backbones.layers import depthwise, pointwise, pooled_stem
+from detector.options import Count, Flag, Positive
 
 STAGE_2 = {1: 144, 2: 200, 3: 240, 4: 272, 8: 384}  # table 1: groups -> outputs; stages 3 and 4 have twice, four times
 SE_REDUCTION = 16  # Hu et al. 2018 (Squeeze-and-Excitation Networks): r = 16
@@ -71,36 +73,94 @@ class Unit(nn.Module):
         return F.relu(shortcut + self.se(y))
 
 
+class ShuffleNetV1Options(BackboneOptions):
+    """The defaults are ShuffleNet V1 1x with 3 groups (Zhang et al. 2018, table 1)."""
+
+    name: Literal["shufflenet_v1"] = "shufflenet_v1"
+    groups: Literal[1, 2, 3, 4, 8] = 3
+    """What the channels of a grouped 1x1 convolution are divided into (table 1)."""
+    width: Positive | None = None
+    """Times the channels of table 1, which depend on the groups; null: 1, or what `channels` say."""
+    channels: Stages | None = None
+    """Of the last three stages, which give c3, c4 and c5, or of four, the first at stride 4 (V1-50)."""
+    stem_channels: Count | None = None
+    """Null: 12 up to half the width, 24, and 48 from twice the width on (the authors' code)."""
+    repeats: Stages = (4, 8, 4)
+    """Units in each stage, the one of stride 2 included (table 1)."""
+    bottleneck: Count = 4
+    """Outputs of a unit over the channels of its depthwise convolution (section 3.2)."""
+    se: Flag = False
+    """Squeeze-and-excitation in every unit, reduction 16 (table 5)."""
+    shuffle: Flag = True
+    """False: the ablation of table 3."""
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Of each stage."""
+        if self.channels is not None:
+            return self.channels
+        first = int(STAGE_2[self.groups] * (self.width or 1))
+        return first, 2 * first, 4 * first
+
+    @property
+    def stem(self) -> int:
+        """Outputs of the stem."""
+        if self.stem_channels is not None:
+            return self.stem_channels
+        width = self.width or 1
+        channels = 12 if width <= 0.5 else 24 if width < 2 else 48
+        return channels // self.groups * self.groups
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        groups, channels, bottleneck = self.groups, self.outputs, self.bottleneck
+        if self.width is not None and self.channels is not None:
+            raise InputError(f"backbone: width={self.width}, channels={list(channels)}; give one of the two.")
+        if self.channels is not None and self.stem_channels is None:
+            raise InputError("backbone.stem_channels is missing: give it where channels are given.")
+        first = STAGE_2[groups] * (self.width or 1)
+        if first != int(first):
+            raise InputError(
+                f"backbone.width={self.width}: {self.width} x {STAGE_2[groups]} channels is no whole number."
+            )
+        if (len(channels), len(self.repeats)) not in ((3, 3), (4, 4)):
+            raise InputError(
+                f"backbone: channels={list(channels)}, repeats={list(self.repeats)}; give three of each, or four."
+            )
+        if any(width % groups or width // bottleneck < groups for width in channels):
+            raise InputError(
+                f"backbone: channels={list(channels)}, groups={groups}, bottleneck={bottleneck}; channels must be "
+                "multiples of groups, and channels / bottleneck at least groups."
+            )
+        if any(after <= before for before, after in pairwise(channels)):
+            raise InputError(f"backbone.channels={list(channels)}: every stage must be wider than the one before it.")
+        # The first of four stages has stride 1, which needs no room for a shortcut beside the main branch.
+        if self.stem < 1 or self.stem >= channels[0] or (self.stem % groups and len(channels) < 4):
+            raise InputError(
+                f"backbone.stem_channels={self.stem}: must be a multiple of groups={groups} below the {channels[0]} "
+                "channels of the first stage."
+            )
+        return self
+
+
 class ShuffleNetV1(Backbone):
     """ShuffleNet V1 up to its last stage. Convolutions start as torch's do; the paper says nothing of it.
 
     Costs of table 1 at 224 x 224 come out as 143.1 / 140.8 / 137.5 / 134.3 / 138.4 M for 1, 2, 3, 4, 8 groups, where it
     prints 143 / 140 / 137 / 133 / 137.
 
-    Args:
-        groups: 1, 2, 3, 4 or 8: what the channels of a grouped 1x1 convolution are divided into.
-        width: times the channels of table 1, which depend on the groups; None where `channels` are given.
-        channels: outputs of the last three stages, which give c3, c4 and c5, or of four, the first at stride 4 (V1-50);
-            multiples of `groups`. None where there is a `width`. Four stages are ours in two places, because the
-            appendix of Ma et al. 2018 is silent: the shortcut of the first unit, of stride 1, is added (the 296
-            channels that 64 would leave of 360 do not divide into 3 groups), and `bottleneck` is 2.
-        stem_channels: None: 12 up to half the width, 24, and 48 from twice the width on. So does the authors' code
-            (github.com/megvii-model/ShuffleNet-Series, from 0.5x to 2x); the paper does not say that conv1 is scaled,
-            but with 24 the 38, 13 and 524 M of tables 2 and 5 would be 43, 18 and 508 M with 3 groups. Rounded down to
-            a multiple of `groups`, because the first unit's main branch gives the outputs that the shortcut leaves: 8
-            for 8 groups at 0.25x and 0.5x, 12.4 and 36.6 M (the authors' code has 16 at 0.5x, 40.5 M). The other groups
-            cost 12.9 to 13.3 and 36.5 to 38.5 M at these widths.
-        repeats: units in each stage.
-        bottleneck: outputs of a unit over the channels of its depthwise convolution; 4 (section 3.2). V1-50 costs its
-            published 2.3 G with 2 (2.297 G), but 1.16 G with 4. The result is rounded down to a multiple of `groups`,
-            which matters for 2 and 4 groups at some widths.
-        se: squeeze-and-excitation in every unit, reduction 16 (table 5, "2x with SE").
-        shuffle: false for the ablation of table 3.
-        dilate_c5: the last stage keeps stride 16 and dilates its later 3x3 convolutions instead (setting L of
-            Light-Head R-CNN): every second pixel of c5 is what it would be without (but for SE).
+    The paper does not say that conv1 is scaled with the width, but the authors' code does
+    (github.com/megvii-model/ShuffleNet-Series, from 0.5x to 2x); with 24 the 38, 13 and 524 M of tables 2 and 5 would
+    be 43, 18 and 508 M with 3 groups. Rounded down to a multiple of the groups, because the first unit's main branch
+    gives the outputs that the shortcut leaves: 8 for 8 groups at 0.25x and 0.5x, 12.4 and 36.6 M (the authors' code has
+    16 at 0.5x, 40.5 M). The other groups cost 12.9 to 13.3 and 36.5 to 38.5 M at these widths.
 
-    Raises:
-        InputError: a value is outside what is stated above.
+    Where the appendix of Ma et al. 2018 is silent about V1-50, this project chose: the shortcut of the first unit, of
+    stride 1, is added (the 296 channels that 64 would leave of 360 do not divide into 3 groups), and `bottleneck` is 2,
+    which costs the published 2.3 G (2.297 G), where 4 costs 1.16 G. Channels over the bottleneck are rounded down to a
+    multiple of the groups, which matters for 2 and 4 groups at some widths.
+
+    dilate_c5: every second pixel of c5 is what it would be without (but for SE).
     """
 
     stage1: nn.Sequential
@@ -108,50 +168,29 @@ class ShuffleNetV1(Backbone):
     stage3: nn.Sequential
     stage4: nn.Sequential
 
-    def __init__(
-        self,
-        *,
-        groups: int,
-        width: float | None = None,
-        channels: Sequence[int] | None = None,
-        stem_channels: int | None = None,
-        repeats: Sequence[int],
-        bottleneck: int,
-        se: bool,
-        shuffle: bool,
-        dilate_c5: bool,
-    ) -> None:
+    def __init__(self, options: ShuffleNetV1Options) -> None:
         super().__init__()
-        outputs = _channels(groups, width, channels)
-        _check(groups, outputs, repeats, bottleneck)
-        # The first of four stages has stride 1, which needs no room for a shortcut beside the main branch.
-        four = len(outputs) == 4
-        stem = _stem_channels(groups, width) if stem_channels is None else stem_channels
-        if stem < 1 or stem >= outputs[0] or (stem % groups and not four):
-            raise InputError(
-                f"backbone.stem_channels={stem}: must be a multiple of groups={groups} below the {outputs[0]} channels "
-                "of the first stage."
-            )
+        groups, outputs, stem = options.groups, options.outputs, options.stem
         self.stem = pooled_stem(stem)
         names = [f"stage{number}" for number in range(5 - len(outputs), 5)]
         inputs = stem
-        for name, width_of_stage, count in zip(names, outputs, repeats, strict=True):
-            dilated = dilate_c5 and name == "stage4"
+        for name, width_of_stage, count in zip(names, outputs, options.repeats, strict=True):
+            dilated = options.dilate_c5 and name == "stage4"
             units = []
             for number in range(count):
                 first = number == 0
                 units.append(
                     Unit(
-                        inputs, width_of_stage // bottleneck // groups * groups, width_of_stage, groups=groups,
+                        inputs, width_of_stage // options.bottleneck // groups * groups, width_of_stage, groups=groups,
                         dense_start=first and name == names[0], concatenate=first and name != "stage1",
                         stride=2 if first and name != "stage1" and not dilated else 1,
-                        dilation=2 if dilated and not first else 1, se=se, shuffle=shuffle,
+                        dilation=2 if dilated and not first else 1, se=options.se, shuffle=options.shuffle,
                     )
                 )  # fmt: skip
                 inputs = width_of_stage
             self.add_module(name, nn.Sequential(*units))
         self.channels = dict(zip(("c3", "c4", "c5"), outputs[-3:], strict=True))
-        self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
+        self.strides = {"c3": 8, "c4": 16, "c5": 16 if options.dilate_c5 else 32}
         self.stages = (("stem", *names[:-3]), *((name,) for name in names[-3:]))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -162,39 +201,3 @@ class ShuffleNetV1(Backbone):
         c3 = self.stage2(x)
         c4 = self.stage3(c3)
         return {"c3": c3, "c4": c4, "c5": self.stage4(c4)}
-
-
-def _channels(groups: int, width: float | None, channels: Sequence[int] | None) -> list[int]:
-    if (width is None) == (channels is None):
-        raise InputError(f"backbone: width={width}, channels={channels}; give one of the two.")
-    if groups not in STAGE_2:
-        raise InputError(f"backbone.groups={groups}: there is {', '.join(map(str, STAGE_2))} (table 1).")
-    if channels is not None:
-        return list(channels)
-    assert width is not None
-    first = STAGE_2[groups] * width
-    if first != int(first):
-        raise InputError(f"backbone.width={width}: {width} x {STAGE_2[groups]} channels is no whole number.")
-    return [int(first), 2 * int(first), 4 * int(first)]
-
-
-def _stem_channels(groups: int, width: float | None) -> int:
-    if width is None:
-        raise InputError("backbone.stem_channels is missing: give it where channels are given.")
-    channels = 12 if width <= 0.5 else 24 if width < 2 else 48
-    return channels // groups * groups
-
-
-def _check(groups: int, channels: list[int], repeats: Sequence[int], bottleneck: int) -> None:
-    if len(channels) not in (3, 4) or len(repeats) != len(channels) or min(repeats) < 1:
-        raise InputError(
-            f"backbone: channels={channels}, repeats={list(repeats)}; give three of each (or four), repeats of at "
-            "least 1."
-        )
-    if bottleneck < 1 or any(width % groups or width // bottleneck < groups for width in channels):
-        raise InputError(
-            f"backbone: channels={channels}, groups={groups}, bottleneck={bottleneck}; channels must be multiples of "
-            "groups, and channels / bottleneck at least groups."
-        )
-    if any(after <= before for before, after in pairwise(channels)):
-        raise InputError(f"backbone.channels={channels}: every stage must be wider than the one before it.")

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone
-from detector.models.backbones.layers import activation_layer, depthwise, pointwise
+from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions, Stages
+from detector.models.backbones.layers import Activation, activation_layer, depthwise, pointwise
+from detector.options import Count, Flag
 
-LAYOUTS = ("torchvision", "paper")
 UNITS = 64  # more than any stage has
 Pair = tuple[Tensor, Tensor]
 
@@ -73,8 +74,8 @@ class MainBranch(nn.Sequential):
     """
 
     def __init__(
-        self, inputs: int, middle: int, outputs: int, *, stride: int, dilation: int, activation: str, linear: bool,
-        se: bool,
+        self, inputs: int, middle: int, outputs: int, *, stride: int, dilation: int, activation: Activation,
+        linear: bool, se: bool,
     ) -> None:  # fmt: skip
         super().__init__(
             *pointwise(inputs, middle, activation),
@@ -96,7 +97,7 @@ class Unit(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, dilation: int, extra_depthwise: bool, se: bool, residual: bool, activation: str,
+        self, channels: int, *, dilation: int, extra_depthwise: bool, se: bool, residual: bool, activation: Activation,
         shuffle: bool,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -136,7 +137,7 @@ class DownsamplingUnit(nn.Module):
 
     def __init__(
         self, inputs: int, outputs: int, *, stride: int, extra_depthwise: bool, layout: str, se: bool,
-        activation: str, shuffle: bool,
+        activation: Activation, shuffle: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.outputs, half = outputs, outputs // 2
@@ -212,30 +213,51 @@ class Stage(nn.Sequential):
         return interleave(*pair) if self.shuffle else torch.cat(pair, dim=1)
 
 
+class ShuffleNetV2Options(BackboneOptions):
+    """The defaults are ShuffleNet V2 1x (Ma et al. 2018, table 5)."""
+
+    name: Literal["shufflenet_v2"] = "shufflenet_v2"
+    stem_channels: Count | Annotated[tuple[Count, ...], Field(min_length=1)] = 24
+    """Of conv1 (table 5), or of each convolution of the stem, of which the first has stride 2 (appendix)."""
+    channels: Stages = (116, 232, 464)
+    """Of the last three stages, which give c3, c4 and c5 (table 5), or of four, the first at stride 4 (appendix)."""
+    repeats: Stages = (4, 8, 4)
+    """Units in each stage, the one of stride 2 included (table 5)."""
+    extra_depthwise: Flag = False
+    """V2*: one more depthwise 3x3 at the start of every main branch (section 4)."""
+    layout: Literal["torchvision", "paper"] = "torchvision"
+    """Of the downsampling units: torchvision, even branches, for public weights; paper, as the authors' code."""
+    se: Flag = False
+    """Squeeze-and-excitation at the end of every main branch (appendix, figure 2 b)."""
+    residual: Flag = False
+    """Units of stride 1 add the input of the main branch to its output (appendix, figure 2 a)."""
+    activation: Activation = "relu"
+    """relu in the paper; leaky_relu in NanoDet."""
+    shuffle: Flag = True
+    """False: halves are never mixed, the ablation of Zhang et al. 2018 (ShuffleNet V1), table 3."""
+    classifier: ClassifierOptions | None = ClassifierOptions(conv5_channels=1024)
+    """On top, for pre-training and for published costs (table 5)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        counts = len(self.channels), len(self.repeats)
+        if counts not in ((3, 3), (4, 4)) or any(width % 4 for width in self.channels):
+            raise InputError(
+                f"backbone: channels={list(self.channels)}, repeats={list(self.repeats)}; give three of each (or "
+                "four), channels as multiples of 4."
+            )
+        return self
+
+
 class ShuffleNetV2(Backbone):
     """ShuffleNet V2 up to its last stage, V2* with `extra_depthwise`, and the deeper variants of the appendix.
 
-    Args:
-        stem_channels: outputs of conv1, or of the convolutions of the stem, of which the first has stride 2.
-        channels: outputs of the last three stages, which give c3, c4 and c5, or of four, the first at stride 4 (the
-            large models of the appendix); multiples of 4.
-        repeats: units in each stage.
-        extra_depthwise: V2*: one more depthwise 3x3 at the start of every main branch, see ExtraDepthwise.
-        layout: of the downsampling units. "torchvision": both branches give half of the outputs (public weights).
-            "paper": the projection keeps its number of channels and the main branch gives the rest, as in the authors'
-            code; this reproduces the published 146 / 299 / 591 M multiply-adds. Both shuffle at the end of every unit:
-            the authors' code shuffles at the start of stride-1 units, which is the same up to the order of channels,
-            see `authors_order`.
-        dilate_c5: the last stage keeps stride 16 and dilates its later 3x3 convolutions instead (setting L of
-            Light-Head R-CNN): every second pixel of c5 is what it would be without (but for SE).
-        se: squeeze-and-excitation at the end of every main branch (appendix, figure 2 b), see MainBranch.
-        residual: units of stride 1 add the input of the main branch to its output (appendix, figure 2 a), before the
-            last activation (released code, ShuffleNetV2.Large).
-        activation: see `activation_layer`.
-        shuffle: false for the ablation of Zhang et al. 2018 (ShuffleNet V1), table 3: halves are never mixed.
+    layout="paper": the projection of a downsampling unit keeps its number of channels and the main branch gives the
+    rest, as in the authors' code; this reproduces the published 146 / 299 / 591 M multiply-adds. "torchvision": both
+    branches give half of the outputs. Both shuffle at the end of every unit: the authors' code shuffles at the start of
+    stride-1 units, which is the same up to the order of channels, see `authors_order`.
 
-    Raises:
-        InputError: a value is outside what is stated above.
+    dilate_c5: every second pixel of c5 is what it would be without (but for SE).
     """
 
     stage1: Stage
@@ -243,49 +265,31 @@ class ShuffleNetV2(Backbone):
     stage3: Stage
     stage4: Stage
 
-    def __init__(
-        self,
-        *,
-        stem_channels: int | Sequence[int],
-        channels: Sequence[int],
-        repeats: Sequence[int],
-        extra_depthwise: bool,
-        layout: str,
-        dilate_c5: bool,
-        # With defaults, because descriptions in older checkpoints do not have them.
-        se: bool = False,
-        residual: bool = False,
-        activation: str = "relu",
-        shuffle: bool = True,
-    ) -> None:
+    def __init__(self, options: ShuffleNetV2Options) -> None:
         super().__init__()
+        channels, activation = options.channels, options.activation
         stages = len(channels)
-        if stages not in (3, 4) or len(repeats) != stages or any(width % 4 for width in channels) or min(repeats) < 1:
-            raise InputError(
-                f"backbone: channels={list(channels)}, repeats={list(repeats)}; give three of each (or four), "
-                "channels as multiples of 4, repeats of at least 1."
-            )
-        if layout not in LAYOUTS:
-            raise InputError(f"backbone.layout={layout!r} is unknown; there is {' and '.join(LAYOUTS)}.")
+        stem_channels = options.stem_channels
         stem = [stem_channels] if isinstance(stem_channels, int) else list(stem_channels)
         self.conv1 = _stem(stem, activation)
         last, pool = activation_layer(activation), nn.MaxPool2d(3, stride=2, padding=1)
         # A rising activation and the maximum commute; in this order the activation has a quarter of the pixels.
         self.maxpool = nn.Sequential(pool, last) if activation != "hard_swish" else nn.Sequential(last, pool)
-        variant: Any = {"extra_depthwise": extra_depthwise, "se": se, "activation": activation, "shuffle": shuffle}
+        names_of_variant = ("extra_depthwise", "se", "activation", "shuffle")
+        variant: Any = {name: getattr(options, name) for name in names_of_variant}
         names = [f"stage{number}" for number in range(5 - stages, 5)]
         inputs = stem[-1]
-        for name, outputs, units in zip(names, channels, repeats, strict=True):
-            dilated = dilate_c5 and name == "stage4"
+        for name, outputs, units in zip(names, channels, options.repeats, strict=True):
+            dilated = options.dilate_c5 and name == "stage4"
             first = DownsamplingUnit(
-                inputs, outputs, stride=1 if dilated or name == "stage1" else 2, layout=layout, **variant
+                inputs, outputs, stride=1 if dilated or name == "stage1" else 2, layout=options.layout, **variant
             )
             dilation = 2 if dilated else 1
-            rest = (Unit(outputs, dilation=dilation, residual=residual, **variant) for _ in range(units - 1))
-            self.add_module(name, Stage(first, *rest, shuffle=shuffle))
+            rest = (Unit(outputs, dilation=dilation, residual=options.residual, **variant) for _ in range(units - 1))
+            self.add_module(name, Stage(first, *rest, shuffle=options.shuffle))
             inputs = outputs
         self.channels = dict(zip(("c3", "c4", "c5"), channels[-3:], strict=True))
-        self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
+        self.strides = {"c3": 8, "c4": 16, "c5": 16 if options.dilate_c5 else 32}
         self.stages = (("conv1", *names[:-3]), *((name,) for name in names[-3:]))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -298,7 +302,7 @@ class ShuffleNetV2(Backbone):
         return {"c3": c3, "c4": c4, "c5": self.stage4(c4)}
 
 
-def _stem(channels: Sequence[int], activation: str) -> nn.Sequential:
+def _stem(channels: Sequence[int], activation: Activation) -> nn.Sequential:
     """Convolutions 3x3 with BN, the first of stride 2; an activation between them, none after the last."""
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(pairwise((3, *channels))):

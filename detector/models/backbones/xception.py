@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone
+from detector.models.backbones.contract import Backbone, BackboneOptions, Stages
 from detector.models.backbones.layers import depthwise, pointwise, pooled_stem
+from detector.options import Count
 
 
 class Block(nn.Module):
@@ -44,6 +46,30 @@ class Block(nn.Module):
         return F.relu(self.shortcut(x) + self.branch(x))
 
 
+class XceptionOptions(BackboneOptions):
+    """The defaults are the light Xception 1x (Li et al. 2017, table 7)."""
+
+    name: Literal["xception"] = "xception"
+    stem_channels: Count = 24
+    """Of the first convolution (table 7)."""
+    channels: Stages = (144, 288, 576)
+    """Of the last three stages, which give c3, c4 and c5 (table 7)."""
+    repeats: Stages = (4, 8, 4)
+    """Blocks in each stage, the one of stride 2 included (table 7)."""
+    bottleneck: Count = 6
+    """Outputs of a block over the channels between its convolutions; not published, chosen for the costs, see there."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (len(self.channels), len(self.repeats)) != (3, 3) or self.bottleneck > min(self.channels):
+            raise InputError(
+                f"backbone: channels={list(self.channels)}, repeats={list(self.repeats)}, "
+                f"bottleneck={self.bottleneck}; give three channels and repeats, the bottleneck no more than the "
+                "channels."
+            )
+        return self
+
+
 class Xception(Backbone):
     """The light Xception up to its last stage. Convolutions start as torch's do.
 
@@ -63,33 +89,13 @@ class Xception(Backbone):
         the same, 1/4, stride in the first                 43 / 155 / 334 / 579
         1x1, three depthwise, 1x1; 1/4, joined             40 / 149 / 323 / 562
 
-    Args:
-        stem_channels: outputs of the first convolution.
-        channels: outputs of the last three stages, which give c3, c4 and c5.
-        repeats: blocks in each stage.
-        bottleneck: outputs of a block over the channels between its separable convolutions.
-        dilate_c5: the last stage keeps stride 16 and dilates its later 3x3 convolutions instead (setting L of
-            Light-Head R-CNN): every second pixel of c5 is what it would be without.
-
-    Raises:
-        InputError: a value is outside what is stated above.
+    dilate_c5: every second pixel of c5 is what it would be without.
     """
 
-    def __init__(
-        self,
-        *,
-        stem_channels: int,
-        channels: Sequence[int],
-        repeats: Sequence[int],
-        bottleneck: int,
-        dilate_c5: bool,
-    ) -> None:
+    def __init__(self, options: XceptionOptions) -> None:
         super().__init__()
-        if len(channels) != 3 or len(repeats) != 3 or min(repeats) < 1 or not 1 <= bottleneck <= min(channels):
-            raise InputError(
-                f"backbone: channels={list(channels)}, repeats={list(repeats)}, bottleneck={bottleneck}; give three "
-                "channels and repeats, repeats and bottleneck of at least 1, the bottleneck no more than the channels."
-            )
+        channels, repeats, bottleneck = options.channels, options.repeats, options.bottleneck
+        stem_channels, dilate_c5 = options.stem_channels, options.dilate_c5
         self.stem = pooled_stem(stem_channels)
         self.stage2 = _stage(stem_channels, channels[0], repeats[0], bottleneck, dilated=False)
         self.stage3 = _stage(channels[0], channels[1], repeats[1], bottleneck, dilated=False)
