@@ -36,8 +36,8 @@ pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 from starlette.testclient import TestClient
 
+from detector.apps.serve import ServerOptions, serve_predictor
 from detector.apps.serve import connection as connection_module
-from detector.apps.serve import serve
 from detector.apps.serve.app import build_app
 from detector.apps.serve.guard import is_loopback
 from detector.apps.serve.limits import Limits
@@ -96,7 +96,9 @@ class BrokenRuler(Ruler):
 
 
 def client_of(predictor: Predictor, limits: Limits = LIMITS, **settings: Any) -> TestClient:
-    return TestClient(build_app(predictor, limits, **settings), base_url=LOOPBACK, raise_server_exceptions=False)
+    return TestClient(
+        build_app(predictor, ServerOptions(limits=limits, **settings)), base_url=LOOPBACK, raise_server_exceptions=False
+    )
 
 
 @pytest.fixture
@@ -172,7 +174,7 @@ def test_every_promised_format(ruler: TestClient, kind: str) -> None:
 def test_no_other_format(ruler: TestClient, kind: str) -> None:
     """Pillow reads them, and many more, some with the help of other programs."""
     Image.open(io.BytesIO(encoded(noise(20, 30), kind))).load()
-    assert_refused(post(ruler, encoded(noise(20, 30), kind)), 422, "Not a picture of a known format")
+    assert_refused(post(ruler, encoded(noise(20, 30), kind)), 422, "Not an image of a known format")
 
 
 def test_animations_give_their_first_frame_and_exif_turns(client: TestClient, small_detector: Detector) -> None:
@@ -277,7 +279,7 @@ def test_nothing_that_a_request_names_is_opened(
     picture.write_bytes(encoded(noise()))
     monkeypatch.chdir(tmp_path)
     for content in (text, str(picture), picture.name, picture.as_uri()):
-        assert_refused(post(ruler, content.encode()), 422, "Not a picture")
+        assert_refused(post(ruler, content.encode()), 422, "Not an image")
         assert_refused(ruler.post("/predict", content=content.encode(), headers={"Content-Type": "image/png"}), 422)
         # As a field, as a file's name, and as the address.
         assert_refused(
@@ -352,7 +354,7 @@ def test_a_small_file_of_much_is_not_unpacked() -> None:
         import re, struct, sys
         from pathlib import Path
         from detector.errors import InputError
-        from detector.apps.serve.picture import decode
+        from detector.apps.serve.upload import decode
 
         def peak_kilobytes():
             return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -509,7 +511,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 def test_a_full_queue_is_told_to_come_back() -> None:
     block = threading.Event()
-    app, arrived = build_app(Ruler(block), LIMITS), []
+    app, arrived = build_app(Ruler(block), ServerOptions(limits=LIMITS)), []
 
     async def counted(scope: Any, receive: Any, send: Any) -> None:
         async def noted() -> Any:
@@ -557,7 +559,7 @@ def test_a_wait_has_an_end_and_what_was_given_up_is_not_done() -> None:
 def listening(limits: Limits) -> Iterator[int]:
     """A server on a real socket, in a thread; gives its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
-        server = server_of(build_app(Ruler(), limits), limits)
+        server = server_of(build_app(Ruler(), ServerOptions(limits=limits)), limits)
         ended = thread.submit(server.run, [listener])
         try:
             yield listener.getsockname()[1]
@@ -680,18 +682,18 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> Non
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"{package}.* is not installed.*light-head-detector\[serve\]"):
-        serve(Ruler())
+        serve_predictor(Ruler())
 
 
 def test_sigterm_ends_the_tool_while_the_detector_loads() -> None:
     """With the exit code that the signal's default would give, and not by the default: process 1 has none."""
     code = """if True:
         import signal, sys
-        import detector, serve
-        from omegaconf import OmegaConf
+        from detector.apps.serve import ServeOptions, serve
+        from detector.inference import loading
 
-        detector.load = lambda *_, **__: [signal.raise_signal(signal.SIGTERM), sys.exit("went on")]
-        serve.main(OmegaConf.create({"ckpt": "best.ckpt", "device": None, "threads": None, "limits": {}}))
+        loading.load = lambda *_, **__: [signal.raise_signal(signal.SIGTERM), sys.exit("went on")]
+        serve(ServeOptions(ckpt="best.ckpt"))
     """
     path = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
     result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
@@ -701,29 +703,29 @@ def test_sigterm_ends_the_tool_while_the_detector_loads() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_upload_mb": 0}, "max_upload_mb=0; expected a number above 0"),
-        ({"max_upload_mb": float("nan")}, "max_upload_mb=nan"),
-        ({"max_megapixels": 1000}, "max_megapixels=1000; expected at most 89.4785"),
-        ({"queue": 0}, "queue=0; expected a whole number, 1 or more"),
+        ({"max_upload_mb": 0}, "max_upload_mb=0: expected a number above 0"),
+        ({"max_upload_mb": float("nan")}, "max_upload_mb=NaN"),
+        ({"max_megapixels": 1000}, "max_megapixels=1000: expected at most 89.4785"),
+        ({"queue": 0}, "queue=0: expected a whole number, 1 or more"),
         ({"queue": 2.5}, "queue=2.5"),
         ({"timeout": "soon"}, "timeout=soon"),
-        ({"connections": 15}, "connections=15; expected a whole number, 16 or more"),  # the default of queue
-        ({"connections": True}, "connections=True"),
+        ({"connections": 15}, "connections=15: expected a whole number, 16 "),  # the default of queue
+        ({"connections": True}, "connections=true"),
     ],
 )
 def test_limits_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Limits(**settings)
+        Limits.parse(settings)
 
 
 def test_settings_of_the_server_that_cannot_be(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with pytest.raises(InputError, match="score_threshold=2"):
-        run(Ruler(), score_threshold=2)
-    with pytest.raises(InputError, match="port=70000; expected a whole number from 0 to 65535"):
-        run(Ruler(), port=70_000)
+        ServerOptions.parse({"score_threshold": 2})
+    with pytest.raises(InputError, match="port=70000: expected a whole number from 0 to 65535"):
+        ServerOptions.parse({"port": 70_000})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"Cannot listen on 127.0.0.1, port {port}: .*port=0"):
-            run(Ruler(), port=port)
+            run(Ruler(), ServerOptions(port=port))
     assert caplog.text == ""

@@ -239,11 +239,11 @@ def test_what_a_user_gets_wrong(checkpoint: Path) -> None:
     def error(*overrides: str) -> str:
         return run_tool("serve", f"ckpt={checkpoint}", *overrides, cwd=checkpoint.parent).error()
 
-    assert "port=http; expected a whole number from 0 to 65535" in error("port=http")
+    assert "port=http: expected a whole number from 0 to 65535" in error("port=http")
     assert "Cannot listen on 192.0.2.1" in error("host=192.0.2.1")
-    assert "queue=0; expected a whole number, 1 or more" in error("limits.queue=0")
-    assert "score_threshold=2; expected a number from 0 to 1" in error("score_threshold=2")
-    assert "limits.que is not a key of this tool; did you mean limits.queue" in error("limits.que=3")
+    assert "queue=0: expected a whole number, 1 or more" in error("limits.queue=0")
+    assert "score_threshold=2: expected a number from 0 to 1" in error("score_threshold=2")
+    assert "limits.que is not a key of this command; did you mean limits.queue" in error("limits.que=3")
     assert "No checkpoint at 'none.ckpt'" in run_tool("serve", "ckpt=none.ckpt", cwd=checkpoint.parent).error()
 
 
@@ -444,7 +444,7 @@ def test_other_ways_in_and_a_refusal(visit: Callable[..., Visit]) -> None:
     with page.expect_response("**/predict") as response:
         page.set_input_files("#file", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"<b>no picture</b>"})
     assert response.value.status == 422
-    page.wait_for_selector("#error:has-text('Not a picture')")
+    page.wait_for_selector("#error:has-text('Not an image')")
     assert here.boxes() == 0
     assert [text for text in here.troubles if "422" not in text] == []
     here.troubles.clear()

@@ -69,7 +69,7 @@ def test_an_option_that_cannot_be(option: str, value: Any) -> None:
 
 
 def test_an_option_that_there_is_not() -> None:
-    with pytest.raises(InputError, match="no option treshold; there is .*score_threshold, classes"):
+    with pytest.raises(InputError, match=r"no option treshold; there is .*score_threshold, classes"):
         Painted().stream([], treshold=0.5)
 
 

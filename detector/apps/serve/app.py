@@ -23,13 +23,13 @@ from starlette.types import ASGIApp
 import detector
 from detector.apps.serve.body import Body
 from detector.apps.serve.guard import Guard, content_security_policy
-from detector.apps.serve.limits import Limits
-from detector.apps.serve.options import Known, Options
-from detector.apps.serve.picture import FORMATS, TooManyPixels, decode
+from detector.apps.serve.limits import ServerOptions
+from detector.apps.serve.options import NAMES, read_options
 from detector.apps.serve.schema import openapi
+from detector.apps.serve.upload import FORMATS, TooManyPixels, decode
 from detector.apps.serve.worker import Full, Worker
 from detector.errors import InputError
-from detector.inference.predictor import Predictor
+from detector.inference.predictor import PredictOptions, Predictor
 
 PAGE = Path(__file__).with_name("page.html")
 PACKAGES = ("numpy", "pillow", "starlette", "torch", "torchvision", "uvicorn")
@@ -41,22 +41,21 @@ FOUND = ("height", "width", "boxes", "scores", "labels", "names")
 class Service:
     """What the routes share."""
 
-    def __init__(self, predictor: Predictor, limits: Limits, score_threshold: float) -> None:
-        self.predictor, self.limits = predictor, limits
-        self.known = Known.of(predictor, score_threshold)
-        self.worker = Worker(limits.queue)
+    def __init__(self, predictor: Predictor, options: ServerOptions) -> None:
+        self.predictor, self.limits, self.score_threshold = predictor, options.limits, options.score_threshold
+        self.worker = Worker(options.limits.queue)
         self.page = PAGE.read_text(encoding="utf-8")
 
-    def answer(self, data: bytes, options: Options, arrived: float) -> dict[str, Any]:
-        """Decode one picture and look at it; runs in the worker's thread.
+    def answer(self, data: bytes, options: PredictOptions, arrived: float) -> dict[str, Any]:
+        """Decode one image and look at it; runs in the worker's thread.
 
         Args:
-            data: of the picture's file.
+            data: of the image's file.
             options: of the request.
             arrived: time.perf_counter() when the upload was complete.
 
         Raises:
-            InputError: the picture cannot be decoded, or is too large.
+            InputError: the image cannot be decoded, or is too large.
         """
         begun = time.perf_counter()
         image = decode(data, self.limits.max_pixels)
@@ -67,26 +66,27 @@ class Service:
         seconds = parts | {"total": ended - arrived}
         return {
             **found,
-            "options": options.to_dict(),
+            "options": options.model_dump(mode="json", include={*NAMES}),
             "milliseconds": {part: round(1000 * value, 3) for part, value in seconds.items()},
         }
 
-    def predict(self, image: np.ndarray, options: Options) -> dict[str, Any]:
-        """The part of `Detections.to_dict` that says what was found in one decoded picture."""
+    def predict(self, image: np.ndarray, options: PredictOptions) -> dict[str, Any]:
+        """The part of `Detections.to_dict` that says what was found in one decoded image."""
         # An array, never text: text would be taken for a path or an address, and opened.
-        [found] = self.predictor.predict([image], **options.to_dict())
+        [(_, found)] = self.predictor.search([image], options)
         plain = found.to_dict()
         return {key: plain[key] for key in FOUND}
 
     def info(self) -> dict[str, Any]:
         """What a client may want to know before it sends anything. No paths, no provenance."""
+        proposals = self.predictor.proposal_limit
         return {
-            "class_names": list(self.known.class_names),
+            "class_names": list(self.predictor.class_names),
             "preprocessing": self.predictor.preprocessing.to_dict(),
             "device": str(getattr(self.predictor, "device", "cpu")),
             "options": {
-                "score_threshold": {"minimum": 0, "maximum": 1, "default": self.known.score_threshold},
-                "max_proposals": self.known.max_proposals and {"minimum": 1, "maximum": self.known.max_proposals},
+                "score_threshold": {"minimum": 0, "maximum": 1, "default": self.score_threshold},
+                "max_proposals": proposals and {"minimum": 1, "maximum": proposals},
             },
             "limits": {
                 "max_upload_bytes": self.limits.max_bytes,
@@ -99,21 +99,14 @@ class Service:
         }
 
 
-def build_app(
-    predictor: Predictor, limits: Limits | None = None, *, score_threshold: float = 0.3, host: str = "127.0.0.1"
-) -> ASGIApp:
+def build_app(predictor: Predictor, options: ServerOptions) -> ASGIApp:
     """The server as an ASGI application.
 
     Args:
-        predictor: what looks at the pictures; one thread calls it, one picture at a time.
-        limits: of a request.
-        score_threshold: of a request that names none.
-        host: that the application is bound to; on the loopback it answers to the loopback's names only.
-
-    Raises:
-        InputError: score_threshold is no number from 0 to 1.
+        predictor: what looks at the images; one thread calls it, one image at a time.
+        options: bound to a host on the loopback, it answers to the loopback's names only.
     """
-    service = Service(predictor, limits or Limits(), score_threshold)
+    service = Service(predictor, options)
     document = openapi(service.info())
 
     async def page(request: Request) -> Response:
@@ -144,7 +137,7 @@ def build_app(
         exception_handlers={HTTPException: _refused, Exception: _failed},
         lifespan=lifespan,
     )
-    return Guard(app, host, content_security_policy(service.page))
+    return Guard(app, options.host, content_security_policy(service.page))
 
 
 async def answer(request: Request, service: Service) -> Response:
@@ -162,9 +155,9 @@ async def answer(request: Request, service: Service) -> Response:
             await body.drain()
             return _error(error.status_code, error.detail)
         try:
-            options = service.known.read(fields)
+            options = read_options(fields, service.predictor, service.score_threshold)
             job = place.submit(partial(service.answer, data, options, time.perf_counter()))
-            del data  # of a picture in the queue, one copy is enough
+            del data  # of an image in the queue, one copy is enough
             return await _outcome(request, job, service.limits.timeout)
         except TooManyPixels as error:
             return _error(413, str(error))
@@ -180,7 +173,7 @@ async def _outcome(request: Request, job: asyncio.Future[Any], timeout: float) -
     if job.done():
         return JSONResponse(job.result())
     job.cancel()
-    return _error(503, f"No answer within {timeout:g} s; try again, or a smaller picture.", BUSY_SECONDS)
+    return _error(503, f"No answer within {timeout:g} s; try again, or a smaller image.", BUSY_SECONDS)
 
 
 async def _disconnected(request: Request) -> None:

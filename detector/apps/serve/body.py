@@ -1,4 +1,4 @@
-"""From a request to the bytes of one picture and the fields of its options, within the limits."""
+"""From a request to the bytes of one image and the fields of its options, within the limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIELD = "image"
 MAX_FIELDS = 1000
 MAX_FIELD_BYTES = 10_000
 DRAIN_SECONDS = 3.0
-HOW = f"Send multipart/form-data with the picture as the file '{FIELD}', or its bytes as image/jpeg, image/png, ..."
+HOW = f"Send multipart/form-data with the image as the file '{FIELD}', or its bytes as image/jpeg, image/png, ..."
 
 Fields = dict[str, list[str]]
 
@@ -31,7 +31,7 @@ class Body:
         self._declared = int(declared) if declared.isdecimal() else 0
 
     async def read(self) -> tuple[bytes, Fields]:
-        """The picture's bytes, and every option of the query and of the form.
+        """The image's bytes, and every option of the query and of the form.
 
         Raises:
             HTTPException: 400, 408, 413 or 415, with what is wrong.

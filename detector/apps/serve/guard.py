@@ -32,7 +32,7 @@ def is_loopback(host: str) -> bool:
 
 
 def content_security_policy(page: str) -> str:
-    """Nothing but the page's own script and style, known by their hashes, pictures of its own, and this server."""
+    """Nothing but the page's own script and style, known by their hashes, images of its own, and this server."""
     script, style = (
         " ".join(f"'sha256-{_sha256(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL))
         for tag in ("script", "style")

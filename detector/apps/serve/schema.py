@@ -23,7 +23,7 @@ def openapi(info: dict[str, Any]) -> dict[str, Any]:
         "info": {
             "title": "Light-head detector",
             "version": detector.__version__,
-            "description": "Send a picture, get boxes. Boxes are x1, y1, x2, y2 in pixels of the picture, turned as "
+            "description": "Send an image, get boxes. Boxes are x1, y1, x2, y2 in pixels of the image, turned as "
             "its EXIF orientation says. Nothing that a request names is opened: only bytes that it holds are decoded.",
         },
         "paths": {
@@ -40,25 +40,25 @@ def openapi(info: dict[str, Any]) -> dict[str, Any]:
 def _predict(info: dict[str, Any]) -> dict[str, Any]:
     options = _options(info)
     bound = info["limits"]["max_upload_bytes"]
-    picture = {"type": "string", "format": "binary", "description": f"A picture's file, up to {bound} bytes."}
+    image = {"type": "string", "format": "binary", "description": f"An image's file, up to {bound} bytes."}
     form = {
         "type": "object",
         "required": [FIELD],
         "additionalProperties": False,
-        "properties": {FIELD: picture, **options},
+        "properties": {FIELD: image, **options},
     }
     errors = {
-        "400": "The form is broken, or has no picture",
+        "400": "The form is broken, or has no image",
         "403": "Sent by a page of another site",
         "408": "The upload took too long",
         "413": "Too many bytes, or too many pixels",
         "415": "A content type that is not read",
         "421": "A Host that is not this server's",
-        "422": "No picture that can be decoded, or an option that cannot be",
+        "422": "No image that can be decoded, or an option that cannot be",
         "503": "The queue is full, or the answer took too long; see Retry-After",
     }
     return {
-        "summary": "Find objects in one picture",
+        "summary": "Find objects in one image",
         "description": "Options go into the query or into the form; classes may be repeated.",
         "parameters": [
             {"name": name, "in": "query", "required": False, "schema": schema} for name, schema in options.items()
@@ -97,8 +97,8 @@ def _schemas(info: dict[str, Any]) -> dict[str, Any]:
     maybe_integer = {"type": ["integer", "null"], "minimum": 1}
     return {
         "Detections": _record(
-            height={**_COUNT, "description": "Of the picture, in pixels."},
-            width={**_COUNT, "description": "Of the picture, in pixels."},
+            height={**_COUNT, "description": "Of the image, in pixels."},
+            width={**_COUNT, "description": "Of the image, in pixels."},
             boxes=_list({"type": "array", "items": _NUMBER, "minItems": 4, "maxItems": 4}),
             scores=_list({"type": "number", "minimum": 0, "maximum": 1}),
             labels=_list({"type": "integer", "minimum": 0, "maximum": len(info["class_names"]) - 1}),

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from detector.apps.serve.app import build_app
 from detector.apps.serve.connection import Connection
 from detector.apps.serve.guard import is_loopback
-from detector.apps.serve.limits import Limits
+from detector.apps.serve.limits import Limits, ServerOptions
 from detector.errors import InputError
 from detector.inference.predictor import Predictor
 
@@ -28,32 +28,22 @@ log = logging.getLogger(__name__)
 GRACE = 5
 
 
-def run(
-    predictor: Predictor,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    score_threshold: float = 0.3,
-    limits: Limits | None = None,
-) -> None:
+def run(predictor: Predictor, options: ServerOptions) -> None:
     """Serve until Ctrl-C or SIGTERM; requests that are under way then are answered.
 
     Args:
-        predictor: what looks at the pictures.
-        host: a name or an address of this machine. Only 127.0.0.1, ::1 and localhost keep other machines out.
-        port: 0 takes any free one; the log says which.
-        score_threshold: of a request that names none.
-        limits: of a request, and of all of them together.
+        predictor: what looks at the images.
+        options: of the hosts only 127.0.0.1, ::1 and localhost keep other machines out.
 
     Raises:
-        InputError: a setting is wrong, or the port is taken.
+        InputError: the port is taken, or the host is none of this machine.
     """
+    host = options.host
     # It warns of every form that it cannot read, and whoever sends one chooses how often.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    limits = limits or Limits()
-    app = build_app(predictor, limits, score_threshold=score_threshold, host=host)
+    app = build_app(predictor, options)
     # uvicorn ends the process itself where it cannot bind, and names no remedy.
-    with _bind(host, port) as listener, _ended_by_signal():
+    with _bind(host, options.port) as listener, _ended_by_signal():
         _warm_up(predictor)
         if not is_loopback(host):
             log.warning(
@@ -62,7 +52,7 @@ def run(
                 host,
             )
         log.info("http://%s:%d  open this page; Ctrl-C stops the server.", _in_url(host), listener.getsockname()[1])
-        server_of(app, limits).run(sockets=[listener])
+        server_of(app, options.limits).run(sockets=[listener])
     log.info("stopped")
 
 
@@ -100,8 +90,6 @@ def _ended_by_signal() -> Iterator[None]:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
-        raise InputError(f"port={port}; expected a whole number from 0 to 65535.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)

@@ -15,26 +15,26 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class TooManyPixels(InputError):
-    """The picture is larger than the server takes."""
+    """The image is larger than the server takes."""
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
-    """The picture in these bytes, uint8 RGB (h, w, 3), turned as its EXIF orientation says. Of frames, the first.
+    """The image in these bytes, uint8 RGB (h, w, 3), turned as its EXIF orientation says. Of frames, the first.
 
     Raises:
         TooManyPixels: its header names more pixels than `max_pixels`; it is not decoded.
-        InputError: no picture of a known format, or damaged.
+        InputError: no image of a known format, or damaged.
     """
     if not data:
-        raise InputError("The picture is empty: 0 bytes.")
+        raise InputError("The image is empty: 0 bytes.")
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_many(max_pixels, "more than Pillow opens") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"Not a picture of a known format; expected one of {', '.join(FORMATS)}.") from error
+        raise InputError(f"Not an image of a known format; expected one of {', '.join(FORMATS)}.") from error
     except Exception as error:  # A header of random bytes makes the readers raise anything: OverflowError, ...
-        raise InputError(f"The picture's header cannot be read: {type(error).__name__}.") from error
+        raise InputError(f"The image's header cannot be read: {type(error).__name__}.") from error
     with image:
         if image.width * image.height > max_pixels:
             raise _too_many(max_pixels, f"{image.width} x {image.height}")
@@ -42,4 +42,4 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def _too_many(max_pixels: int, size: str) -> TooManyPixels:
-    return TooManyPixels(f"The picture has too many pixels ({size}); this server takes {max_pixels / 1e6:g} million.")
+    return TooManyPixels(f"The image has too many pixels ({size}); this server takes {max_pixels / 1e6:g} million.")
