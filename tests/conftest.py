@@ -84,6 +84,7 @@ def small_spec() -> dict[str, Any]:
             "ratios": [0.5, 1.0, 2.0],
             "foreground_iou": 0.7,
             "background_iou": 0.3,
+            "inside_only": False,
             "sample_count": 32,
             "foreground_share": 0.5,
             "smooth_l1_beta": 1 / 9,

@@ -257,6 +257,32 @@ def test_damaged_and_other_files_of_the_authors_are_named(tmp_path: Path) -> Non
         load_weights(build("v2_1x", layout="paper", shuffle=False), path)
 
 
+def test_units_numbered_by_stage_are_the_authors_too(tmp_path: Path) -> None:
+    """As FastestDet and Yolo-FastestV2 publish them: the authors' code with a module for each stage."""
+    state = authors("0.5x").state_dict()
+    load_weights(through := build("v2_0.5x"), saved(authors("0.5x"), tmp_path / "through.pth"))
+    starts = {0: "stage2", 4: "stage3", 12: "stage4"}
+
+    def by_stage(name: str) -> str:
+        if not name.startswith("features."):
+            return name
+        _, unit, rest = name.split(".", 2)
+        start = max(start for start in starts if start <= int(unit))
+        return f"{starts[start]}.{int(unit) - start}.{rest}"
+
+    torch.save({by_stage(name): value for name, value in state.items()}, tmp_path / "by_stage.pth")
+    report = load_weights(ours := build("v2_0.5x"), tmp_path / "by_stage.pth")
+    assert report.format == "the authors' ShuffleNet V2"
+    expected = through.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+
+
+def test_a_file_of_another_network_says_what_it_has(tmp_path: Path) -> None:
+    torch.save({"encoder.weight": torch.zeros(3), "encoder.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"The file has 2 tensors: encoder\.weight, encoder\.bias"):
+        load_weights(build("v2_0.5x"), tmp_path / "other.pth", partial=True)
+
+
 def test_names_are_one_to_one() -> None:
     names = megvii_names(build("v2_0.5x", layout="paper"))
     assert len(set(names.values())) == len(names) == 330 + 7

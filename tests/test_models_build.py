@@ -97,6 +97,14 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     )
     assert (network.rpn.train_limits.after_nms, network.rpn.test_limits.after_nms) == (2000, 1000)
     assert config["optimizer"]["lr"] == 0.01
+    # "Stage 1 and 2" are ResNet's, to stride 4 (released code: conv1 and block1); here that is the first stage.
+    assert config["freeze"] == {"stages": 1, "batch_norm": True}
+    network.backbone.freeze(**config["freeze"])
+    frozen = {name.split(".")[0] for name, value in network.backbone.named_parameters() if not value.requires_grad}
+    assert network.backbone.conv1[0].weight.requires_grad is False
+    assert network.backbone.stage2[0].branch2[0].weight.requires_grad is True
+    assert network.rpn.options.inside_only
+    assert frozen == {"conv1", "stage2", "stage3", "stage4"}  # of the stages, their normalisation
     assert config["schedule"]["images"] == 2_000_000
 
 

@@ -197,10 +197,26 @@ def test_ohem_averages_the_rois_of_largest_loss(
     rois, matches = head.rois_for_training(near_objects(batch), batch)
     output = random_output(head, rois)
     losses = head.losses(output, rois, matches, batch)
-    hardest = sorted(naive_terms(output, rois, matches, batch), key=sum, reverse=True)[: count * 2]
+    hardest = sorted(naive_terms(output, rois, matches, batch), key=lambda term: term[0] + term[1] / 2, reverse=True)[
+        : count * 2
+    ]
     assert float(losses["head_class"]) == pytest.approx(sum(c for c, _ in hardest) / len(hardest), rel=1e-5)
     assert float(losses["head_box"]) == pytest.approx(sum(b for _, b in hardest) / len(hardest), rel=1e-5)
     assert losses["head_box"] > 0
+
+
+def test_ohem_ranks_before_the_box_loss_is_weighted(small_spec: dict, make_batch: Callable[..., Batch]) -> None:
+    """Released code: the weight of the box loss decides how much a RoI counts, not whether it does."""
+    batch = make_batch(OBJECTS)
+    chosen = []
+    for weight in (1.0, 50.0):
+        head = build(small_spec, sample_count=4, box_weight=weight)
+        rois, matches = head.rois_for_training(near_objects(batch), batch)
+        output = random_output(head, rois)
+        output.class_logits.requires_grad_()
+        head.losses(output, rois, matches, batch)["head_class"].backward()
+        chosen.append(output.class_logits.grad.abs().sum(dim=2) > 0)
+    assert torch.equal(*chosen)
 
 
 def test_ohem_picks_over_the_whole_batch(small_spec: dict, make_batch: Callable[..., Batch]) -> None:

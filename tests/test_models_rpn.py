@@ -147,6 +147,27 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return drawn
 
 
+def test_anchors_that_leave_the_image_are_not_trained_on(
+    small_spec: dict, make_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Released code; the best anchor of an object is the best of those inside."""
+    batch, drawn = make_batch(OBJECTS), recorded(monkeypatch)
+    for inside_only in (True, False):
+        rpn = build(small_spec, inside_only=inside_only, sample_count=1000)
+        objectness, deltas, anchors = raw(rpn)
+        rpn.losses(objectness, deltas, anchors, batch)
+        foreground, background = drawn.pop()
+        for image, (height, width) in enumerate(batch.image_sizes.tolist()):
+            within = torch.tensor([x1 >= 0 and y1 >= 0 and x2 <= width and y2 <= height for x1, y1, x2, y2 in anchors])
+            used = foreground[image] | background[image]
+            assert bool((used & ~within).any()) != inside_only
+            gt = batch.boxes[image][(batch.labels[image] >= 0) & ~batch.crowd[image]]
+            best = box_iou(anchors[within], gt).amax(dim=0)
+            best_drawn = box_iou(anchors[foreground[image]], gt).amax(dim=0)
+            assert (best_drawn >= best).all()
+            assert inside_only is False or torch.equal(best_drawn, best)
+
+
 @pytest.mark.parametrize("objects", [OBJECTS, [OBJECTS[0], []], [[], []], [[(0, 0, 96, 64, 0, True)], []]])
 def test_losses_equal_a_loop(
     small_spec: dict, make_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch, objects: list

@@ -44,7 +44,7 @@ def test_what_it_writes_is_what_training_takes(published: Path, tmp_path: Path) 
         "start as the identity",
         "input: rgb_i",
     ):
-        assert text in done.out, done.out
+        assert text in done.err, done.err
     content = torch.load(tmp_path / "new" / "star.pth", weights_only=True)
     original = torch.load(published, weights_only=True)
     assert all(torch.equal(content[key], value) for key, value in original.items())  # conv5 and fc too
@@ -63,8 +63,8 @@ def test_the_authors_file_becomes_a_classifier_of_ours(tmp_path: Path) -> None:
     assert not (tmp_path / "ours.pth").exists()
 
     done = run_tool("import_weights", *arguments, "backbone.layout=paper", "input=rgb_imagenet", cwd=tmp_path).ok()
-    assert "the authors' ShuffleNet V2" in done.out
-    assert "conv_last.1 (5)" in done.out
+    assert "the authors' ShuffleNet V2" in done.err
+    assert "conv_last.1 (5)" in done.err
     content = torch.load(tmp_path / "ours.pth", weights_only=True)
     classifier = ImageClassifier(build("v2_1x", layout="paper"), CLASSES, ClassifierOptions(conv5_channels=1024))
     classifier.load_state_dict(
@@ -94,13 +94,13 @@ def test_a_partial_match_needs_to_be_asked_for(published: Path, tmp_path: Path) 
         "stage2.0.branch1.0.weight is (7, 1, 3, 3), expected (24, 1, 3, 3)",
         "surplus has no place here",
     ):
-        assert text in refused.out
+        assert text in refused.err
     assert "3 tensors do not fit" in refused.error()
     assert "partial=true" in refused.error()
     assert not (tmp_path / "out.pth").exists()
 
     done = run_tool("import_weights", *arguments, "partial=true", cwd=tmp_path).ok()
-    assert "start at random" in done.out
+    assert "start at random" in done.err
     written = torch.load(tmp_path / "out.pth", weights_only=True)
     assert torch.equal(written["stage4.3.branch2.0.weight"], content["stage4.3.branch2.0.weight"])
     assert written["stage2.0.branch1.0.weight"].shape == (24, 1, 3, 3)
@@ -110,7 +110,10 @@ def test_a_partial_match_needs_to_be_asked_for(published: Path, tmp_path: Path) 
 def test_help_and_mistakes(published: Path, tmp_path: Path) -> None:
     arguments = (f"source={published}", "backbone=v2_0.5x", "out=out.pth")
     assert "source is missing" in run_tool("import_weights", "out=out.pth", cwd=tmp_path).error()
-    assert "input=bgr is unknown" in run_tool("import_weights", *arguments, "input=bgr", cwd=tmp_path).error()
+    assert (
+        "input=bgr: expected rgb_imagenet or bgr255"
+        in run_tool("import_weights", *arguments, "input=bgr", cwd=tmp_path).error()
+    )
     shown = run_tool("import_weights", "--help", cwd=tmp_path).ok().out
     assert "backbone.layout=paper" in shown
     assert "[v2_1x]" in shown

@@ -53,6 +53,18 @@ def test_freezing(small_detector: Detector, batch: Batch, stages: int, batch_nor
         assert changed != frozen, name
 
 
+def test_extra_layers_of_v2star_are_never_frozen(small_spec: dict[str, Any], batch: Batch) -> None:
+    """They begin as the identity: frozen there, V2* could not differ from V2."""
+    small_spec["backbone"]["extra_depthwise"] = True
+    task = DetectionTask(other(small_spec), freeze_stages=4, freeze_batch_norm=True)
+    learnt = {name: changed for name, changed in changed_by_a_step(task, batch).items() if ".extra." in name}
+    parameters = dict(task.network.named_parameters())
+    assert any(name.startswith("backbone.stage2.") for name in learnt)
+    assert all(changed for name, changed in learnt.items() if name in parameters)
+    free = [name for name, value in parameters.items() if name.startswith("backbone.") and value.requires_grad]
+    assert free == [name for name in learnt if name in parameters]
+
+
 def test_evaluation_in_between_does_not_thaw(small_detector: Detector, batch: Batch) -> None:
     task = DetectionTask(small_detector, freeze_batch_norm=True)
     task.eval()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEPT = 8  # sizes whose anchors are kept
+# Sizes of map whose anchors are kept: a camera has one, a folder of photographs a few after padding to multiples of 32.
+SIZES_KEPT = 8
 
 
 class AnchorGrid(nn.Module):
@@ -48,7 +49,7 @@ class AnchorGrid(nn.Module):
         key = (height, width, self.cells.device, self.cells.dtype)
         anchors = self._kept.get(key)
         if anchors is None:
-            if len(self._kept) >= KEPT:
+            if len(self._kept) >= SIZES_KEPT:
                 self._kept.clear()
             anchors = self._kept[key] = self._make(height, width)
         return anchors

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 BINS = 7
 # Deltas are learned in units of these: Girshick 2015 (Fast R-CNN), released code.
 BOX_STD = (0.1, 0.1, 0.2, 0.2)
+# Deltas of a background RoI lead to some far-away box: cut here (in units of BOX_STD), they stay finite until they are
+# masked. No RoI that counts comes near: at IoU 0.5 they are below 10.
+FAR = 100.0
 # Candidates per final box that NMS looks at in one go.
 FEW = 4
 
@@ -210,24 +213,24 @@ class LightHead(nn.Module):
         # where, not times: a RoI outside the sample must not turn inf * 0 into nan.
         box_loss = torch.where(matches.foreground, box_loss, 0.0)
         if self.options.sampling == "ohem":
+            # Before the box loss is weighted, as the released code ranks.
             used = self._hardest((class_loss + box_loss).detach(), used)
         count = used.sum().clamp(min=1)
         return {
             "head_class": torch.where(used, class_loss, 0.0).sum() / count,
-            "head_box": torch.where(used, box_loss, 0.0).sum() / count,
+            "head_box": self.options.box_weight * torch.where(used, box_loss, 0.0).sum() / count,
         }
 
     def _box_loss(self, deltas: Tensor, rois: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
-        """Weighted smooth L1 (N, P) between predicted and wanted deltas, of the RoI's own class if class-specific."""
+        """Smooth L1 (N, P) between predicted and wanted deltas, of the RoI's own class if class-specific."""
         wanted = encode_boxes(targets, rois) / self.box_std
         if self.options.class_agnostic:
             predicted = deltas[:, :, 0]
         else:
             own = labels.clamp(max=self.num_classes - 1)[..., None, None].expand(*labels.shape, 1, 4)
             predicted = deltas.gather(2, own)[:, :, 0]
-        # A background RoI's target is some far-away box; clamp, so that what is masked later stays finite.
-        loss = F.smooth_l1_loss(predicted, wanted.clamp(-100, 100), beta=self.options.smooth_l1_beta, reduction="none")
-        return self.options.box_weight * loss.sum(dim=-1)
+        loss = F.smooth_l1_loss(predicted, wanted.clamp(-FAR, FAR), beta=self.options.smooth_l1_beta, reduction="none")
+        return loss.sum(dim=-1)
 
     def _hardest(self, loss: Tensor, used: Tensor) -> Tensor:
         """OHEM (Shrivastava et al. 2016): the sample_count * N RoIs of highest loss of the batch."""

@@ -34,6 +34,7 @@ def match(
     foreground_iou: float,
     background_iou: float,
     best_is_foreground: bool,
+    among: Tensor | None = None,
 ) -> Matches:
     """Match boxes to ground truth by IoU (Ren et al. 2015, section 3.1.2).
 
@@ -45,9 +46,12 @@ def match(
         foreground_iou: at or above: foreground.
         background_iou: below: background. In between: ignored.
         best_is_foreground: the boxes of highest IoU with an object are foreground however low it is.
+        among: (N, M), the boxes that take part; the others are ignored.
     """
     real = (labels >= 0) & ~crowd
     iou = pairwise_iou(boxes, gt_boxes).masked_fill(~real[:, None], -1.0)  # (N, M, G)
+    if among is not None:
+        iou = iou.masked_fill(~among[..., None], -1.0)
     best, index = iou.max(dim=2)
     foreground = best >= foreground_iou
     if best_is_foreground:
@@ -55,6 +59,8 @@ def match(
         is_best = ((iou == best_of_gt) & (best_of_gt > 0)).any(dim=2)
         foreground = foreground | is_best
     background = (best < background_iou) & ~foreground
+    if among is not None:
+        background &= among
     if crowd.any():
         inside = pairwise_coverage(boxes, gt_boxes).masked_fill(~crowd[:, None], 0.0).amax(dim=2)
         background &= inside < 0.5

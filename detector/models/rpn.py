@@ -51,6 +51,8 @@ class RPNOptions(Options):
     """Anchors at or above are foreground, and the best of each object (section 3.3)."""
     background_iou: Share = 0.3
     """Anchors below are background; those in between are ignored (section 3.3)."""
+    inside_only: Flag = True
+    """Train on anchors inside the image alone (released code); false: no background that is centred on padding."""
     sample_count: Count = 256
     """Anchors per image in the loss (Ren et al. 2015, section 3.1.3; released code)."""
     foreground_share: Share = 0.5
@@ -154,6 +156,7 @@ class RPN(nn.Module):
         Ren et al. 2015, equation 1. Finite without any object; every output stays in the graph.
         """
         with torch.no_grad():
+            inside = _inside(anchors, batch.image_sizes) if self.options.inside_only else None
             matches = match(
                 anchors,
                 batch.boxes,
@@ -162,8 +165,10 @@ class RPN(nn.Module):
                 foreground_iou=self.options.foreground_iou,
                 background_iou=self.options.background_iou,
                 best_is_foreground=True,
+                among=inside,
             )
-            matches = Matches(matches.index, matches.foreground, matches.background & _in_picture(anchors, batch))
+            background = matches.background & _centred(anchors, batch.image_sizes)
+            matches = Matches(matches.index, matches.foreground, background)
             foreground, background = sample(
                 matches, count=self.options.sample_count, foreground_share=self.options.foreground_share
             )
@@ -178,10 +183,15 @@ class RPN(nn.Module):
         return {"rpn_objectness": objectness_loss / count, "rpn_box": box_loss / count}
 
 
-def _in_picture(anchors: Tensor, batch: Batch) -> Tensor:
-    """Which anchors are centred on the picture, not on its padding: (N, A). Padding is too easy to learn from."""
+def _inside(anchors: Tensor, image_sizes: Tensor) -> Tensor:
+    """Which anchors lie inside each image: (N, A)."""
+    return (anchors[:, :2] >= 0).all(dim=-1) & (anchors[:, 2:] <= image_sizes.flip(-1)[:, None]).all(dim=-1)
+
+
+def _centred(anchors: Tensor, image_sizes: Tensor) -> Tensor:
+    """Which anchors are centred on the image, not on its padding: (N, A). Padding is too easy to learn from."""
     centers = (anchors[:, :2] + anchors[:, 2:]) / 2
-    return (centers < batch.image_sizes.flip(-1)[:, None]).all(dim=-1)
+    return (centers < image_sizes.flip(-1)[:, None]).all(dim=-1)
 
 
 def _dense(inputs: int, outputs: int) -> nn.Sequential:

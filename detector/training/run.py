@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 class FreezeOptions(Options):
     """What of the backbone stays as it is."""
 
-    stages: Literal[0, 1, 2, 3, 4] = 2
-    """stages, counted from the stem as 1 (Li et al. 2017, section 4.1: "stage 1 and 2")"""
+    stages: Literal[0, 1, 2, 3, 4] = 1
+    """stages: 1 to stride 4, 2 to stride 8, 3 to 16, 4 all (Li et al. 2017: ResNet's conv1 and block1, to stride 4)"""
     batch_norm: Flag = True
     """normalisation keeps its statistics and weights (Li et al. 2017, section 4.1: "all batch normalisation fixed")"""
 

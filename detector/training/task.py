@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from detector.data.annotations import AnnotationIndex
 from detector.data.collate import Batch, EvaluationBatch
@@ -26,9 +26,7 @@ class DetectionTask(lightning.LightningModule):
     Args:
         detector: what is trained; its network is the only child, so that checkpoint keys read `network....`.
         optimizer, schedule: see their classes; None for evaluation alone.
-        freeze_stages: stages of the backbone, counted from the stem as 1, that stay as they are, statistics included
-            (Light-Head: 2); see `Backbone.stages`.
-        freeze_batch_norm: the backbone's normalisation keeps its statistics and weights.
+        freeze_stages, freeze_batch_norm: what of the backbone stays as it is, see `Backbone.freeze`.
     """
 
     def __init__(
@@ -47,13 +45,7 @@ class DetectionTask(lightning.LightningModule):
         self.val_index: AnnotationIndex | None = None
         self.results: list[dict[str, Any]] = []
         self.figures: dict[str, Any] = {}
-        backbone = detector.network.backbone
-        frozen = [backbone.get_submodule(name) for stage in backbone.stages[:freeze_stages] for name in stage]
-        if freeze_batch_norm:
-            frozen += _norms(backbone)
-        for module in frozen:
-            module.requires_grad_(False)
-        self._frozen_norms = {norm for module in frozen for norm in _norms(module)}
+        self._frozen_norms = detector.network.backbone.freeze(freeze_stages, batch_norm=freeze_batch_norm)
 
     def train(self, mode: bool = True) -> DetectionTask:
         super().train(mode)
@@ -116,10 +108,6 @@ class DetectionTask(lightning.LightningModule):
             "metrics": {key: value for key, value in self.figures.items() if key != "per_class"},
         }
         checkpoint["detector"] = self.detector.describe() | {"provenance": provenance}
-
-
-def _norms(module: nn.Module) -> list[nn.Module]:
-    return [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
 
 
 def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

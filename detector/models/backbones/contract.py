@@ -66,8 +66,8 @@ class Backbone(nn.Module):
     Attributes:
         channels: of "c3", "c4", "c5".
         strides: of "c3", "c4", "c5": 8, 16, 32; c5 keeps 16 where the last stage is dilated.
-        stages: names of the submodules of each stage from the stem on, one stage per stride, in the order in which an
-            image meets them. The stem is everything up to stride 4. What `freeze.stages` counts.
+        stages: names of the submodules of each stage from the stem on, in the order in which an image meets them. The
+            first is everything up to stride 4, the others lead to c3, c4 and c5. What `freeze` counts.
     """
 
     channels: dict[str, int]
@@ -80,3 +80,29 @@ class Backbone(nn.Module):
         Where H or W is no multiple of a stride, the maps are rounded up, and they lie in channels_last memory.
         """
         raise NotImplementedError
+
+    def freeze(self, stages: int, *, batch_norm: bool = False) -> set[nn.Module]:
+        """Let pre-trained layers stay as they are.
+
+        Layers that begin as the identity are new, whatever weights the others have, and stay free: what V2* has more
+        than V2 would else never differ from it.
+
+        Args:
+            stages: how many, by the stride at which they end: 1 to stride 4, 2 to stride 8, 3 to stride 16, 4 all.
+            batch_norm: freeze every normalisation too.
+
+        Returns:
+            The frozen normalisations; training must keep them in evaluation mode, so that their statistics stay.
+        """
+        frozen = {
+            layer for stage in self.stages[:stages] for name in stage for layer in self.get_submodule(name).modules()
+        }
+        if batch_norm:
+            frozen |= {layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d)}
+        for new in self.modules():
+            if getattr(new, "starts_as_identity", False):
+                frozen -= set(new.modules())
+        for layer in frozen:
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        return {layer for layer in frozen if isinstance(layer, nn.BatchNorm2d)}

@@ -44,11 +44,17 @@ def library_names(backbone: Backbone) -> dict[str, str]:
 
 
 def is_megvii(names: Iterable[str]) -> bool:
-    return any(re.match(r"features\.\d+\.branch_main\.", name) for name in names)
+    """Whether these are the names of the authors' code, units numbered through or by stage."""
+    return any(re.match(r"(features|stage[234])\.\d+\.branch_main\.", name) for name in names)
 
 
-def megvii_names(backbone: ShuffleNetV2) -> dict[str, str]:
-    """Our name for each of the authors', those of a classifier included: conv_last is conv5, classifier.0 is fc."""
+def megvii_names(backbone: ShuffleNetV2, *, by_stage: bool = False) -> dict[str, str]:
+    """Our name for each of the authors', those of a classifier included: conv_last is conv5, classifier.0 is fc.
+
+    Args:
+        by_stage: units are not numbered through, "features.5", but by stage, "stage3.1": as in FastestDet and
+            Yolo-FastestV2, which took the authors' code.
+    """
     starts, number = {}, 0
     for stage in STAGES:
         starts[stage] = number
@@ -59,10 +65,16 @@ def megvii_names(backbone: ShuffleNetV2) -> dict[str, str]:
     for ours in backbone.state_dict():
         if match := re.match(r"(stage\d)\.(\d+)\.(branch\d)\.(.+)", ours):
             stage, unit, branch, rest = match.groups()
-            names[f"features.{starts[stage] + int(unit)}.{branches[branch]}.{rest}"] = ours
+            place = f"{stage}.{unit}" if by_stage else f"features.{starts[stage] + int(unit)}"
+            names[f"{place}.{branches[branch]}.{rest}"] = ours
         elif ours.startswith("conv1."):
             names[ours.replace("conv1", "first_conv", 1)] = ours
     return names
+
+
+def names_for(backbone: ShuffleNetV2, theirs: Iterable[str]) -> dict[str, str]:
+    """`megvii_names` in the way in which these names of a file are numbered."""
+    return megvii_names(backbone, by_stage=any(name.startswith("stage") for name in theirs))
 
 
 def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> ShuffleNetV2:
@@ -87,7 +99,7 @@ def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: s
             f"backbone.weights={source}: the authors' network shuffles and has no residuals. Set backbone.shuffle=true "
             "and backbone.residual=false."
         )
-    for theirs, ours in megvii_names(backbone).items():
+    for theirs, ours in names_for(backbone, tensors).items():
         if theirs in tensors and ours.endswith(".0.branch1.2.weight"):
             outputs, inputs = backbone.get_parameter(ours).shape[:2]
             if tensors[theirs].shape[:2] == (inputs, inputs) != (outputs, inputs):

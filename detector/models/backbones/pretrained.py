@@ -13,7 +13,7 @@ from torch import Tensor
 from detector.errors import InputError
 from detector.models.backbones.contract import Backbone
 from detector.models.backbones.input_frame import BGR, FRAMES, RGB, for_normalised_rgb
-from detector.models.backbones.key_maps import in_our_order, is_megvii, library_names, megvii_backbone, megvii_names
+from detector.models.backbones.key_maps import in_our_order, is_megvii, library_names, megvii_backbone, names_for
 from detector.models.backbones.published import REMEDY, published_weights, whole_model
 
 # What a classifier of ours has on top of a backbone.
@@ -122,7 +122,7 @@ def _load(
 ) -> WeightsReport:
     own = backbone.state_dict()
     authors = megvii_backbone(backbone, content, source) if is_megvii(content) else None
-    ours = library_names(backbone) if authors is None else megvii_names(authors)
+    ours = library_names(backbone) if authors is None else names_for(authors, content)
     tensors = {ours.get(name, name): value for name, value in content.items()}
     theirs = {name: other for other, name in ours.items()} | {ours.get(name, name): name for name in content}
 
@@ -133,6 +133,8 @@ def _load(
     fitting = [name for name in own if name in given and given[name].shape == own[name].shape]
     if problems and not (partial and fitting):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        if not fitting:
+            more += f". The file has {len(content)} tensors: {', '.join(list(content)[:4])} ..."
         raise InputError(
             f"backbone.weights={source}: made for another architecture: {'; '.join(problems[:3])}{more}. "
             "Choose the backbone, width and layout that the file was made for."

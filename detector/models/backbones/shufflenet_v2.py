@@ -49,6 +49,8 @@ class ExtraDepthwise(nn.Sequential):
     block" and no more; BN without ReLU is how the same authors begin a branch in released code (DetNAS, `xception`).
     """
 
+    starts_as_identity = True
+
     def __init__(self, channels: int, *, dilation: int) -> None:
         convolution, norm = depthwise(channels, stride=1, dilation=dilation)
         super().__init__(convolution, norm)
