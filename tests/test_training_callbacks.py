@@ -40,11 +40,24 @@ class Small(lightning.LightningModule):
         self.layers = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
 
 
+def trainer_on(device: str) -> Any:
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+
+
+def test_the_average_lies_on_the_device_of_the_run() -> None:
+    """Lightning makes it before it moves the weights there."""
+    callback, module = EMA(0.5), Small()
+    callback.setup(trainer_on("meta"), module, "fit")
+    assert callback._average_model is not None
+    assert {value.device.type for value in callback._average_model.state_dict().values()} == {"meta"}
+    assert {value.device.type for value in module.state_dict().values()} == {"cpu"}
+
+
 @pytest.mark.parametrize("decay", [0.3, 0.998])
 def test_the_average_is_the_formula(decay: float) -> None:
     torch.manual_seed(0)
     module, callback, states = Small(), EMA(decay), []
-    callback.setup(SimpleNamespace(), module, "fit")  # type: ignore[arg-type]
+    callback.setup(trainer_on("cpu"), module, "fit")
     for step in range(1, 31):
         with torch.no_grad():
             for parameter in module.parameters():
@@ -89,11 +102,14 @@ def test_the_average_is_what_is_scored_and_saved(
     assert len(stepped) == 6
     last = read_checkpoint(tmp_path / "run/last.ckpt")
     best = read_checkpoint(tmp_path / "run/best.ckpt")
-    # Scored after epoch 2, and saved then as the best; saved as the last after epoch 3, which is not scored.
-    expected = naive_average(stepped[:4], 0.4)
-    for key, value in expected.items():
-        assert torch.allclose(scored[0][key].double(), value.double(), atol=1e-6), key
-        assert torch.equal(best["state_dict"][key], scored[0][key]), key
+    # Scored after epoch 2 and after the last, which no `every` leaves out; one of the two is the best.
+    assert len(scored) == 2
+    kept = {4: 0, 6: 1}[best["global_step"]]
+    for steps, state in zip((4, 6), scored, strict=True):
+        for key, value in naive_average(stepped[:steps], 0.4).items():
+            assert torch.allclose(state[key].double(), value.double(), atol=1e-6), key
+    for key, value in scored[kept].items():
+        assert torch.equal(best["state_dict"][key], value), key
     for key, value in naive_average(stepped, 0.4).items():
         assert torch.allclose(last["state_dict"][key].double(), value.double(), atol=1e-6), key
         assert torch.equal(last["current_model_state"][key], stepped[-1][key]), key
@@ -162,6 +178,7 @@ def test_the_best_is_the_first_of_equals_and_survives_resuming(tmp_path: Path) -
     history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
     for step, ap in ((1, 0.0), (2, 0.5), (3, 0.5)):
         history.on_validation_end(FakeTrainer(step), figures(AP=ap))  # type: ignore[arg-type]
+    (tmp_path / "best.ckpt").touch()
     resumed = History(tmp_path, every=1)
     resumed.load_state_dict(history.state_dict())
     resumed.on_validation_end(FakeTrainer(4), figures(AP=0.4))  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def held_out_pictures(source: Path, target: Path) -> None:
 
 def main() -> None:
     shutil.rmtree(RUN_DIR, ignore_errors=True)
-    seconds = step("tools/train.py", "recipe=demo", f"run_dir={RUN_DIR}", *sys.argv[1:])
+    seconds = step("tools/train.py", "recipe=demo", f"run_dir={RUN_DIR}", "overwrite=true", *sys.argv[1:])
     step("tools/eval.py", f"ckpt={RUN_DIR}/best.ckpt", f"out={RUN_DIR}/eval")
     held_out_pictures(Path("data/shapes/images"), RUN_DIR / "held_out")
     step("tools/predict.py", f"ckpt={RUN_DIR}/best.ckpt", f"source={RUN_DIR}/held_out", f"out={RUN_DIR}/predictions")

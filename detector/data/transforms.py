@@ -129,7 +129,21 @@ class TrainTransform:
         ours, theirs = np.random.SeedSequence((self.seed, process_rank(), worker_seed)).spawn(2)
         self._generator = np.random.default_rng(ours)
         # Not set_random_seed: it gives every transform the same stream, so that all flips would happen together.
-        self._compose.set_random_state(self._generator, random.Random(int(theirs.generate_state(1, np.uint64)[0])))
+        self._python = random.Random(int(theirs.generate_state(1, np.uint64)[0]))
+        self._compose.set_random_state(self._generator, self._python)
+
+    def state(self) -> dict[str, Any] | None:
+        """Where the draws stand, in plain types; None before the first."""
+        if self._generator is None:
+            return None
+        return {"numpy": self._generator.bit_generator.state, "python": self._python.getstate()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` said."""
+        self.reseed(0)
+        assert self._generator is not None
+        self._generator.bit_generator.state = state["numpy"]
+        self._python.setstate(state["python"])
 
     def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
         """Draw one view of an image. The arguments are not written to.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
+import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
 from torch import Tensor
 
@@ -116,7 +119,8 @@ class History(lightning.Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        if (self.run_dir / "best.ckpt").is_file():  # what `best` describes
+            self.best = state_dict["best"]
 
 
 class FirstBatchPicture(lightning.Callback):
@@ -191,6 +195,67 @@ class ProgressLines(lightning.Callback):
         return True
 
 
+class LastEpochScored(lightning.Callback):
+    """Scores the last epoch, also where `val.every` would leave it out."""
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
+        if trainer.max_epochs and trainer.current_epoch + 1 >= trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+
+class RandomStates(lightning.Callback):
+    """Keeps where all random generators stand in the checkpoint, so that a resumed run draws what it would have drawn.
+
+    Those of Python, numpy and torch, of each process, and that of the transform where it runs in the training process.
+    Loader processes are started anew with a run, and draw from new seeds.
+    """
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] = []
+        self.transform: Any = None
+
+    def setup(self, trainer: lightning.Trainer, _: lightning.LightningModule, stage: str) -> None:
+        self.transform = getattr(getattr(trainer, "datamodule", None), "transform", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all ranks, as plain values and tensors."""
+        numpy_state: Any = np.random.get_state()
+        kind, keys, *rest = numpy_state
+        own = {
+            "python": random.getstate(),
+            "numpy": (kind, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            "transform": self.transform.state() if self.transform is not None else None,
+        }
+        if not (dist.is_available() and dist.is_initialized()):
+            return {"ranks": [own]}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.states = state_dict["ranks"]
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
+        states, self.states = self.states, []
+        if len(states) != trainer.world_size:  # not resumed, or on another number of devices
+            return
+        own = states[trainer.global_rank]
+        random.setstate(own["python"])
+        np.random.set_state(own["numpy"])
+        torch.set_rng_state(own["torch"])
+        if own["cuda"] is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(own["cuda"])
+        if own["transform"] is not None and self.transform is not None:
+            self.transform.set_state(own["transform"])
+        loader: Any = trainer.train_dataloader
+        if loader.num_workers == 0:
+            # Each new iterator of a loader takes a seed from torch's generator. Lightning makes that of an epoch after
+            # this hook; but that of the first epoch, here a resumed one, before it.
+            torch.empty((), dtype=torch.int64).random_()
+
+
 class EMA(WeightAveraging):
     """Exponential moving average of the weights, scored and saved in place of the weights themselves.
 
@@ -201,6 +266,10 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=self._average)
         self.decay = decay
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the weights themselves are moved there only after this hook
+        super().setup(trainer, pl_module, stage)
 
     @torch.no_grad()
     def _average(self, averages: list[Tensor], currents: list[Tensor], updates: Tensor | int) -> None:

@@ -18,6 +18,7 @@ from detector.models.backbones.classifier import ImageClassifier
 from detector.models.light_head_rcnn import MEAN, STD
 from detector.training.plots import draw_batch
 from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
+from detector.training.task import big_enough
 from detector.training.trainer import share_buffers, world_size
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class ClassificationTask(lightning.LightningModule):
         return self.network(images.contiguous(memory_format=torch.channels_last))
 
     def training_step(self, batch: ImageBatch, _: int) -> Tensor:
-        logits = self(batch.images).float()
+        with big_enough():
+            logits = self(batch.images).float()
         losses = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing, reduction="none")
         loss = losses.mean()
         if not torch.isfinite(loss):

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -35,13 +34,17 @@ from detector.training.data_module import ClassificationData
 from detector.training.resume import check_can_go_on, with_checkpoint
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
 from detector.training.trainer import (
+    KeptCheckpoint,
     RunOptions,
     TrainBatchOptions,
     ValidationOptions,
     build_trainer,
+    check_free,
     devices,
     ranks_end_together,
     run_directory,
+    say_what_was_written,
+    without_traces,
 )
 
 log = logging.getLogger(__name__)
@@ -145,12 +148,14 @@ class PretrainOptions(RunOptions):
         return self
 
 
+@without_traces()
 def pretrain(options: PretrainOptions) -> Path:
     """Train a classifier. Returns the run directory.
 
     Raises:
         InputError: something in the options, the data or the checkpoint is wrong.
     """
+    check_free(options)
     options, checkpoint = with_checkpoint(options, read=read_classifier, entry=ENTRY, group="pretrain")
     lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
     device_arguments = devices(options.trainer)
@@ -195,21 +200,16 @@ def pretrain(options: PretrainOptions) -> Path:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
         log.info("last epoch: top-1 %.4f, top-5 %.4f", task.figures["top1"], task.figures["top5"])
-        log.info(
-            "best.pth, best.ckpt, last.ckpt, metrics.csv, metrics.json, curves.png, train_batch.png in %s", run_dir
-        )
+        say_what_was_written(run_dir)
         log.info("A detector on this backbone:\n%s", next_command(options, run_dir))
     return run_dir
 
 
-class BestWeights(ModelCheckpoint):
-    """best.ckpt, as Lightning keeps it, and best.pth: the same weights alone, as `backbone.weights` takes them."""
+class BestWeights(KeptCheckpoint):
+    """best.ckpt and best.pth: the same weights alone, as `backbone.weights` takes them."""
 
     def __init__(self, run_dir: Path) -> None:
-        # No metric in the file name: '=' in a name could not be given on the command line as ckpt=...
-        super().__init__(
-            run_dir, filename="best", monitor=METRICS[0], mode="max", save_last=False, enable_version_counter=False
-        )
+        super().__init__(run_dir, METRICS[0])
         self.weights = run_dir / "best.pth"
         self.written: Tensor | None = None  # the score of what best.pth holds
 
@@ -224,7 +224,7 @@ class BestWeights(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.written = self.best_model_score
+        self.written = self.best_model_score if self.weights.is_file() else None
 
     def _follow(self, trainer: lightning.Trainer) -> None:
         score = self.best_model_score

@@ -10,7 +10,6 @@ from typing import Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detector.data.preprocess import Preprocessing
@@ -28,11 +27,15 @@ from detector.training.plots import draw_batch
 from detector.training.resume import check_can_go_on, with_checkpoint
 from detector.training.task import DetectionTask, load_pretrained
 from detector.training.trainer import (
+    KeptCheckpoint,
     RunOptions,
     build_trainer,
+    check_free,
     devices,
     ranks_end_together,
     run_directory,
+    say_what_was_written,
+    without_traces,
 )
 
 log = logging.getLogger(__name__)
@@ -56,12 +59,14 @@ class TrainOptions(NetworkOptions, RunOptions):
     freeze: FreezeOptions = FreezeOptions()
 
 
+@without_traces()
 def train(options: TrainOptions) -> Path:
     """Train a detector. Returns the run directory.
 
     Raises:
         InputError: something in the options, the data or the checkpoint is wrong.
     """
+    check_free(options)
     options, checkpoint = with_checkpoint(options)
     # Not the draws of the first epochs once more where a run goes on.
     lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
@@ -101,10 +106,7 @@ def train(options: TrainOptions) -> Path:
         device_arguments,
         run_dir,
         epochs=epochs,
-        # No metric in the file names: '=' in a name could not be given on the command line as ckpt=...
-        best=ModelCheckpoint(
-            run_dir, filename="best", monitor="AP", mode="max", save_last=False, enable_version_counter=False
-        ),
+        best=KeptCheckpoint(run_dir, "AP"),
         history=History(run_dir, every=options.trainer.log_every),
         picture=FirstBatchPicture(run_dir, lambda batch: draw_batch(batch, detector.class_names)),
     )
@@ -114,7 +116,7 @@ def train(options: TrainOptions) -> Path:
         raise KeyboardInterrupt
     if trainer.is_global_zero:
         log.info("\n%s\n", format_table(task.figures, f"{val_index.annotation_file}, last epoch"))
-        log.info("best.ckpt, last.ckpt, metrics.csv, metrics.json, curves.png, train_batch.png in %s", run_dir)
+        say_what_was_written(run_dir)
     return run_dir
 
 

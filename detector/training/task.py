@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -54,7 +55,8 @@ class DetectionTask(lightning.LightningModule):
         return self
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        losses = self.network(batch)
+        with big_enough():
+            losses = self.network(batch)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
             parts = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
@@ -108,6 +110,24 @@ class DetectionTask(lightning.LightningModule):
             "metrics": {key: value for key, value in self.figures.items() if key != "per_class"},
         }
         checkpoint["detector"] = self.detector.describe() | {"provenance": provenance}
+
+
+@contextmanager
+def big_enough() -> Iterator[None]:
+    """Say in the field's words what torch's normalisation has against one small image alone.
+
+    Raises:
+        InputError: a map has one value per channel, and no variance.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "The images of a step are too small for batch normalisation: a feature map has a single value per channel. "
+            "Raise train.batch_size, or the size of the input."
+        ) from error
 
 
 def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,12 +27,27 @@ from torch import nn
 from detector.errors import InputError
 from detector.files import replacing
 from detector.options import BelowOne, Count, Flag, Natural, Options
-from detector.training.callbacks import EMA, FirstBatchPicture, History, ProgressBar, ProgressLines
+from detector.training.callbacks import (
+    EMA,
+    FirstBatchPicture,
+    History,
+    LastEpochScored,
+    ProgressBar,
+    ProgressLines,
+    RandomStates,
+)
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
 
 log = logging.getLogger(__name__)
-# The process that launches the others decides on the time; they find it here.
-RUN_TIME_VARIABLE = "DETECTOR_RUN_TIME"
+# The process that launches the others decides on the name of the run's folder; they find it here.
+RUN_NAME_VARIABLE = "DETECTOR_RUN_NAME"
+# Everything that a run writes but config.yaml, in the order in which the log names it.
+WRITTEN = (
+    "best.pth", "best.ckpt", "last.ckpt", "metrics.csv", "metrics.json", "curves.png", "train_batch.png", "tensorboard"
+)  # fmt: skip
+# What a resumed run goes on with, beside its checkpoint.
+CONTINUED = ("best.pth", "best.ckpt", "metrics.csv", "metrics.json", "train_batch.png")
+LOGGERS = ("lightning.pytorch", "lightning.fabric")
 # What Lightning says about itself and not about this run; a newcomer would take it for a fault.
 NOISE = (
     r"Checkpoint directory .* exists and is not empty",  # config.yaml is in it
@@ -115,13 +132,46 @@ class RunOptions(Options):
     trainer: TrainerOptions = TrainerOptions()
 
 
+class KeptCheckpoint(ModelCheckpoint):
+    """best.ckpt, the checkpoint with the highest score, the first of equals; or last.ckpt, after each epoch.
+
+    Lightning's forgets the score when its folder has moved; here it goes with the folder, and without the file there
+    is none.
+
+    Args:
+        run_dir: where it is kept.
+        monitor: the metric that decides; None: the last is kept, scored or not.
+    """
+
+    def __init__(self, run_dir: Path, monitor: str | None = None) -> None:
+        # No metric in the file name: '=' in a name could not be given on the command line as ckpt=...
+        self.kept = run_dir / ("best.ckpt" if monitor else "last.ckpt")
+        super().__init__(
+            run_dir, filename=self.kept.stem, monitor=monitor, mode="max" if monitor else "min", save_last=False,
+            save_on_train_epoch_end=None if monitor else True, enable_version_counter=False,
+        )  # fmt: skip
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint holds the state: the place of earlier versions."""
+        return super().state_key.replace("KeptCheckpoint", "ModelCheckpoint", 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        score = state_dict["best_model_score"]
+        if score is not None and self.kept.is_file():
+            path = f"{self.dirpath}/{self.kept.name}"
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {path: score}
+
+
 def build_trainer(
     options: RunOptions,
     device_arguments: Mapping[str, Any],
     run_dir: Path,
     *,
     epochs: int,
-    best: ModelCheckpoint,
+    best: KeptCheckpoint,
     history: History,
     picture: FirstBatchPicture,
 ) -> lightning.Trainer:
@@ -137,14 +187,13 @@ def build_trainer(
     """
     callbacks: list[lightning.Callback] = [
         best,
-        # After each epoch, scored or not.
-        ModelCheckpoint(
-            run_dir, filename="last", monitor=None, save_on_train_epoch_end=True, enable_version_counter=False
-        ),
+        KeptCheckpoint(run_dir),
         history,
         LearningRateMonitor("step"),
         *([picture] if not options.resume else []),
         *([EMA(options.ema)] if options.ema else []),
+        LastEpochScored(),
+        RandomStates(),
     ]
     return lightning.Trainer(
         **device_arguments,
@@ -164,7 +213,7 @@ def build_trainer(
 
 def progress(options: DeviceOptions, callbacks: list[lightning.Callback]) -> dict[str, Any]:
     """Lightning's arguments for callbacks and for progress: a bar in a terminal, else lines in the log."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # advertisements, and which devices there are not
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
@@ -251,6 +300,36 @@ def share_buffers(network: nn.Module) -> None:
             dist.broadcast(buffer.data, src=0)
 
 
+@contextmanager
+def without_traces() -> Iterator[None]:
+    """Warnings, log levels, threads and environment are afterwards as before: runs can follow in one process."""
+    environment, threads = os.environ.copy(), torch.get_num_threads()
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+            torch.set_num_threads(threads)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def check_free(options: RunOptions) -> None:
+    """
+    Raises:
+        InputError: the run directory that is given holds a run already.
+    """
+    if options.run_dir and not options.resume and not options.overwrite and is_first_process():
+        run_dir = Path(options.run_dir)
+        if any((run_dir / name).exists() for name in WRITTEN):
+            raise InputError(
+                f"'{run_dir}' holds a run. Choose another run_dir; or overwrite=true, which removes that run; or "
+                f"ckpt={run_dir / 'last.ckpt'} resume=true, which goes on with it."
+            )
+
+
 def run_directory(options: RunOptions, above: Path = Path("runs")) -> Path:
     """Given, or the resumed run's, or <above>/<recipe>/<backbone>/<time>. Rank 0 alone writes to it, beginning here."""
     if options.run_dir:
@@ -258,14 +337,46 @@ def run_directory(options: RunOptions, above: Path = Path("runs")) -> Path:
     elif options.resume:
         run_dir = Path(str(options.ckpt)).parent
     else:
-        now = os.environ.setdefault(RUN_TIME_VARIABLE, datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        run_dir = above / options.recipe_name / options.backbone_name / now
+        folder = above / options.recipe_name / options.backbone_name
+        run_dir = folder / os.environ.setdefault(RUN_NAME_VARIABLE, _free_name(folder))
     if is_first_process():
         check_writable(run_dir)
+        if options.resume:
+            _bring(Path(str(options.ckpt)).parent, run_dir)
+        else:
+            _clear(run_dir)
         with replacing(run_dir / "config.yaml") as partial:
             partial.write_text(yaml.safe_dump(options.to_dict(), sort_keys=False))
         log.info("run directory: %s", run_dir)
     return run_dir
+
+
+def _free_name(folder: Path) -> str:
+    """The time, to the second; with a number where a run has begun in the same one."""
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = itertools.chain([now], (f"{now}_{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (folder / name).exists())
+
+
+def _bring(old: Path, new: Path) -> None:
+    """What belongs to a run, where it goes on in another folder."""
+    for name in CONTINUED:
+        if (old / name).is_file() and not (new / name).exists():
+            shutil.copy2(old / name, new / name)
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what another run has left, or its best.ckpt would pass for this one's."""
+    for name in WRITTEN:
+        if (run_dir / name).is_dir():
+            shutil.rmtree(run_dir / name)
+        else:
+            (run_dir / name).unlink(missing_ok=True)
+
+
+def say_what_was_written(run_dir: Path) -> None:
+    """A line in the log that names the files of a run."""
+    log.info("%s in %s", ", ".join(name for name in WRITTEN[:-1] if (run_dir / name).exists()), run_dir)
 
 
 def check_writable(folder: Path) -> None:
