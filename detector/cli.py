@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 from detector.errors import InputError
+from detector.files import CONF
 from detector.options import Options, alternatives, names_in, sets_in, shown, type_of
 
 # Name -> the module whose docstring is the help, its options, the function that takes them.
@@ -41,8 +42,6 @@ COMMANDS = {
 }
 # The key of a word without `=`: `benchmark peers` reads better than `benchmark what=peers`.
 BARE_WORDS = {"benchmark": "what"}
-# In a wheel conf/ lies in the package.
-CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir())
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count

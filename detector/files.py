@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# The differences from the defaults of the options. In a wheel they lie in the package, in a clone beside it.
+CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir())
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:

@@ -12,7 +12,9 @@ import yaml
 from tool_runner import run_tool
 from torch import nn
 
-from detector.lab.backbones import Row, alexnet_row, describe, time_classifiers
+from detector.lab import backbones
+from detector.lab.backbones import BackboneProfile, alexnet_profile, profile, time_classifiers
+from detector.lab.benchmark import PLOTTED
 from detector.lab.cost import memory_access, multiply_adds
 from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
@@ -40,19 +42,19 @@ def test_published_cost_is_met_or_explained(name: str) -> None:
 
 
 def test_a_row_has_what_was_asked_for() -> None:
-    row = describe("v2_0.5x", entry("v2_0.5x"), with_field=False)
-    assert (row.published, row.image_size) == (41, 224)
-    assert row.multiply_adds == pytest.approx(40.48, abs=0.01)
-    assert row.parameters == pytest.approx(1.3668, abs=1e-4)
-    assert row.detection_multiply_adds == pytest.approx(0.57, abs=0.005)  # worked out for 800x1200 by hand: 0.57 G
-    assert row.deviation == pytest.approx(40.48 / 41 - 1, abs=1e-3)
-    assert row.field is None
-    assert json.loads(json.dumps(row.to_dict()))["receptive_field"] is None
-    assert describe("v2star_0.5x", entry("v2star_0.5x"), with_field=False).deviation is None
+    found = profile("v2_0.5x", parse_backbone(entry("v2_0.5x")), with_field=False)
+    assert (found.published, found.image_size) == (41, 224)
+    assert found.multiply_adds == pytest.approx(40.48, abs=0.01)
+    assert found.parameters == pytest.approx(1.3668, abs=1e-4)
+    assert found.detection_multiply_adds == pytest.approx(0.57, abs=0.005)  # worked out for 800x1200 by hand: 0.57 G
+    assert found.deviation == pytest.approx(40.48 / 41 - 1, abs=1e-3)
+    assert found.field is None
+    assert json.loads(json.dumps(found.to_dict()))["receptive_field"] is None
+    assert profile("v2star_0.5x", parse_backbone(entry("v2star_0.5x")), with_field=False).deviation is None
 
 
 def test_alexnet_is_there_for_its_speed() -> None:
-    assert alexnet_row().multiply_adds == pytest.approx(714, abs=1)  # torchvision's figure: 0.714 G
+    assert alexnet_profile().multiply_adds == pytest.approx(714, abs=1)  # torchvision's figure: 0.714 G
 
 
 def test_memory_access_of_a_pointwise_convolution_is_the_papers() -> None:
@@ -81,15 +83,16 @@ def test_equal_multiply_adds_can_differ_in_memory_access() -> None:
     assert memory_access(*uneven) > 1.8 * memory_access(*even)
 
 
-def test_every_turn_times_every_network() -> None:
+def test_every_turn_times_every_network(monkeypatch: pytest.MonkeyPatch) -> None:
     networks = {name: (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), 16) for name in ("a", "b")}
     shown: list[str] = []
 
-    def progress(turns: Any, title: str) -> Any:
+    def progress(turns: Any, title: str, unit: str) -> Any:
         shown.append(f"{title}: {len(turns)}")
         return turns
 
-    times = time_classifiers(networks, 2, progress)
+    monkeypatch.setattr(backbones, "progress", progress)
+    times = time_classifiers(networks, 2)
     assert shown == ["batch 1: 5", "batch 8: 5"]  # three turns are not counted
     assert set(times) == {"a", "b"}
     assert all(times[name][batch] > 0 for name in times for batch in (1, 8))
@@ -111,6 +114,11 @@ def test_the_tool_writes_table_and_picture(tmp_path: Path) -> None:
     assert "torch" in written["machine"]
 
 
+def test_every_plotted_backbone_exists() -> None:
+    """A name without a file left its panel of receptive_fields.png out, without a word."""
+    assert [name for name in PLOTTED if not (CONF / f"{name}.yaml").is_file()] == []
+
+
 def test_an_unknown_backbone_is_named(tmp_path: Path) -> None:
     outcome = run_tool("benchmark", "backbones", "only=[v3_1x]", cwd=tmp_path)
     assert "v3_1x" in outcome.error()
@@ -118,4 +126,4 @@ def test_an_unknown_backbone_is_named(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_published_figure_have_no_deviation() -> None:
-    assert Row("x", 224, 1.0, 2.0, 3.0).deviation is None
+    assert BackboneProfile("x", 224, 1.0, 2.0, 3.0).deviation is None

@@ -61,7 +61,7 @@ def test_all_contestants_take_turns_with_every_number_of_threads(
     asked: list[int] = []
     shown = []
 
-    def progress(turns: range, title: str) -> range:
+    def progress(turns: range, title: str, unit: str) -> range:
         shown.append(title)
         return turns
 
@@ -72,7 +72,8 @@ def test_all_contestants_take_turns_with_every_number_of_threads(
         return {name: [2.0, 9.0] if name == "torch" else [3.0, 9.0] for name in makers}
 
     monkeypatch.setattr(prediction, "take_turns_apart", in_this_process)
-    timings = contest_predictions(tmp_path / "d.ckpt", IMAGE, threads=[1, 2], turns=2, budgets=[5], progress=progress)
+    monkeypatch.setattr(prediction, "progress", progress)
+    timings = contest_predictions(tmp_path / "d.ckpt", IMAGE, threads=[1, 2], turns=2, budgets=[5])
     assert shown == ["1 thread", "2 threads"]
     assert asked == [1] * 5 + [2] * 5
     names = ["torch", "torch, 5 proposals", *(f"torchvision {name}" for name in (*PEERS, NO_PROPOSALS))]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from detector.data.progress import progress
 from detector.lab.cost import memory_access, multiply_adds, parameters
 from detector.lab.latency import WARM_UP, take_turns
 from detector.lab.receptive_field import TheoreticalField, effective_field, effective_side, theoretical_field
@@ -28,7 +29,7 @@ BATCHES = (1, 8)  # table 8: one image on ARM, eight on the GPU
 
 
 @dataclasses.dataclass
-class Row:
+class BackboneProfile:
     """One backbone with its classifier for 1000 classes.
 
     Attributes:
@@ -70,7 +71,7 @@ class Row:
         return shown | {"deviation": self.deviation, "receptive_field": fields}
 
 
-def describe(name: str, options: BackboneOptions, *, with_field: bool) -> Row:
+def profile(name: str, options: BackboneOptions, *, with_field: bool) -> BackboneProfile:
     """What can be computed of a backbone without a clock.
 
     Args:
@@ -78,45 +79,43 @@ def describe(name: str, options: BackboneOptions, *, with_field: bool) -> Row:
         with_field: measure the receptive fields too: seconds, minutes for the deepest.
     """
     published = options.published
-    row = _row(name, build_classifier(options, CLASSES), published.image_size if published else 224)
+    found = _profile(name, build_classifier(options, CLASSES), published.image_size if published else 224)
     if published:
-        row.published, row.source, row.note = published.multiply_adds, published.source, published.note
+        found.published, found.source, found.note = published.multiply_adds, published.source, published.note
     backbone = build_backbone(options)
-    row.detection_multiply_adds = multiply_adds(backbone.to("meta"), _meta(DETECTION_SIZE)) / 1e9
+    found.detection_multiply_adds = multiply_adds(backbone.to("meta"), _meta(DETECTION_SIZE)) / 1e9
     if with_field:
         backbone = build_backbone(options)
-        row.field = _field(backbone)
-        row.effective_map = effective_field(backbone)
-        row.effective = effective_side(row.effective_map)
-    return row
+        found.field = _field(backbone)
+        found.effective_map = effective_field(backbone)
+        found.effective = effective_side(found.effective_map)
+    return found
 
 
-def alexnet_row() -> Row:
+def alexnet_profile() -> BackboneProfile:
     """AlexNet, for its speed alone (Zhang et al. 2018, table 8, 720 M): its maps have no strides of 8, 16 and 32."""
-    row = _row("alexnet", torchvision.models.alexnet(weights=None), 224)
-    row.published, row.source = 720, "Zhang et al. 2018, table 8"
-    row.note = "torchvision's is the one-tower variant (Krizhevsky 2014), narrower in the second convolution"
-    return row
+    found = _profile("alexnet", torchvision.models.alexnet(weights=None), 224)
+    found.published, found.source = 720, "Zhang et al. 2018, table 8"
+    found.note = "torchvision's is the one-tower variant (Krizhevsky 2014), narrower in the second convolution"
+    return found
 
 
 @torch.inference_mode()
 def time_classifiers(
     networks: Mapping[str, tuple[nn.Module, int]],
     turns: int,
-    progress: Callable[[Iterable[int], str], Iterable[int]] = lambda turns, _: turns,
 ) -> dict[str, dict[int, float]]:
     """Median milliseconds of classifiers that take turns, by name and batch size.
 
     Args:
         networks: name -> (classifier, side of its input); each is folded first, as for prediction.
         turns: of each network, after WARM_UP that are not counted.
-        progress: given the turns and a title, the turns again, for example a progress bar.
     """
     ready = {name: (fuse(network), size) for name, (network, size) in networks.items()}
     found: dict[str, dict[int, float]] = {name: {} for name in networks}
     for batch in BATCHES:
         calls = {name: _call(network, batch, size) for name, (network, size) in ready.items()}
-        times = take_turns(calls, progress(range(WARM_UP + turns), f"batch {batch}"))
+        times = take_turns(calls, progress(range(WARM_UP + turns), f"batch {batch}", unit="turn"))
         for name, seconds in times.items():
             found[name][batch] = 1000 * statistics.median(seconds)
     return found
@@ -127,10 +126,10 @@ def _call(network: nn.Module, batch: int, size: int) -> Callable[[], Tensor]:
     return lambda: network(images)
 
 
-def _row(name: str, network: nn.Module, size: int) -> Row:
+def _profile(name: str, network: nn.Module, size: int) -> BackboneProfile:
     network = network.to("meta")
     images = _meta((size, size))
-    return Row(
+    return BackboneProfile(
         name,
         size,
         parameters(network) / 1e6,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 import torchvision
@@ -81,16 +80,14 @@ def _randomise_statistics(network: torch.nn.Module) -> None:
             module.get_buffer("running_var").uniform_(0.1, 0.5)
 
 
-def training_contest(
-    options: NetworkOptions, augment: Mapping[str, Any], index: AnnotationIndex, turns: int
-) -> Contest:
+def training_contest(options: NetworkOptions, augment: AugmentOptions, index: AnnotationIndex, turns: int) -> Contest:
     """A training step, from reading files to the optimiser, against torchvision's light two-stage detector.
 
     Same pictures, same transforms, same resize (short side 320), batch 8, two steps a turn; a third of the turns,
     because the peer takes seconds.
     """
     preprocessing = Preprocessing(short_side=320, long_side=640)
-    transform = TrainTransform(preprocessing, AugmentOptions.parse(augment, "augment"), seed=0)
+    transform = TrainTransform(preprocessing, augment, seed=0)
     batches = _batches(DetectionDataset(index, transform))
     own = build_network(options, len(index.class_names)).to(memory_format=torch.channels_last).train()
     peer = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(

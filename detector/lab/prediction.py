@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from detector.data.preprocess import canvas_size, prepare
+from detector.data.progress import progress
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.export.formats import convert_for_openvino, import_openvino
@@ -75,7 +76,6 @@ def contest_predictions(
     turns: int,
     exports: Sequence[str | Path] = (),
     budgets: Sequence[int] = (),
-    progress: Callable[[Iterable[int], str], Iterable[int]] = lambda turns, _: turns,
 ) -> list[Timing]:
     """From a picture in memory to its boxes, all contestants taking turns, each in a process of its own.
 
@@ -86,7 +86,6 @@ def contest_predictions(
         turns: of each, after WARM_UP that are not counted.
         exports: files of tools/export.py.
         budgets: numbers of proposals that the checkpoint is run with too.
-        progress: given the turns and a title, the turns again, for example a progress bar.
 
     Raises:
         InputError: a contestant fails.
@@ -100,7 +99,7 @@ def contest_predictions(
         }
         makers |= {Path(path).name: partial(_export_call, path, image, number) for path in exports}
         makers |= {f"torchvision {name}": partial(_peer_call, name, image, number) for name in (*PEERS, NO_PROPOSALS)}
-        times = take_turns_apart(makers, progress(range(WARM_UP + turns), _counted(number)), settle=SETTLE)
+        times = take_turns_apart(makers, progress(range(WARM_UP + turns), _counted(number), unit="turn"), settle=SETTLE)
         for name, seconds in times.items():
             share = statistics.median(own / base for own, base in zip(seconds, times[TORCH], strict=True))
             timings.append(Timing(name, number, seconds, share))
@@ -209,7 +208,6 @@ def contest_networks(
     *,
     threads: Iterable[int],
     turns: int,
-    progress: Callable[[Iterable[int], str], Iterable[int]] = lambda turns, _: turns,
 ) -> dict[int, dict[str, list[float]]]:
     """Seconds of networks alone: our exports on a picture that is resized and padded already, and torchvision's
     detectors, which resize by themselves, as OpenVINO exports of ours run: for latency, with a fixed size, in float32
@@ -230,7 +228,9 @@ def contest_networks(
             }
             makers |= {Path(path).name: partial(_network_call, path, image, number) for path in exports}
             title = f"exported networks, {_counted(number)}"
-            times[number] = take_turns_apart(makers, progress(range(WARM_UP + turns), title), settle=SETTLE)
+            times[number] = take_turns_apart(
+                makers, progress(range(WARM_UP + turns), title, unit="turn"), settle=SETTLE
+            )
     return times
 
 

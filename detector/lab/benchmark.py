@@ -1,0 +1,335 @@
+"""Measure on this machine: parts and predictions beside named peers, every backbone beside its published cost.
+
+python tools/benchmark.py peers                       parts of this package and torchvision's, in turns; median ratios
+python tools/benchmark.py peers out=peers.json        and write the results down
+python tools/benchmark.py backbones                   cost, receptive field and speed of every file of conf/backbone/
+python tools/benchmark.py backbones only=[v2_1x,v2star_1x] out=DIR    a table, JSON and a plot in DIR
+python tools/benchmark.py predict ckpt=best.ckpt exports=[best.onnx,best.xml]   one image to its boxes, part by part,
+                                                      beside torchvision's detectors, with 1 .. all threads
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torchvision
+import yaml
+from pydantic import ConfigDict
+
+from detector.data.annotations import load_annotations
+from detector.data.images import read_image
+from detector.data.progress import progress
+from detector.data.scenes import render_scene
+from detector.data.shapes import ensure_shapes
+from detector.data.transforms import AugmentOptions
+from detector.errors import InputError
+from detector.evaluation.tables import markdown_table
+from detector.export.formats import import_openvino
+from detector.export.quantize import import_nncf
+from detector.files import CONF, replacing, write_json
+from detector.inference.detector import Detector
+from detector.inference.runtime import ExportedDetector
+from detector.lab.backbones import CLASSES, BackboneProfile, alexnet_profile, profile, time_classifiers
+from detector.lab.latency import Contest, machine
+from detector.lab.peers import align_contests, backbone_contests, training_contest
+from detector.lab.prediction import (
+    PEERS,
+    Timing,
+    contest_networks,
+    contest_predictions,
+    exported_peer_names,
+    memory_of,
+    network_multiply_adds,
+    parts,
+    peer_multiply_adds,
+)
+from detector.lab.receptive_field import plot_receptive_fields
+from detector.models.backbones import parse_backbone
+from detector.models.backbones.classifier import build_classifier
+from detector.models.build import NetworkOptions
+from detector.options import Count, Flag
+
+log = logging.getLogger(__name__)
+# Of each contestant, where the command line does not say: a 99th percentile needs a hundred.
+TURNS = {"peers": 15, "backbones": 15, "predict": 100}
+RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
+# Of receptive_fields.png: the backbones of table 7 at 140 M, and what they are compared with.
+PLOTTED = (
+    "v2_1x",
+    "v2star_1x",
+    "xception_1x",
+    "v1_1x",
+    "mobilenet_v2_0.6",
+    "mobilenet_v1_0.5",
+    "resnet50",
+    "v2_0.5x",
+)
+EXPLAINED = 0.005  # a larger deviation from the published multiply-adds is listed below the table, with its reason
+
+
+class BenchmarkOptions(NetworkOptions):
+    """What to measure. The training step of `peers` is that of a network and a recipe; what else a recipe says is not
+    used here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    what: Literal["peers", "backbones", "predict"] = "peers"
+    """Peers, backbones or predict; the word alone will do."""
+    turns: Count | None = None
+    """Of each contestant, after three that are not counted; null: 15, for predict 100."""
+    out: str | None = None
+    """Peers, predict: a JSON file; backbones: a folder."""
+    only: tuple[str, ...] | None = None
+    """Backbones: their names, [v2_1x,v2star_1x]; null: every file of conf/backbone/."""
+    receptive_field: Flag = True
+    """Backbones: measure it too, minutes for all of them."""
+    ckpt: str | None = None
+    """Predict: best.ckpt or last.ckpt of a run."""
+    source: str | None = None
+    """Predict: an image; null: a drawn one of 640 x 480."""
+    exports: tuple[str, ...] = ()
+    """Predict: files of tools/export.py to run beside the checkpoint."""
+    threads: tuple[Count, ...] | None = None
+    """Predict: numbers of threads, [1,2]; null: 1 to all cores."""
+    budgets: tuple[Count, ...] = (50, 100)
+    """Predict: numbers of proposals that the checkpoint is run with too."""
+    peers_exported: Flag = False
+    """Predict: also networks alone, beside torchvision's in OpenVINO and int8, per multiply-add."""
+    augment: AugmentOptions = AugmentOptions()
+    """Peers: how the images of the training step are changed."""
+
+
+def benchmark(options: BenchmarkOptions) -> None:
+    """Measure, log the tables, and write them where `out` is given.
+
+    Raises:
+        InputError: an option, or a file that it names, is wrong; a contestant fails.
+    """
+    {"peers": benchmark_peers, "backbones": benchmark_backbones, "predict": benchmark_predict}[options.what](
+        options, options.turns or TURNS[options.what]
+    )
+
+
+def benchmark_peers(options: BenchmarkOptions, turns: int) -> None:
+    """Parts of this package beside torchvision's."""
+    rows = [one.to_dict() for one in progress(_peer_contests(options, turns), "contests", total=6, unit="contest")]
+    table = [(row["name"], f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.2f}") for row in rows]
+    heads = ("what", "this package, ms", "torchvision, ms", "times faster")
+    log.info("%s\n%s", machine(), markdown_table(heads, table))
+    _write(options.out, {"machine": machine(), "turns": turns, "contests": rows})
+
+
+def _peer_contests(options: BenchmarkOptions, turns: int) -> Iterator[Contest]:
+    yield from align_contests(turns)
+    yield from backbone_contests(turns)
+    with tempfile.TemporaryDirectory() as folder:
+        # Other images than the training ones, at the size that both sides take in without shrinking.
+        root = ensure_shapes(Path(folder) / "shapes", seed=1, train=32, val=1, size=320)
+        index = load_annotations(root / "annotations/train.json", root / "images")
+        yield training_contest(options, options.augment, index, turns)
+
+
+def benchmark_backbones(options: BenchmarkOptions, turns: int) -> None:
+    """Every backbone: its cost, what it sees, its speed as a classifier."""
+    entries = {
+        name: parse_backbone(yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text()))
+        for name in chosen(options.only)
+    }
+    profiles = [
+        profile(name, entry, with_field=options.receptive_field)
+        for name, entry in progress(entries.items(), "cost and receptive field", unit="backbone")
+    ]
+    networks: dict[str, Any] = {
+        one.name: (build_classifier(entries[one.name], CLASSES), one.image_size) for one in profiles
+    }
+    if not options.only:  # for its speed alone: it is no backbone
+        profiles.append(alexnet_profile())
+        networks["alexnet"] = (torchvision.models.alexnet(weights=None), profiles[-1].image_size)
+    times = time_classifiers(networks, turns)
+    for one in profiles:
+        one.milliseconds = times[one.name]
+    log.info("%s\n%s\n%s", machine(), backbone_table(profiles), deviations(profiles))
+    if options.out:
+        write_survey(profiles, Path(options.out))
+
+
+def chosen(only: Sequence[str] | None) -> list[str]:
+    """Names of files of conf/backbone/; all where none are given, but those that only take a model's name."""
+    known = sorted(path.stem for path in (CONF / "backbone").glob("*.yaml"))
+    if unknown := [name for name in only or () if name not in known]:
+        raise InputError(f"only={unknown}: no such backbone; there is {', '.join(known)}.")
+    return list(only) if only else [name for name in known if name not in ("timm", "torchvision")]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f}%"
+
+
+_COLUMNS: dict[str, Callable[[BackboneProfile], object]] = {
+    "backbone": lambda one: one.name,
+    "input": lambda one: one.image_size,
+    "parameters, M": lambda one: _number(one.parameters, 2),
+    "multiply-adds, M": lambda one: _number(one.multiply_adds, 1),
+    "published, M": lambda one: _number(one.published, 0 if (one.published or 0) >= 10 else 1),
+    "deviation": lambda one: _percent(one.deviation),
+    "MAC, M": lambda one: _number(one.memory_access, 1),
+    "multiply-adds at 800x1200, G": lambda one: _number(one.detection_multiply_adds, 2),
+    "field of a block": lambda one: _number(max(one.field.blocks.values(), default=None) if one.field else None, 0),
+    "field of c5, px": lambda one: _number(one.field.stages["c5"] if one.field else None, 0),
+    "effective, px": lambda one: _number(one.effective, 0),
+    "batch 1, ms": lambda one: _number(one.milliseconds.get(1), 1),
+    "batch 8, ms": lambda one: _number(one.milliseconds.get(8), 1),
+}
+
+
+def backbone_table(profiles: Sequence[BackboneProfile]) -> str:
+    """A Markdown table, a line for each backbone."""
+    return markdown_table([*_COLUMNS], [[of(one) for of in _COLUMNS.values()] for one in profiles], width=None)
+
+
+def deviations(profiles: Sequence[BackboneProfile]) -> str:
+    """A line for each backbone whose multiply-adds differ from the published ones by more than EXPLAINED."""
+    lines = [
+        f"- {one.name}: {_percent(one.deviation)} ({one.source}). {one.note or 'Not explained.'}"
+        for one in profiles
+        if one.deviation is not None and abs(one.deviation) > EXPLAINED
+    ]
+    head = f"More than {EXPLAINED:.1%} from the published multiply-adds:"
+    return "\n".join([head, "", *lines]) if lines else ""
+
+
+PREFACE = """# Backbones
+
+Written by `python tools/benchmark.py backbones out=docs` on {machine}.
+
+Each row is the ImageNet classifier (1000 classes) on a backbone of `conf/backbone/` with random weights, at its input
+size: parameters, multiply-adds (convolutions and matrix products), the published multiply-adds and the deviation from
+them, memory access cost (MAC: values that convolutions and fully connected layers read and write), the multiply-adds of
+the backbone alone at 800x1200, receptive fields, and the median time of one batch, folded for inference, all networks
+taking turns. Absolute times belong to this machine: compare rows. The theoretical field is that of a block of stride 1,
+in cells of its own map, and of c5, in pixels of the image. The effective field is the side of a square as large as the
+area whose gradient exceeds 4.55% of the largest (Luo et al. 2016), with random weights at 768x768.
+"""
+
+
+def write_survey(profiles: Sequence[BackboneProfile], out: Path) -> None:
+    """backbones.md, backbones.json and, where fields were measured, receptive_fields.png."""
+    _write(out / "backbones.json", {"machine": machine(), "backbones": [one.to_dict() for one in profiles]})
+    fields = {
+        one.name: (one.effective_map, one.field.stages["c5"], one.effective)
+        for one in profiles
+        if one.field and one.effective and one.effective_map is not None and one.name in PLOTTED
+    }
+    if fields:
+        plot_receptive_fields(fields, out / "receptive_fields.png")
+    plot = "![Receptive fields](receptive_fields.png)" if fields else ""
+    sections = (PREFACE.format(machine=machine()), backbone_table(profiles), deviations(profiles), plot)
+    with replacing(out / "backbones.md") as partial:
+        partial.write_text("\n\n".join(section.strip("\n") for section in sections if section) + "\n")
+    log.info("%s", out / "backbones.md")
+
+
+def benchmark_predict(options: BenchmarkOptions, turns: int) -> None:
+    """One image to its boxes: a checkpoint, its exports and torchvision's detectors."""
+    if not options.ckpt:
+        raise InputError("ckpt is missing: python tools/benchmark.py predict ckpt=RUN_DIR/best.ckpt")
+    exports = by_name(options.exports)
+    if options.peers_exported:  # before the minutes of the first contest
+        import_openvino()
+        import_nncf()
+    image = read_image(options.source) if options.source else drawn_image()
+    threads = list(options.threads or range(1, (os.cpu_count() or 1) + 1))
+    timings = contest_predictions(
+        options.ckpt, image, threads=threads, turns=turns, exports=list(exports.values()), budgets=options.budgets
+    )
+    torch.set_num_threads(threads[-1])
+    detector = Detector.load(options.ckpt, "cpu")
+    spent = parts(detector, image, turns)
+    memory = memory_of({"torch": Path(options.ckpt)} | exports, image.shape[:2], threads[-1])
+    efficiency = per_multiply_add(detector, exports, image, threads, turns) if options.peers_exported else []
+    size = f"one image of {image.shape[1]} x {image.shape[0]}, short side {detector.preprocessing.short_side}"
+    used = {RUNTIMES[path.suffix] for path in exports.values() if path.suffix in RUNTIMES}
+    where = ", ".join([machine(), *(f"{name} {version(name)}" for name in sorted(used))])
+    log.info("%s; %s\n%s", where, size, prediction_tables(timings, spent, memory, efficiency, threads[-1]))
+    content = {"machine": where, "picture": size, "turns": turns, "contestants": [one.to_dict() for one in timings]}
+    _write(options.out, content | {"parts_ms": spent, "peak_memory_mb": memory, "per_multiply_add": efficiency})
+
+
+def by_name(paths: Iterable[str]) -> dict[str, Path]:
+    """Files by their names, by which the tables tell them apart."""
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if path.name in found:
+            raise InputError(
+                f"exports: {found[path.name]} and {path} have one name, and the table tells by it; copy one."
+            )
+        found[path.name] = path
+    return found
+
+
+def drawn_image() -> np.ndarray:
+    """The first drawn scene of 640 x 480."""
+    scenes = (render_scene(seed, size=640).image for seed in itertools.count())
+    return next(image for image in scenes if image.shape[:2] == (480, 640))
+
+
+def per_multiply_add(
+    detector: Detector, exports: dict[str, Path], image: np.ndarray, threads: list[int], turns: int
+) -> list[dict[str, Any]]:
+    """Milliseconds and multiply-adds of the exports, and of torchvision's detectors in OpenVINO."""
+    costs: dict[str, int] = {}
+    for name in PEERS:
+        costs |= dict.fromkeys(exported_peer_names(name), peer_multiply_adds(name, image))
+    for name, path in exports.items():
+        costs[name] = network_multiply_adds(detector, image, ExportedDetector.load(path).info.canvas)
+    times = contest_networks(image, list(exports.values()), threads=threads, turns=turns)
+    return [
+        {"name": name, "threads": number, "ms": 1000 * statistics.median(seconds), "multiply_adds": costs[name]}
+        for number, contest in times.items()
+        for name, seconds in contest.items()
+    ]
+
+
+def prediction_tables(
+    timings: list[Timing],
+    spent: dict[str, float],
+    memory: dict[str, float],
+    efficiency: list[dict[str, Any]],
+    threads: int,
+) -> str:
+    """What `benchmark_predict` measured, as Markdown tables."""
+    times = [
+        (t.name, t.threads, *(f"{t.percentile(share):.1f}" for share in (0.5, 0.9, 0.99)), f"{t.share:.2f}")
+        for t in timings
+    ]
+    tables = [
+        markdown_table(("what", "threads", "p50, ms", "p90, ms", "p99, ms", "times torch"), times, width=None),
+        markdown_table((f"part (torch, {threads} threads)", "ms"), [(part, f"{ms:.2f}") for part, ms in spent.items()]),
+        markdown_table(("peak memory of a process", "MB"), [(name, f"{size:.0f}") for name, size in memory.items()]),
+    ]
+    if efficiency:
+        costs = [(row, row["multiply_adds"] / 1e9) for row in efficiency]
+        rates = [(r["name"], r["threads"], f"{r['ms']:.1f}", f"{c:.3f}", f"{r['ms'] / c:.1f}") for r, c in costs]
+        heads = ("network alone", "threads", "ms", "multiply-adds, G", "ms per G")
+        tables.append(markdown_table(heads, rates, width=None))
+    return "\n\n".join(tables)
+
+
+def _write(path: str | Path | None, content: dict[str, Any]) -> None:
+    if path:
+        write_json(path, content)
+        log.info("%s", path)
