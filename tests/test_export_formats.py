@@ -50,7 +50,7 @@ def check_detector(detector: Detector, exported: ExportedDetector, canvases: lis
     compared = 0
     for seed, (count, height, width) in enumerate(canvases):
         images, sizes = pictures(count, height, width, seed), torch.tensor([[height - 5, width - 9]] * count)
-        expected = network.detect(images, sizes)
+        expected = network.detect(images, sizes).per_image()
         found = exported.detect(prepared(images, sizes))
         for ours, theirs in zip(found, expected, strict=True):
             assert [part.dtype for part in ours] == [np.float32, np.float32, np.int64]
@@ -146,7 +146,7 @@ def test_metadata_is_that_of_the_detector(onnx_file: Path, small_detector: Detec
 def test_exporting_leaves_the_detector_as_it_is(onnx_file: Path, small_detector: Detector) -> None:
     before = {key: value.clone() for key, value in small_detector.network.state_dict().items()}
     assert not small_detector.fused
-    formats.trace(small_detector, formats.keep_for_onnx, formats.export_info(small_detector, 1, (64, 64)))
+    formats.trace(small_detector, formats.suppress_in_onnx, formats.export_info(small_detector, 1, (64, 64)))
     after = small_detector.network.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
@@ -237,9 +237,9 @@ def test_a_picture_with_one_candidate_or_none(
     if suffix == ".xml":
         pytest.importorskip("openvino")
     images, sizes = pictures(1, 64, 96, 0), torch.tensor([[64, 96]])
-    _, scores, _ = fuse(small_detector.network).detect(images, sizes)[0]
+    _, scores, _ = fuse(small_detector.network).detect(images, sizes).per_image()[0]
     small_detector.network.head.score_threshold = float(scores[0]) + (1e-3 if candidates == 0 else -1e-4)
-    assert len(fuse(small_detector.network).detect(images, sizes)[0][1]) == candidates
+    assert len(fuse(small_detector.network).detect(images, sizes).per_image()[0][1]) == candidates
     WRITERS[suffix](small_detector, tmp_path / f"a{suffix}")
     exported = ExportedDetector.load(tmp_path / f"a{suffix}", threads=1)
     [(boxes, found, labels)] = exported.detect(prepared(images, sizes))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from detector.data.preprocess import Prepared
-from detector.export.graph import DetectionGraph, keep_for_onnx, keep_with_torchvision
+from detector.export.graph import DetectionGraph, suppress_at_once, suppress_in_onnx
 from detector.models.build import NetworkOptions, build_network
 from detector.models.fuse import fuse
+from detector.models.postprocess import Suppress, suppress_eagerly
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -69,10 +70,10 @@ def check_equal(outputs: Any, expected: list[tuple[Tensor, Tensor, Tensor]], *, 
     return int(counts.sum())
 
 
-@pytest.mark.parametrize("keep", [keep_with_torchvision, keep_for_onnx])
+@pytest.mark.parametrize("suppress", [suppress_at_once, suppress_in_onnx])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_graph_equals_detect(
-    small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module], name: str, keep: Any
+    small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module], name: str, suppress: Any
 ) -> None:
     torch.manual_seed(0)
     network = excite(build_network(NetworkOptions.parse(changed(small_spec, VARIANTS[name])), 3))
@@ -82,24 +83,24 @@ def test_graph_equals_detect(
     with torch.no_grad():
         for count, height, width in ((1, 64, 96), (3, 128, 64), (2, 96, 96)):
             images, sizes = pictures(count, height, width), torch.tensor([[height - 5, width - 9]] * count)
-            expected = network.detect(images, sizes)
-            for any_size in (True, False):
-                outputs = DetectionGraph(network, keep, any_size=any_size)(images.permute(0, 2, 3, 1), sizes)
-                limit = min(network.head.max_detections, 3 * network.rpn.test_limits.after_nms)
-                assert outputs[0].shape[0] == count
-                assert outputs[0].shape[1] <= limit
-                compared += check_equal(outputs, expected)
+            expected = network.detect(images, sizes).per_image()
+            outputs = DetectionGraph(network, suppress)(images.permute(0, 2, 3, 1), sizes)
+            limit = min(network.head.max_detections, 3 * network.rpn.test_limits.after_nms)
+            assert outputs[0].shape[:2] == (count, limit)
+            compared += check_equal(outputs, expected)
     assert (compared == 0) == (name == "nothing found")
     assert name == "nothing found" or compared > 100
 
 
-def test_keep_is_greedy_suppression_by_row_and_class() -> None:
+@pytest.mark.parametrize("suppress", [suppress_at_once, suppress_in_onnx, suppress_eagerly])
+def test_suppression_is_greedy_by_image_and_class(suppress: Suppress) -> None:
     generator = torch.Generator().manual_seed(1)
     corners = torch.rand(2, 60, 2, generator=generator) * 40
     boxes = torch.cat((corners, corners + 5 + torch.rand(2, 60, 2, generator=generator) * 20), dim=-1)
     scores = torch.rand(2, 3, 60, generator=generator)
     scores[scores < 0.2] = 0
-    kept = keep_with_torchvision(boxes, scores, 0.4, 60)
+    kept = suppress(boxes[:, :, None], scores.transpose(1, 2), 0.4, 180).transpose(1, 2)
+    kept &= scores > 0
     for row in range(2):
         for label in range(3):
             mine = scores[row, label].nonzero()[:, 0]
@@ -109,10 +110,12 @@ def test_keep_is_greedy_suppression_by_row_and_class() -> None:
     assert 20 < int(kept.sum()) < int((scores > 0).sum())
 
 
-def test_keep_is_exact_for_many_rows_of_large_boxes() -> None:
+@pytest.mark.parametrize("suppress", [suppress_at_once, suppress_in_onnx, suppress_eagerly])
+def test_suppression_is_exact_for_many_rows_of_large_boxes(suppress: Suppress) -> None:
     # IoU of 0.5 exactly is kept, a hair more is not: an offset in float32 would lose the hair.
     row = torch.tensor([[0.0, 0.0, 1300.0, 1000.0], [0.0, 0.0, 1300.0, 500.0], [0.0, 0.0, 1300.0, 500.01]])
     scores = torch.tensor([0.9, 0.8, 0.0, 0.9, 0.0, 0.8]).view(1, 2, 3).repeat(8, 40, 1)
-    kept = keep_with_torchvision(row.expand(8, 3, 4), scores, 0.5, 3)
+    kept = suppress(row.expand(8, 3, 4)[:, :, None], scores.transpose(1, 2), 0.5, 300).transpose(1, 2)
+    kept &= scores > 0
     assert kept.view(8, 40, 2, 3)[:, :, 0].tolist() == [[[True, True, False]] * 40] * 8
     assert kept.view(8, 40, 2, 3)[:, :, 1].tolist() == [[[True, False, False]] * 40] * 8

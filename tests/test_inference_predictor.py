@@ -292,7 +292,8 @@ def test_a_budget_of_the_limit_is_the_same_and_a_smaller_one_a_prefix(small_dete
         rpn_map, head_map = network.features(images)
         proposals = network.rpn.propose(*network.rpn(rpn_map), sizes)
         first = Proposals(proposals.boxes[:, :5], proposals.valid[:, :5], proposals.scores[:, :5])
-        [(boxes, scores, _)] = network.head.detect(network.head(head_map, first.boxes), first, sizes)
+        output = network.head(network.head.thin(head_map), first.boxes)
+        [(boxes, scores, _)] = network.head.detect(output, first, sizes).per_image()
     [few] = small_detector.predict(image, score_threshold=0, max_proposals=5)
     handle.remove()
     assert seen == [5, 5]

@@ -15,7 +15,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image, nms, ps_roi_align
 
 from detector.data.collate import Batch
 from detector.errors import InputError
-from detector.models import light_head
+from detector.models import postprocess
 from detector.models.light_head import HeadOutput, LargeSeparableConv, LightHead, LightHeadOptions
 from detector.models.matching import Matches
 from detector.models.rpn import Proposals
@@ -90,7 +90,7 @@ def test_large_separable_convolution_sees_k_by_k() -> None:
 def test_forward_is_thin_map_align_and_one_hidden_layer(small_spec: dict) -> None:
     head, rois = build(small_spec, class_agnostic=False).eval(), random_rois()
     features = torch.randn(2, 12, 4, 6)
-    output = head(features, rois.boxes)
+    output = head(head.thin(features), rois.boxes)
     assert (output.class_logits.shape, output.box_deltas.shape) == ((2, 30, K + 1), (2, 30, K, 4))
     half_cell = 8  # a cell is centred on stride * i, which torchvision's operator calls stride * (i + 0.5)
     flat = torch.cat([torch.cat((torch.full((30, 1), float(i)), rois.boxes[i] + half_cell), dim=1) for i in range(2)])
@@ -273,7 +273,7 @@ def test_no_roi_at_all_gives_zero_and_a_gradient(
     head, batch = build(small_spec, class_agnostic=agnostic, sampling=sampling), make_batch([[], []])
     nothing = Proposals(torch.zeros(2, 20, 4), torch.zeros(2, 20, dtype=torch.bool), torch.zeros(2, 20))
     rois, matches = head.rois_for_training(nothing, batch)
-    losses = head.losses(head(torch.randn(2, 12, 2, 3), rois.boxes), rois, matches, batch)
+    losses = head.losses(head(head.thin(torch.randn(2, 12, 2, 3)), rois.boxes), rois, matches, batch)
     sum(losses.values()).backward()
     assert [value.item() for value in losses.values()] == [0.0, 0.0]
     assert all(parameter.grad is not None for parameter in head.parameters())
@@ -326,7 +326,7 @@ def test_detect_equals_a_loop_over_classes(small_spec: dict, agnostic: bool, lim
     rois = random_rois(places=60)
     output = random_output(head, rois)
     sizes = torch.tensor([[64, 96], [40, 60]])
-    found = head.detect(output, rois, sizes)
+    found = head.detect(output, rois, sizes).per_image()
     for image, size in enumerate(sizes.tolist()):
         boxes, scores, labels = found[image]
         expected = naive_detections(output, rois, image, tuple(size), head)
@@ -345,8 +345,8 @@ def test_how_many_candidates_are_looked_at_first_changes_nothing(
     output = random_output(head, proposals)
     found = {}
     for few in (1, 4, 1000):  # 1: has to look again several times; 1000: at all of them at once
-        monkeypatch.setattr(light_head, "FEW", few)
-        found[few] = head.detect(output, proposals, sizes)
+        monkeypatch.setattr(postprocess, "CANDIDATES_PER_BOX", few)
+        found[few] = head.detect(output, proposals, sizes).per_image()
     assert [len(scores) for _, scores, _ in found[1000]] == [12, 12]
     for image in range(2):
         for few in (1, 4):
@@ -356,7 +356,8 @@ def test_how_many_candidates_are_looked_at_first_changes_nothing(
 def test_detect_without_a_valid_roi_finds_nothing(small_spec: dict) -> None:
     head = build(small_spec, score_threshold=0.0)
     nothing = Proposals(torch.zeros(2, 20, 4), torch.zeros(2, 20, dtype=torch.bool), torch.zeros(2, 20))
-    for boxes, scores, labels in head.detect(random_output(head, nothing), nothing, torch.tensor([[9, 9], [9, 9]])):
+    found = head.detect(random_output(head, nothing), nothing, torch.tensor([[9, 9], [9, 9]]))
+    for boxes, scores, labels in found.per_image():
         assert (boxes.shape, scores.shape, labels.shape) == ((0, 4), (0,), (0,))
         assert labels.dtype == torch.int64
 
@@ -370,5 +371,5 @@ def test_unknown_choices_are_refused_by_name(small_spec: dict, key: str, value: 
 def test_outputs_are_float32_under_autocast(small_spec: dict) -> None:
     head, rois = build(small_spec), random_rois()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = head(torch.randn(2, 12, 4, 6), rois.boxes)
+        output = head(head.thin(torch.randn(2, 12, 4, 6)), rois.boxes)
     assert (output.class_logits.dtype, output.box_deltas.dtype) == (torch.float32, torch.float32)

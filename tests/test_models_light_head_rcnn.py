@@ -85,7 +85,7 @@ def test_every_configuration_trains_and_detects_inside_the_picture(
     batch = make_batch([[*SOME, (10, 10, 50, 50, classes - 1)], []], size=(50, 70))
     check_losses(network, batch)
     excite(network).eval()
-    results = network.detect(batch.images, batch.image_sizes)
+    results = network.detect(batch.images, batch.image_sizes).per_image()
     assert len(results) == 2
     for boxes, scores, labels in results:
         assert 0 < len(boxes) == len(scores) == len(labels) <= 30
@@ -105,9 +105,9 @@ def test_a_batch_gives_what_single_pictures_give(
 ) -> None:
     network = excite(build(small_spec, neck, False, "ohem", "mean", 5)).eval()
     batch = make_batch([[], [], []], size=(64, 96))
-    together = network.detect(batch.images, batch.image_sizes)
+    together = network.detect(batch.images, batch.image_sizes).per_image()
     for i, (boxes, scores, labels) in enumerate(together):
-        [alone] = network.detect(batch.images[i : i + 1], batch.image_sizes[i : i + 1])
+        [alone] = network.detect(batch.images[i : i + 1], batch.image_sizes[i : i + 1]).per_image()
         assert len(boxes) > 1
         assert labels.tolist() == alone[2].tolist()
         torch.testing.assert_close(boxes, alone[0], rtol=1e-4, atol=1e-3)
@@ -159,7 +159,7 @@ def test_bfloat16_autocast_trains_and_detects(
         sum(losses.values()).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
         excite(network).eval()
-        for boxes, scores, _ in network.detect(batch.images, batch.image_sizes):
+        for boxes, scores, _ in network.detect(batch.images, batch.image_sizes).per_image():
             assert (boxes.dtype, scores.dtype) == (torch.float32, torch.float32)
             assert (scores.diff() <= 0).all()
 
@@ -193,7 +193,7 @@ def test_overfits_one_batch(small_spec: dict, make_batch: Callable[..., Batch]) 
     assert sum(totals[-5:]) < 0.25 * sum(totals[:5])
     # Batch statistics, because 70 steps are too few for the running ones.
     network.rpn.train_limits = network.rpn.test_limits
-    found = network.detect(batch.images, batch.image_sizes)
+    found = network.detect(batch.images, batch.image_sizes).per_image()
     for i in range(2):
         boxes, scores, labels = found[i]
         assert scores[0] > 0.5

@@ -20,11 +20,12 @@ import torch
 
 from detector.data.preprocess import STRIDE
 from detector.errors import InputError
-from detector.export.graph import DetectionGraph, Keep, keep_for_onnx, keep_with_torchvision
+from detector.export.graph import DetectionGraph, suppress_at_once, suppress_in_onnx
 from detector.files import replacing
 from detector.inference.export_info import SECTION, ExportInfo, check_canvas
 from detector.inference.runtime import INPUTS, OUTPUTS, SMALLEST_TORCH_CANVAS, sha256
 from detector.models.fuse import fuse
+from detector.models.postprocess import Suppress
 
 if TYPE_CHECKING:
     from detector.inference.detector import Detector
@@ -48,10 +49,10 @@ def export_info(detector: Detector, batch: int | None, canvas: tuple[int, int] |
     )
 
 
-def trace(detector: Detector, keep: Keep, info: ExportInfo) -> torch.export.ExportedProgram:
+def trace(detector: Detector, suppress: Suppress, info: ExportInfo) -> torch.export.ExportedProgram:
     """The detector's graph, with the dimensions that `info` leaves open."""
     network = fuse(detector.network).cpu()  # a copy, fused or not
-    graph = DetectionGraph(network, keep, any_size=info.canvas is None)
+    graph = DetectionGraph(network, suppress)
     graph.training = False  # its parts are in evaluation mode already
     # Any values would do; no two dimensions alike, lest they be taken for one.
     batch, (height, width) = info.batch or 3, info.canvas or (5 * STRIDE, 7 * STRIDE)
@@ -74,7 +75,7 @@ def export_torch(
 ) -> ExportInfo:
     """Write a .pt2 of torch.export: aten's operators, and torchvision's for suppression."""
     info = export_info(detector, batch, canvas)
-    program = trace(detector, keep_with_torchvision, info)
+    program = trace(detector, suppress_at_once, info)
     with replacing(path) as partial, _quiet():
         text = json.dumps(info.to_properties())
         torch.export.save(program, str(partial), extra_files={f"{SECTION}.json": text})
@@ -91,7 +92,7 @@ def export_onnx(
     """
     import_onnx()
     info = export_info(detector, batch, canvas)
-    program = trace(detector, keep_for_onnx, info)
+    program = trace(detector, suppress_in_onnx, info)
     with _quiet():
         written = torch.onnx.export(
             program,
@@ -99,7 +100,7 @@ def export_onnx(
             opset_version=OPSET,
             input_names=list(INPUTS),
             output_names=list(OUTPUTS),
-            custom_translation_table={torch.ops.light_head_export.keep.default: _keep_in_onnx},
+            custom_translation_table={torch.ops.light_head_export.nms.default: _nms_in_onnx},
             verbose=False,
         )
     assert written is not None
@@ -223,8 +224,8 @@ def with_precision(info: ExportInfo, precision: str, **made: Any) -> ExportInfo:
     return replace(info, precision=precision, provenance=dict(info.provenance) | {"export": export})
 
 
-def _keep_in_onnx(boxes: Any, scores: Any, threshold: float, limit: int) -> Any:
-    """`Keep` in ONNX's own operators: NonMaxSuppression names rows, classes and places, which are marked."""
+def _nms_in_onnx(boxes: Any, scores: Any, threshold: float, limit: int) -> Any:
+    """`nms_node` in ONNX's own operators: NonMaxSuppression names rows, classes and places, which are marked."""
     import onnx
     from onnxscript import opset18
 

@@ -128,9 +128,10 @@ class Detector(Predictor):
 
     def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
         """See `Predictor.detect`."""
-        outputs = self.network.eval().detect(*self.inputs(prepared), max_proposals)
-        found = [(boxes.float().cpu(), scores.float().cpu(), labels.cpu()) for boxes, scores, labels in outputs]
-        return [Found(boxes.numpy(), scores.numpy(), labels.numpy()) for boxes, scores, labels in found]
+        found = self.network.eval().detect(*self.inputs(prepared), max_proposals)
+        boxes, scores = found.boxes.float().cpu().numpy(), found.scores.float().cpu().numpy()
+        labels, counts = found.labels.cpu().numpy(), found.counts.tolist()
+        return [Found(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts)]
 
     def inputs(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
         """What the network takes, images and their sizes, on its device."""

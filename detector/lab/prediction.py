@@ -164,7 +164,7 @@ def parts(detector: Detector, image: np.ndarray, turns: int) -> dict[str, float]
         network.backbone.register_forward_pre_hook(book("pre-process")),
         network.backbone.register_forward_hook(book("backbone")),
         network.neck.register_forward_hook(book("neck")),
-        network.head.register_forward_pre_hook(book("RPN")),
+        network.head.thin.register_forward_pre_hook(book("RPN")),
         network.head.register_forward_hook(book("head")),
     ]
     seconds: dict[str, list[float]] = {}

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
-from torchvision.ops import nms
 
 from detector.errors import InputError
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
 from detector.models.matching import Matches, gather_boxes, match, sample
+from detector.models.postprocess import FixedDetections, Suppress, is_empty, keep_best, suppress_eagerly
 from detector.models.ps_roi_align import ps_roi_align
 from detector.models.rpn import Proposals
 from detector.options import Count, Flag, NotNegative, Options, Positive, Share
@@ -32,8 +32,6 @@ BOX_STD = (0.1, 0.1, 0.2, 0.2)
 # Deltas of a background RoI lead to some far-away box: cut here (in units of BOX_STD), they stay finite until they are
 # masked. No RoI that counts comes near: at IoU 0.5 they are below 10.
 FAR = 100.0
-# Candidates per final box that NMS looks at in one go.
-FEW = 4
 
 
 class LargeSeparableConv(nn.Module):
@@ -149,13 +147,13 @@ class LightHead(nn.Module):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, features: Tensor, rois: Tensor) -> HeadOutput:
-        """Classify and refine RoIs (N, P, 4), xyxy in pixels of the padded input, on a map (N, C, h, w)."""
-        thin_features = self.thin(features)  # (N, C * 7 * 7, h, w)
-        return self.subnet(thin_features, rois)
+    def forward(self, thin_features: Tensor, rois: Tensor) -> HeadOutput:
+        """The part that is paid for per RoI (section 3.3).
 
-    def subnet(self, thin_features: Tensor, rois: Tensor) -> HeadOutput:
-        """The part that is paid for per RoI: section 3.3."""
+        Args:
+            thin_features: (N, C * 7 * 7, h, w), what `thin` makes of a feature map.
+            rois: (N, P, 4), xyxy in pixels of the padded input.
+        """
         # Cell i is centred on pixel stride * i (see AnchorGrid), but ps_roi_align takes stride * (i + 0.5).
         # The released code of Light-Head has no such half cell either.
         roi_features = ps_roi_align(
@@ -241,53 +239,15 @@ class LightHead(nn.Module):
 
     @torch.no_grad()
     def detect(
-        self, output: HeadOutput, proposals: Proposals, image_sizes: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The final boxes of each image, best first: (D, 4) xyxy in pixels of the padded input, (D,) scores, labels."""
+        self, output: HeadOutput, proposals: Proposals, image_sizes: Tensor, suppress: Suppress = suppress_eagerly
+    ) -> FixedDetections:
+        """The final boxes: decode, clip, suppress by class, keep the best max_detections of each image."""
         scores = output.class_logits.softmax(dim=-1)[..., :-1] * proposals.valid[..., None]  # (N, P, K)
         boxes = decode_boxes(output.box_deltas * self.box_std, proposals.boxes[:, :, None])  # (N, P, B, 4)
-        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).view_as(boxes)
-        return [self._final(*image) for image in zip(boxes, scores, strict=True)]
-
-    def _final(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """NMS by class over boxes (P, B, 4) and scores (P, K): see `detect`.
-
-        Only what was kept suppresses, so the best few decide by themselves if enough of them survive; if not, the next
-        few join the survivors. A trained network has some tens of candidates, an untrained one P * K.
-        """
-        sides = (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1)
-        possible = (scores > self.score_threshold) & (sides > 1e-2)
-        ranked = torch.where(possible, scores, -1.0).flatten()
-        boxes, total = boxes.flatten(0, 1), int(possible.sum())
-        few = FEW * self.max_detections
-        kept = self._survivors(ranked.topk(min(few, total)).indices, boxes, ranked)
-        if len(kept) < self.max_detections and few < total:
-            kept = self._survivors(ranked.topk(total).indices, boxes, ranked)
-        per_box = len(ranked) // len(boxes)
-        return boxes[kept // per_box], ranked[kept], kept % self.num_classes
-
-    def _survivors(self, order: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
-        """Which of the candidates in this order (M,), best first, survive NMS by class; at most max_detections.
-
-        Candidate i is class i % K of RoI i // K, and has a box for all classes or one for each.
-        """
-        per_box = len(scores) // len(boxes)
-        few = FEW * self.max_detections
-        kept = order[:0]
-        for start in range(0, len(order), few):
-            index = torch.cat((kept, order[start : start + few]))
-            chosen = boxes[index // per_box], scores[index], index % self.num_classes
-            kept = index[suppress_by_class(*chosen, self.nms_threshold)]
-            if len(kept) >= self.max_detections:
-                break
-        return kept[: self.max_detections]
-
-
-def suppress_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Places (D,) of the boxes (M, 4) that survive NMS among those of their own label, best first.
-
-    Classes are moved apart, as torchvision's batched_nms does, but in float64, where the move costs no precision.
-    """
-    if boxes.device.type != "mps":  # which has no float64
-        boxes, scores = boxes.double(), scores.double()
-    return nms(boxes + (labels * (boxes.amax() + 1))[:, None], scores, threshold)
+        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (-1, boxes.shape[2]))
+        scores = torch.where((scores > self.score_threshold) & ~is_empty(boxes), scores, 0.0)
+        boxes, scores, index = keep_best(
+            boxes, scores, nms_threshold=self.nms_threshold, count=self.max_detections, suppress=suppress
+        )
+        found = scores > 0
+        return FixedDetections(boxes, scores, torch.where(found, index % self.num_classes, -1), found.sum(dim=1))

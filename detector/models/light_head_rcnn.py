@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,28 @@ from torch import Tensor, nn
 from detector.models.backbones import Backbone
 from detector.models.backbones.input_frame import MEAN, STD
 from detector.models.light_head import LightHead
+from detector.models.postprocess import FixedDetections, Suppress, suppress_eagerly
 from detector.models.rpn import RPN, Proposals
 
 if TYPE_CHECKING:
     from detector.data.collate import Batch
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What the first stage gives.
+
+    Attributes:
+        proposals: of each image.
+        thin_features: (N, C * 7 * 7, h, w), the thin map that the head samples.
+        anchors: (A, 4) xyxy in pixels of the padded input, those of every image.
+        image_sizes: (N, 2), height and width inside the padding.
+    """
+
+    proposals: Proposals
+    thin_features: Tensor
+    anchors: Tensor
+    image_sizes: Tensor
 
 
 class LightHeadRCNN(nn.Module):
@@ -57,27 +76,33 @@ class LightHeadRCNN(nn.Module):
         with torch.no_grad():
             proposals = self.rpn.propose(objectness, deltas, anchors, batch.image_sizes)
             rois, matches = self.head.rois_for_training(proposals, batch)
-        output = self.head(head_map, rois.boxes)
+        output = self.head(self.head.thin(head_map), rois.boxes)
         return losses | self.head.losses(output, rois, matches, batch)
 
     @torch.inference_mode()
-    def detect(
-        self, images: Tensor, image_sizes: Tensor, max_proposals: int | None = None
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def detect(self, images: Tensor, image_sizes: Tensor, max_proposals: int | None = None) -> FixedDetections:
         """Find objects.
 
         Args:
             images: uint8 RGB (N, 3, H, W).
-            image_sizes: (N, 2), height and width of each picture inside the padding.
+            image_sizes: (N, 2), height and width of each image inside the padding.
             max_proposals: the head sees the best of P so many; None: all.
-
-        Returns:
-            Per image: boxes (D, 4) xyxy in pixels of the padded input, scores (D,), labels (D,), best first.
         """
+        return self.classify(self.propose(images, image_sizes), max_proposals)
+
+    def propose(self, images: Tensor, image_sizes: Tensor, suppress: Suppress = suppress_eagerly) -> Regions:
+        """The first stage, paid for once per image; arguments as of `detect`."""
         rpn_map, head_map = self.features(images)
         objectness, deltas, anchors = self.rpn(rpn_map)
-        proposals = self.rpn.propose(objectness, deltas, anchors, image_sizes)
+        proposals = self.rpn.propose(objectness, deltas, anchors, image_sizes, suppress)
+        return Regions(proposals, self.head.thin(head_map), anchors, image_sizes)
+
+    def classify(
+        self, regions: Regions, max_proposals: int | None = None, suppress: Suppress = suppress_eagerly
+    ) -> FixedDetections:
+        """The second stage, paid for per proposal; max_proposals as of `detect`."""
+        proposals, best = regions.proposals, slice(max_proposals)
         if max_proposals is not None:
-            best = slice(max_proposals)
             proposals = Proposals(proposals.boxes[:, best], proposals.valid[:, best], proposals.scores[:, best])
-        return self.head.detect(self.head(head_map, proposals.boxes), proposals, image_sizes)
+        output = self.head(regions.thin_features, proposals.boxes)
+        return self.head.detect(output, proposals, regions.image_sizes, suppress)

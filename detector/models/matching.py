@@ -61,7 +61,8 @@ def match(
     background = (best < background_iou) & ~foreground
     if among is not None:
         background &= among
-    if crowd.any():
+    # On a CPU it costs nothing to ask; a GPU would have to be waited for.
+    if crowd.device.type != "cpu" or crowd.any():
         inside = pairwise_coverage(boxes, gt_boxes).masked_fill(~crowd[:, None], 0.0).amax(dim=2)
         background &= inside < 0.5
     return Matches(index, foreground, background)

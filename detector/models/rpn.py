@@ -6,18 +6,18 @@ Source: Ren et al. 2015 (Faster R-CNN), section 3.1; settings of Li et al. 2017 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torchvision.ops import nms
 
 from detector.errors import InputError
 from detector.models.anchors import AnchorGrid
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
 from detector.models.matching import Matches, gather_boxes, match, sample
+from detector.models.postprocess import Suppress, is_empty, keep_best, suppress_eagerly
 from detector.options import Count, Flag, Options, Positive, Share
 
 if TYPE_CHECKING:
@@ -122,33 +122,44 @@ class RPN(nn.Module):
         """
         hidden = self.hidden(features)
         objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
-        deltas = self.deltas(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4)
+        deltas = self.deltas(hidden).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
         height, width = features.shape[-2:]
         return objectness.float(), deltas.float(), self.anchors(height, width)
 
     @torch.no_grad()
-    def propose(self, objectness: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor) -> Proposals:
-        """Decode the best anchors, clip them to the picture, suppress doubles, keep P.
+    def propose(
+        self,
+        objectness: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        image_sizes: Tensor,
+        suppress: Suppress = suppress_eagerly,
+    ) -> Proposals:
+        """Decode the best anchors, clip them to the image, suppress doubles, keep P.
 
         Not differentiable: the head's loss must not move the proposals (Ren et al. 2015, approximate joint training).
         """
         limits = self.train_limits if self.training else self.test_limits
-        logits, index = objectness.topk(min(limits.before_nms, objectness.shape[1]), dim=1)
-        deltas = deltas.gather(1, index[..., None].expand(*index.shape, 4))
+        before, after = limits.before_nms, limits.after_nms
+        if isinstance(cast("int | torch.SymInt", objectness.shape[1]), torch.SymInt):  # an export for any size
+            # Empty anchors, so that there is a fixed number to take.
+            objectness = F.pad(objectness, (0, before), value=float("-inf"))
+            deltas, anchors = F.pad(deltas, (0, 0, 0, before)), F.pad(anchors, (0, 0, 0, before))
+        else:
+            before = min(before, objectness.shape[1])
+        logits, index = objectness.topk(before, dim=1)
+        deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
         boxes = clip_boxes(decode_boxes(deltas, anchors[index]), image_sizes)
-        # An empty box can never be right, and has no IoU with its own copies: it would fill the list.
-        logits = logits.masked_fill(((boxes[..., 2:] - boxes[..., :2]) < 1e-2).any(dim=2), float("-inf"))
-        return self._suppress(boxes, logits, limits.after_nms)
-
-    def _suppress(self, boxes: Tensor, logits: Tensor, count: int) -> Proposals:
-        out_boxes = boxes.new_zeros(len(boxes), count, 4)
-        out_logits = logits.new_full((len(boxes), count), float("-inf"))
-        for i, (image_boxes, image_logits) in enumerate(zip(boxes, logits, strict=True)):
-            keep = nms(image_boxes, image_logits, self.nms_threshold)[:count]
-            out_boxes[i, : len(keep)] = image_boxes[keep]
-            out_logits[i, : len(keep)] = image_logits[keep]
-        valid = out_logits.isfinite()
-        return Proposals(out_boxes * valid[..., None], valid, out_logits.sigmoid())
+        # Ranks in place of logits: no two are equal, in any runtime.
+        ranks = torch.arange(before, 0, -1, dtype=boxes.dtype, device=boxes.device)
+        ranks = torch.where(is_empty(boxes), 0.0, ranks)
+        boxes, ranks, index = keep_best(
+            boxes[:, :, None], ranks[..., None], nms_threshold=self.nms_threshold, count=after, suppress=suppress
+        )
+        valid = ranks > 0
+        scores = torch.where(valid, logits.gather(1, index).sigmoid(), 0.0)
+        missing = after - min(before, after)
+        return Proposals(F.pad(boxes, (0, 0, 0, missing)), F.pad(valid, (0, missing)), F.pad(scores, (0, missing)))
 
     def losses(self, objectness: Tensor, deltas: Tensor, anchors: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Objectness and box loss over a sample of the anchors of each image, averaged over the sampled anchors.
@@ -169,18 +180,24 @@ class RPN(nn.Module):
             )
             background = matches.background & _centred(anchors, batch.image_sizes)
             matches = Matches(matches.index, matches.foreground, background)
-            foreground, background = sample(
-                matches, count=self.options.sample_count, foreground_share=self.options.foreground_share
-            )
+            count, share = self.options.sample_count, self.options.foreground_share
+            foreground, background = sample(matches, count=count, foreground_share=share)
+            # A fixed number of places, of which some are unused: nothing has to be waited for.
+            most = min(round(count * share), foreground.shape[1])
+            used, index = foreground.to(torch.uint8).topk(most, dim=1)  # (N, most)
+            targets = encode_boxes(gather_boxes(batch.boxes, matches.index.gather(1, index)), anchors[index])
             sampled = foreground | background
-            image, anchor = foreground.nonzero(as_tuple=True)
-            targets = encode_boxes(gather_boxes(batch.boxes, matches.index)[image, anchor], anchors[anchor])
-        count = sampled.sum().clamp(min=1)
+        total = sampled.sum().clamp(min=1)
         objectness_loss = F.binary_cross_entropy_with_logits(
-            objectness[sampled], foreground[sampled].to(objectness.dtype), reduction="sum"
+            objectness, foreground.to(objectness.dtype), reduction="none"
         )
-        box_loss = F.smooth_l1_loss(deltas[image, anchor], targets, beta=self.options.smooth_l1_beta, reduction="sum")
-        return {"rpn_objectness": objectness_loss / count, "rpn_box": box_loss / count}
+        predicted = deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        box_loss = F.smooth_l1_loss(predicted, targets, beta=self.options.smooth_l1_beta, reduction="none")
+        return {
+            # where, not times: what is not sampled must not turn inf * 0 into nan.
+            "rpn_objectness": torch.where(sampled, objectness_loss, 0.0).sum() / total,
+            "rpn_box": torch.where(used[..., None] > 0, box_loss, 0.0).sum() / total,
+        }
 
 
 def _inside(anchors: Tensor, image_sizes: Tensor) -> Tensor:

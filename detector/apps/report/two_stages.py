@@ -131,22 +131,18 @@ def _look(detector: Detector, index: AnnotationIndex, i: int, numbers: list[int]
     network, device = detector.network.eval(), detector.device
     image = index.read(i)
     (prepared,) = prepare([image], detector.preprocessing)
-    pixels, sizes = detector.inputs(prepared)
+    inputs = detector.inputs(prepared)
     clock = [_now(device)]
-    rpn_map, head_map = network.features(pixels)
-    objectness, deltas, anchors = network.rpn(rpn_map)
-    proposals = network.rpn.propose(objectness, deltas, anchors, sizes)
-    thin_map = network.head.thin(head_map)
+    regions = network.propose(*inputs)
     clock.append(_now(device))
     found = []
     for number in numbers:
-        first = Proposals(proposals.boxes[:, :number], proposals.valid[:, :number], proposals.scores[:, :number])
-        found.append(network.head.detect(network.head.subnet(thin_map, first.boxes), first, sizes)[0])
+        found += network.classify(regions, number).per_image()
         clock.append(_now(device))
     truths = torch.from_numpy(index.boxes[_truths(index, i)] * np.tile(prepared.scales[0], 2)).float().to(device)
     return _Look(
-        reach=_reach(proposals, truths, recall_at),
-        anchor_iou=pairwise_iou(anchors, truths).amax(dim=0).cpu().numpy(),
+        reach=_reach(regions.proposals, truths, recall_at),
+        anchor_iou=pairwise_iou(regions.anchors, truths).amax(dim=0).cpu().numpy(),
         found=[_restored(boxes, detector, prepared) for boxes in found],
         seconds=np.diff(clock).tolist(),
     )
