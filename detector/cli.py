@@ -69,6 +69,10 @@ class Composed(NamedTuple):
     values: dict[str, Any]
     choices: dict[str, str]
 
+    def options(self) -> Options:
+        """What the function takes. Raises InputError for a value that does not fit."""
+        return self.options_class.parse(self.values)
+
 
 def main(command: str) -> None:
     """Run a command on the configuration that sys.argv asks for.
@@ -85,7 +89,7 @@ def main(command: str) -> None:
         if flags:
             print(help_text(command, composed))
             return
-        options = composed.options_class.parse(composed.values)
+        options = composed.options()
     except InputError as error:
         # Every rank has the same command line: rank 0 speaks for all.
         if rank == 0:
@@ -164,7 +168,7 @@ def _call(command: str, arguments: Mapping[str, Any], overrides: Mapping[str, An
     given = {key: value for key, value in arguments.items() if value is not None} | dict(overrides)
     groups = [key for key, value in given.items() if key in groups_of(command) and isinstance(value, str)]
     composed = compose(command, [f"{key}={given.pop(key)}" for key in groups], given)
-    return composed.run(composed.options_class.parse(composed.values))
+    return composed.run(composed.options())
 
 
 def compose(command: str, words: Sequence[str], changes: Mapping[str, Any] | None = None) -> Composed:
@@ -261,7 +265,9 @@ def apply(word: str, command: str, options_class: type[Options], values: dict[st
         raise InputError(f"cannot read {word!r}: values are given as key=value, for instance {key or 'key'}=1.")
     kind, names = check_key(command, options_class, key), key.split(".")
     if not word.startswith("~"):
-        set_in(values, names, as_typed(kind, text) if is_text(kind) else read_value(key, text))
+        value = as_typed(kind, text) if is_text(kind) else read_value(key, text)
+        for path, one in _leaves(command, options_class, {key: value}):
+            set_in(values, path.split("."), one)
     elif all(isinstance(values := values.get(name, {}), dict) for name in names[:-1]):
         values.pop(names[-1], None)
 
@@ -415,7 +421,7 @@ def _leaves(
     """The values of single options by their dotted names."""
     for key, value in tree.items():
         kind = check_key(command, options_class, prefix + key)
-        if isinstance(value, Mapping) and sets_in(kind):
+        if value and isinstance(value, Mapping) and sets_in(kind):
             yield from _leaves(command, options_class, value, f"{prefix}{key}.")
         else:
             yield prefix + key, str(value) if isinstance(value, Path) else value

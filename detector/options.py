@@ -106,7 +106,8 @@ def _changed(default: Any, given: Any) -> Any:
     if not isinstance(default, Options) or not isinstance(given, Mapping):
         return given
     own = {name: getattr(default, name) for name in type(default).model_fields}
-    if given.get("name", own.get("name")) != own.get("name"):  # another backbone has options of its own
+    kinds = get_args(type(default).model_fields["name"].annotation) if "name" in own else ()
+    if kinds and given.get("name", kinds[0]) not in kinds:  # another backbone has options of its own
         return given
     return own | {name: _changed(own.get(name), value) for name, value in given.items()}
 

@@ -16,7 +16,8 @@ CONF = Path(__file__).parents[1] / "conf" / "backbone"
 
 
 def entry(file_name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / f"{file_name}.yaml").read_text())
+    """The options of a file, defaults included, as plain values."""
+    return parse_backbone(yaml.safe_load((CONF / f"{file_name}.yaml").read_text())).to_dict()
 
 
 def build(file_name: str, **changes: Any) -> Backbone:

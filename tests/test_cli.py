@@ -178,6 +178,7 @@ def test_runs_with_the_composed_options_and_leaves_nothing_behind(tool: Path) ->
         ("backbone.widht=1", ["backbone.widht is not a key", "did you mean backbone.width?"]),
         ("bakbone=v2_1x", ["did you mean backbone"]),
         ("~lrr", ["lrr is not a key"]),
+        ("backbone={width: 3, widht: 4}", ["backbone.widht is not a key"]),
         ("zzzzzz=1", ["zzzzzz is not a key of this command. Keys: "]),
         ("hydra.run.dir=x", ["hydra.run.dir is not a key"]),
         ("epochs", ["cannot read 'epochs'", "epochs=1"]),

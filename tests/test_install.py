@@ -1,9 +1,13 @@
-"""`pip install .` alone gives a detector that loads and predicts, away from the clone, without the extras."""
+"""What `pip install` gives, away from the clone: prediction without the extras, and the commands with `train`."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +42,40 @@ print("found", len(by_path[0]))
 """
 
 
+# Two runs in one process, and a score.
+NOTEBOOK = """
+import sys
+
+import detector
+
+assert detector.__file__.startswith(sys.argv[1]), detector.__file__
+tiny = {"data.generate": {"train": 4, "val": 2, "size": 96}, "input": {"short_side": 96, "long_side": 96}}
+runs = [detector.train("demo", schedule={"epochs": 1}, seed=seed, **tiny) for seed in (0, 1)]
+assert len(set(runs)) == 2, runs
+metrics = detector.evaluate(runs[0] / "best.ckpt", report=False)
+assert "AP" in metrics
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from copies: what earlier builds left beside the sources would go into it."""
+    sources, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
+    for name in ("detector", "conf"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(sources)]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=300)
+    [path] = out.glob("*.whl")
+    return path
+
+
 @pytest.mark.slow
-def test_installed_package_predicts_elsewhere(tmp_path: Path, small_detector: Detector) -> None:
+def test_installed_package_predicts_elsewhere(tmp_path: Path, wheel: Path, small_detector: Detector) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(ROOT)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(command, check=True, timeout=300)
     small_detector.save(elsewhere / "best.ckpt")
     noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
@@ -55,3 +88,34 @@ def test_installed_package_predicts_elsewhere(tmp_path: Path, small_detector: De
     assert outcome.returncode == 0, outcome.stderr
     assert "found" in outcome.stdout
     assert (elsewhere / "boxes.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_an_installation_work_elsewhere(tmp_path: Path, wheel: Path) -> None:
+    environment, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    venv.create(environment, with_pip=False)
+    install = ["install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(environment), *install], check=True, timeout=300)
+    # The other packages are those of the tests; their own link to the clone is in a .pth, which is not read again.
+    [site] = environment.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+
+    def run(*command: str) -> str:
+        outcome = subprocess.run(
+            [str(environment / "bin" / command[0]), *command[1:]],
+            cwd=elsewhere, env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}, timeout=300, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout + outcome.stderr
+
+    assert "[demo] finetune paper" in run("light-head", "train", "--help")
+    tiny = ("schedule.epochs=1", "data.generate={train: 4, val: 2, size: 96}", "input={short_side: 96, long_side: 96}")
+    run("light-head", "train", "recipe=demo", "run_dir=1.10", *tiny)
+    run("light-head", "eval", "ckpt=1.10/best.ckpt", "out=2024_01_15", "report=false")
+    assert "AP" in json.loads((elsewhere / "2024_01_15/metrics.json").read_text())
+    assert " in 6 images: 1e3" in run(
+        "light-head", "predict", "ckpt=1.10/best.ckpt", "source=data/shapes/images", "out=1e3"
+    )
+    run("python", "-c", NOTEBOOK, str(site))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from backbone_files import CONF, entry
 from tool_runner import run_tool
 from torch import nn
 
@@ -18,12 +18,6 @@ from detector.lab.benchmark import PLOTTED
 from detector.lab.cost import memory_access, multiply_adds
 from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
-
-CONF = Path(__file__).parents[1] / "conf" / "backbone"
-
-
-def entry(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / f"{name}.yaml").read_text())
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(CONF.glob("*.yaml")) if entry(path.stem)["published"]])

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from detector import cli
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.models.build import NECKS, NetworkOptions, build_network
 from detector.models.light_head_rcnn import LightHeadRCNN
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
-
-
-def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
 
 def compose(*overrides: str) -> dict[str, Any]:
-    """conf/train.yaml with these overrides, as plain values."""
-    hydra = pytest.importorskip("hydra")
-    from omegaconf import OmegaConf
-
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", list(overrides))
-    # What is read from the run itself (its name, its command line) does not exist here.
-    kept = [str(key) for key in config if not OmegaConf.is_interpolation(config, key)]
-    return OmegaConf.to_container(OmegaConf.masked_copy(config, kept), resolve=True)
+    """The options of a training with these overrides, as plain values."""
+    return cli.compose("train", overrides).options().to_dict()
 
 
 def build(config: dict[str, Any], num_classes: int = 3) -> LightHeadRCNN:
@@ -41,8 +28,8 @@ def build(config: dict[str, Any], num_classes: int = 3) -> LightHeadRCNN:
     )
 
 
-@pytest.mark.parametrize("backbone", choices("backbone"))
-@pytest.mark.parametrize("neck", choices("neck"))
+@pytest.mark.parametrize("backbone", cli.options_of("backbone"))
+@pytest.mark.parametrize("neck", cli.options_of("neck"))
 def test_every_backbone_with_every_neck_builds(backbone: str, neck: str) -> None:
     if backbone == "timm":
         pytest.importorskip("timm")
@@ -50,11 +37,11 @@ def test_every_backbone_with_every_neck_builds(backbone: str, neck: str) -> None
     network = build(config)
     assert network.neck.head_channels == (network.backbone.channels["c5"] if neck == "none" else 128)
     assert (network.rpn.anchors.stride, network.head.scale) == ((16, 1 / 32) if neck == "none" else (16, 1 / 16))
-    assert set(choices("neck")) == set(NECKS)
+    assert set(cli.options_of("neck")) == set(NECKS)
 
 
-@pytest.mark.parametrize("recipe", choices("recipe"))
-@pytest.mark.parametrize("detector", choices("detector"))
+@pytest.mark.parametrize("recipe", cli.options_of("recipe"))
+@pytest.mark.parametrize("detector", cli.options_of("detector"))
 def test_every_recipe_with_every_detector_builds(recipe: str, detector: str) -> None:
     config = compose(f"recipe={recipe}", f"detector={detector}", "backbone=v2_0.5x")
     network = build(config, 80)
@@ -63,7 +50,7 @@ def test_every_recipe_with_every_detector_builds(recipe: str, detector: str) -> 
     assert Preprocessing(**config["input"]).to_dict() == config["input"]
 
 
-@pytest.mark.parametrize("data", choices("data"))
+@pytest.mark.parametrize("data", cli.options_of("data"))
 def test_every_data_set_composes(data: str) -> None:
     assert set(compose(f"data={data}")["data"]) == {
         "root",
@@ -109,7 +96,7 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
 
 
 def commands_of_table_7() -> list[str]:
-    page = (CONF.parent / "docs/table7.md").read_text()
+    page = (cli.CONF.parent / "docs/table7.md").read_text()
     return re.findall(r"\| `python tools/train\.py (recipe=paper backbone=\S+(?: backbone\.weights=\S+)?)` \|", page)
 
 
@@ -129,7 +116,7 @@ def test_table_7_has_its_twenty_cells() -> None:
     costs = []
     for command in commands:
         name = command.split()[1].removeprefix("backbone=")
-        entry = yaml.safe_load((CONF / "backbone" / f"{name.replace('v2star', 'v2')}.yaml").read_text())
+        entry = yaml.safe_load((cli.CONF / "backbone" / f"{name.replace('v2star', 'v2')}.yaml").read_text())
         assert entry["published"]["image_size"] == 224
         costs.append(entry["published"]["multiply_adds"])
     for place, cost in enumerate(costs):

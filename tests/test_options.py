@@ -99,6 +99,17 @@ def test_values_of_a_nested_set_change_its_default_and_keep_the_rest() -> None:
     assert parse(report=False).report is False
 
 
+def test_a_name_that_the_default_could_have_too_keeps_the_rest() -> None:
+    class Optimizer(Options):
+        name: Literal["sgd", "adamw"] = "sgd"
+        lr: Positive = 0.1
+
+    class Outer(Options):
+        optimizer: Optimizer = Optimizer(lr=0.5)
+
+    assert Outer.parse({"optimizer": {"name": "adamw"}}).optimizer == Optimizer(name="adamw", lr=0.5)
+
+
 def test_a_dict_of_values_is_one_value() -> None:
     class Rates(Options):
         lr_scales: dict[str, Positive] = Field({"head": 3.0})

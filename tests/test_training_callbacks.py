@@ -8,18 +8,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import launch
-
 import lightning
 import pytest
 import torch
 from scored_data import overrides_of, write_scored_data
 from torch import Tensor, nn
 
+from detector import cli
 from detector.evaluation.metrics import METRICS
 from detector.inference.detector import Detector, read_checkpoint
 from detector.training.callbacks import EMA, LOSSES, History, ProgressLines
-from detector.training.run import TrainOptions, train
+from detector.training.run import train
 from detector.training.task import DetectionTask
 
 
@@ -88,7 +87,7 @@ def test_the_average_is_what_is_scored_and_saved(
         DetectionTask, "validation_step", lambda task, *rest: (scored.append(copy(task)), step(task, *rest))[1]
     )
     monkeypatch.setattr(DetectionTask, "on_train_batch_end", lambda task, *_: stepped.append(copy(task)))
-    cfg, _ = launch.compose_config(
+    options: Any = cli.compose(
         "train",
         [
             "recipe=finetune", f"data.root={root}", f"ckpt={tmp_path}/start.ckpt", f"run_dir={tmp_path}/run",
@@ -96,9 +95,8 @@ def test_the_average_is_what_is_scored_and_saved(
             "val.batch_size=8", "val.every=2", "schedule.epochs=3", "optimizer.lr=0.001", "ema=0.4", "workers=0",
             "trainer.accelerator=cpu", *overrides_of(small_detector.options.spec()),
         ],
-    )  # fmt: skip
-    launch.resolve(cfg)
-    train(TrainOptions.parse(launch.plain(cfg)))
+    ).options()  # fmt: skip
+    train(options)
     assert len(stepped) == 6
     last = read_checkpoint(tmp_path / "run/last.ckpt")
     best = read_checkpoint(tmp_path / "run/best.ckpt")

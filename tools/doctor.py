@@ -24,7 +24,7 @@ from detector.data.preprocess import Preprocessing
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
 from detector.files import write_json
-from detector.training.checks import check_values
+from detector.training.run import TrainOptions
 
 log = logging.getLogger(__name__)
 # Of the map that the RPN looks at, C4 or the neck's.
@@ -33,7 +33,8 @@ RPN_STRIDE = 16
 
 def main(config: DictConfig) -> None:
     values = plain(config)
-    check_values(values)
+    out = Path(str(values.pop("out"))) / "doctor.json"
+    values = TrainOptions.parse(values).to_dict()
     rpn = values["rpn"]
     diagnosis = examine(
         locate_splits(values["data"]),
@@ -41,7 +42,6 @@ def main(config: DictConfig) -> None:
         anchors={key: rpn[key] for key in ("scales", "ratios", "foreground_iou")} | {"stride": RPN_STRIDE},
         workers=values["workers"],
     )
-    out = Path(str(values["out"])) / "doctor.json"
     write_json(out, diagnosis.to_dict())
     log.info("%s\n%s", format_diagnosis(diagnosis), out)
     if diagnosis.counts["error"]:

@@ -1,6 +1,12 @@
-"""Pre-training a backbone as an image classifier.
+"""Pre-train a backbone as an image classifier.
 
-Run on CPUs, in one process and in two, and in bf16-mixed; not yet on a GPU, and not on ImageNet.
+python tools/pretrain.py backbone=v2_1x data.root=DIR       DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, the ImageNet
+                                                            recipe of the ShuffleNet V2 paper
+python tools/pretrain.py backbone=v2_0.5x pretrain=crops    embedded data, minutes on a CPU
+python tools/pretrain.py ckpt=RUN_DIR/last.ckpt resume=true go on where a run stopped
+
+RUN_DIR/best.pth is what tools/train.py takes as backbone.weights=PATH. Run on CPUs, in one process and in two, and in
+bf16-mixed; not yet on a GPU, and not on ImageNet.
 """
 
 from __future__ import annotations
@@ -24,7 +30,6 @@ from detector.files import replacing
 from detector.inference.detector import read_torch_file
 from detector.models.backbones import AnyBackboneOptions
 from detector.models.backbones.classifier import ImageClassifier, build_classifier
-from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
 from detector.options import BelowOne, Count, Natural, Options, Positive, Share

@@ -18,7 +18,7 @@ class ClassifierOptions(Options):
     """What an image classifier has on top of a backbone: what published costs count, and what is pre-trained."""
 
     conv5_channels: Count | None = None
-    """Of a 1x1 convolution with BN before the average; null: there is none."""
+    """Of a 1x1 convolution with BN before the average; null: there is none, the average of c5 is classified."""
     activation: Activation = "relu"
     """Of conv5."""
     dropout: BelowOne = 0.0
@@ -48,8 +48,8 @@ class BackboneOptions(Options):
     """The last stage keeps stride 16 and dilates its later 3x3 convolutions (setting L of Light-Head R-CNN)."""
     weights: str | None = None
     """To start from: imagenet, or a path; null: random."""
-    classifier: ClassifierOptions | None = None
-    """On top, for pre-training and for published costs; null: the average of c5 is classified."""
+    classifier: ClassifierOptions | None = ClassifierOptions()
+    """On top, for pre-training and for published costs."""
     published: PublishedCost | None = None
     """The cost that is published for this network."""
 
