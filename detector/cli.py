@@ -34,7 +34,7 @@ COMMANDS = {
     "predict": ("detector.apps.predict", "PredictCommandOptions", "predict"),
     "export": ("detector.apps.export", "ExportOptions", "export"),
     "serve": ("detector.apps.serve", "ServeOptions", "serve"),
-    "doctor": ("detector.apps.doctor", "DoctorOptions", "doctor"),
+    "doctor": ("detector.apps.doctor.run", "DoctorOptions", "doctor"),
     "compare": ("detector.apps.compare", "CompareOptions", "compare"),
     "benchmark": ("detector.lab.benchmark", "BenchmarkOptions", "benchmark"),
     "pretrain": ("detector.training.pretrain", "PretrainOptions", "pretrain"),

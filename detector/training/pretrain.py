@@ -30,6 +30,7 @@ from detector.files import replacing
 from detector.inference.detector import read_torch_file
 from detector.models.backbones import AnyBackboneOptions
 from detector.models.backbones.classifier import ImageClassifier, build_classifier
+from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
 from detector.options import BelowOne, Count, Natural, Options, Positive, Share
