@@ -17,7 +17,7 @@ CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).par
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a path to write to; it becomes `path` when the block ends, and vanishes when the block fails.
 
-    A reader, and a run that is killed, never sees half a file. The suffix is kept, because writers of pictures choose
+    A reader, and a run that is killed, never sees half a file. The suffix is kept, because writers of images choose
     their format by it. Missing parent folders are made.
     """
     path = Path(path)

@@ -176,7 +176,7 @@ def test_what_is_wrong_with_folders_is_said(root: Path) -> None:
     with pytest.raises(InputError, match=r"one: 1 class folders \(ant\), but .* two or more"):
         ImageFolder(root / "one", unchanged)
     (root / "one" / "bee").mkdir()
-    with pytest.raises(InputError, match=r"ant: no picture in this class folder"):
+    with pytest.raises(InputError, match=r"ant: no image in this class folder"):
         ImageFolder(root / "one", unchanged)
 
 

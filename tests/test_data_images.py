@@ -167,7 +167,7 @@ def test_reading_leaves_the_source_alone(picture: np.ndarray) -> None:
         (b"", "empty (0 bytes)", "take it out"),
         (io.StringIO("text"), "str, not bytes", "binary mode"),
         (np.zeros((3, 24, 40), np.uint8), "(3, 24, 40)", "channels last"),
-        (np.zeros((2, 24, 40, 3), np.uint8), "(2, 24, 40, 3)", "one picture at a time"),
+        (np.zeros((2, 24, 40, 3), np.uint8), "(2, 24, 40, 3)", "one image at a time"),
         (np.zeros((0, 40, 3), np.uint8), "(0, 40, 3)", "not empty"),
         (np.zeros((24, 40, 3), np.int64), "int64", "convert it"),
         (np.full((4, 4, 3), 200.0), "200", "divide by 255"),

@@ -111,7 +111,7 @@ def test_two_processes_score_as_one(tmp_path: Path, launcher: str, spare: int) -
 
 
 def naive_figures(state: dict[str, torch.Tensor], root: Path) -> tuple[float, float, float]:
-    """By torchvision's network, in one process, one picture at a time."""
+    """By torchvision's network, in one process, one image at a time."""
     import torchvision
 
     from detector.data.image_folder import ImageFolder, eval_view

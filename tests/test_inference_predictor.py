@@ -114,7 +114,7 @@ def test_a_broken_picture_is_reported_and_the_rest_is_done(folder: Path) -> None
     errors = {index: one.error for index, one in enumerate(found) if one.error is not None}
     assert list(errors) == [3, 6, 7, 8]
     for index, part in (
-        (3, "3.png: not a picture"),
+        (3, "3.png: not an image"),
         (6, "missing.png: no such file"),
         (7, "allow_private"),
         (8, "NoneType"),

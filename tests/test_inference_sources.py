@@ -84,7 +84,7 @@ def test_patterns_and_folders_without_pictures(tree: Path, tmp_path: Path) -> No
     for source, part in (
         (f"{tree}/*.jpg", "no such file"),
         (f"{tree}/*.txt", "1 matches, none an image"),
-        (tmp_path / "empty", "no picture in this folder"),
+        (tmp_path / "empty", "no image in this folder"),
         (tmp_path / "missing", "no such file"),
     ):
         [message] = values(source)
@@ -159,13 +159,13 @@ def test_a_generator_is_read_as_it_goes() -> None:
         ("data:image/png;base64," + "A" * 5000, "File name too long"),
         ("nul\0.jpg", "null"),
         (b"", "is empty"),
-        (b"bytes", "not a picture"),
-        (io.BytesIO(b"bytes"), "not a picture"),
+        (b"bytes", "not an image"),
+        (io.BytesIO(b"bytes"), "not an image"),
         (io.StringIO("text"), "binary mode"),
         (True, "bool"),
         (1.5, "float"),
         (None, "NoneType"),
-        (np.zeros((2, 8, 12, 3), np.uint8), "one picture at a time"),
+        (np.zeros((2, 8, 12, 3), np.uint8), "one image at a time"),
     ],
 )
 def test_what_is_no_source(source: Any, part: str) -> None:
@@ -275,7 +275,7 @@ def test_addresses(served: str, tree: Path) -> None:
     [picture] = read_images(f"{served}/b/2.png", here)
     assert (picture.path, picture.image[0, 0, 0], picture.error) == (f"{served}/b/2.png", 2, None)
     messages = values([f"{served}/notes.txt", f"{served}/none.png"], here)
-    assert "notes.txt: not a picture" in str(messages[0])
+    assert "notes.txt: not an image" in str(messages[0])
     assert "none.png: the server answers 404" in str(messages[1])
     assert "allow_private" in str(values(f"{served}/b/2.png")[0])
 

@@ -75,7 +75,7 @@ def test_every_form_of_a_folder(folder: Path, tmp_path: Path) -> None:
         str(out / "a.png"), str(out / "c.png"), None, str(out / "sub/b.png"),
     ]  # fmt: skip
     assert [record["names"] for record in records] == [["cat", "dog"], [], [], ["cat"]]
-    assert "not a picture" in records[2]["error"]
+    assert "not an image" in records[2]["error"]
     assert [one.to_dict() for one in found] == [
         {key: value for key, value in record.items() if key != "annotated"} for record in records
     ]

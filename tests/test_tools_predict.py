@@ -59,7 +59,7 @@ def test_a_folder_with_a_broken_picture(tmp_path: Path, folder: Path, checkpoint
     assert outcome.code == 1, outcome.err
     assert "Traceback" not in outcome.err
     assert "1 could not be read:" in outcome.err
-    assert "2024/broken.jpg: not a picture" in outcome.err
+    assert "2024/broken.jpg: not an image" in outcome.err
     out = tmp_path / "predictions"
     assert files(out) == ["a.png", "a_2.png", "detections.json", "sub/a.png"]
     records = json.loads((out / "detections.json").read_text())

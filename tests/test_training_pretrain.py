@@ -118,7 +118,7 @@ def test_a_run_leaves_what_it_found(finished: Path) -> None:
 
 
 def naive_top1(network: Callable[[Tensor], Tensor], root: Path) -> tuple[float, float]:
-    """Top-1 and cross-entropy with Pillow and torchvision alone, one picture at a time."""
+    """Top-1 and cross-entropy with Pillow and torchvision alone, one image at a time."""
     right, loss, count = 0, 0.0, 0
     view = torchvision.transforms.Compose([torchvision.transforms.CenterCrop(64), torchvision.transforms.PILToTensor()])
     for label, name in enumerate(CLASSES):

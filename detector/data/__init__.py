@@ -1,1 +1,1 @@
-"""From annotation files and pictures to batches: index, transforms, data set, collate. Never imports the network."""
+"""From annotation files and images to batches: index, transforms, data set, collate. Never imports the network."""

@@ -80,7 +80,7 @@ def generate(folder: Path, *, seed: int, train: int, val: int, size: int) -> Non
 def windows(scene: Scene, seed: np.random.SeedSequence) -> Iterator[Window]:
     """A window around each object, and one without any object where one is found.
 
-    The windows lie inside the picture: an object at the border is off their centre, as it is for a detector.
+    The windows lie inside the image: an object at the border is off their centre, as it is for a detector.
     """
     height, width = scene.image.shape[:2]
     for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):

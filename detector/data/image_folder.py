@@ -1,6 +1,6 @@
 """Images for classification: a folder for each class, two splits with the same classes, views for training and scoring.
 
-The layout of torchvision's ImageFolder; the pictures are read by `detector.data.images`, as everywhere here.
+The layout of torchvision's ImageFolder; the images are read by `detector.data.images`, as everywhere here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torchvision.transforms import v2
 from detector.data.images import IMAGE_SUFFIXES, read_image
 from detector.errors import InputError
 
-LAYOUT = "data.root=DIR with the pictures in DIR/train/CLASS/ and DIR/val/CLASS/"
+LAYOUT = "data.root=DIR with the images in DIR/train/CLASS/ and DIR/val/CLASS/"
 
 View = Callable[[Tensor], Tensor]  # uint8 RGB (3, h, w) -> uint8 RGB (3, size, size)
 
 
 class ImageBatch(NamedTuple):
-    """Pictures and their classes.
+    """Images and their classes.
 
     Attributes:
         images: uint8 RGB (N, 3, H, W).
@@ -39,30 +39,30 @@ class ImageBatch(NamedTuple):
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """One split: folder/CLASS/**/*.jpg and other pictures; classes in alphabetical order, hidden files left out.
+    """One split: folder/CLASS/**/*.jpg and other images; classes in alphabetical order, hidden files left out.
 
     A sample is (uint8 RGB (3, size, size), label, path). `folder[i]` and `folder[i, epoch]` draw their view from the
     seed, the epoch and i alone.
 
     Args:
         folder: of the split.
-        view: applied to each picture each time.
+        view: applied to each image each time.
         seed: of the draws.
 
     Raises:
-        InputError: the folder is missing, it has fewer than two classes, or one of them has no picture.
+        InputError: the folder is missing, it has fewer than two classes, or one of them has no image.
     """
 
     def __init__(self, folder: Path, view: View, seed: int = 0) -> None:
         if not folder.is_dir():
             raise InputError(f"No folder {folder} here (looked in '{folder.resolve()}'): give {LAYOUT}.")
-        super().__init__(str(folder), loader=read_image, is_valid_file=_is_picture, allow_empty=True)
+        super().__init__(str(folder), loader=read_image, is_valid_file=_is_image, allow_empty=True)
         self.view, self.seed = view, seed
         counts = np.bincount(self.targets, minlength=len(self.classes)) if self.targets else [0] * len(self.classes)
         empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
         if empty:
             raise InputError(
-                f"{folder / empty[0]}: no picture in this class folder; expected files that end in "
+                f"{folder / empty[0]}: no image in this class folder; expected files that end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}. Add some, or remove the folder."
             )
 
@@ -105,11 +105,11 @@ def collate_images(samples: Sequence[tuple[Tensor, int, str]]) -> ImageBatch:
 
 
 def train_view(*, size: int, scale: Sequence[float], flip: float, colour: float) -> View:
-    """A random part of the picture, resized; then colours and mirroring.
+    """A random part of the image, resized; then colours and mirroring.
 
     Args:
         size: side of the view in pixels.
-        scale: least and largest share of the picture's area (Szegedy et al. 2015: 0.08 to 1); the aspect ratio changes
+        scale: least and largest share of the image's area (Szegedy et al. 2015: 0.08 to 1); the aspect ratio changes
             by up to 4/3.
         flip: probability of left for right.
         colour: brightness, contrast and saturation each change by up to this share.
@@ -119,7 +119,7 @@ def train_view(*, size: int, scale: Sequence[float], flip: float, colour: float)
     """
     least, largest = scale
     if not 0 < least <= largest <= 1:
-        raise InputError(f"augment.scale={list(scale)}: shares of a picture's area, 0 < least <= largest <= 1.")
+        raise InputError(f"augment.scale={list(scale)}: shares of an image's area, 0 < least <= largest <= 1.")
     steps: list[Any] = [v2.RandomResizedCrop(size, scale=(least, largest), antialias=True)]
     if colour:
         steps.append(v2.ColorJitter(colour, colour, colour))
@@ -130,7 +130,7 @@ def eval_view(*, size: int, resize: int) -> View:
     """The shorter side to `resize`, then the middle square of side `size`.
 
     Raises:
-        InputError: the square is larger than the picture.
+        InputError: the square is larger than the image.
     """
     if resize < size:
         raise InputError(f"input.resize={resize} is less than input.size={size}; the usual ratio is 256 to 224.")
@@ -151,6 +151,6 @@ def draws(seed: tuple[int, ...]) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-def _is_picture(path: str) -> bool:
+def _is_image(path: str) -> bool:
     name = Path(path).name
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES

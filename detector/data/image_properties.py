@@ -1,4 +1,4 @@
-"""What can be measured on a picture without knowing what is on it: light, contrast, sharpness, size."""
+"""What can be measured on an image without knowing what is on it: light, contrast, sharpness, size."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
 
 
 def image_properties(index: AnnotationIndex, limit: int | None = None) -> dict[Any, dict[str, float]]:
-    """Read the pictures once, with a progress bar: 1.4 ms for one of 320 x 240, in proportion to its pixels.
+    """Read the images once, with a progress bar: 1.4 ms for one of 320 x 240, in proportion to its pixels.
 
     Args:
-        limit: the first pictures only; None reads all.
+        limit: the first images only; None reads all.
 
     Returns:
         {image id: what `measure` returns}.
 
     Raises:
-        InputError: a picture cannot be read; the message names it.
+        InputError: an image cannot be read; the message names it.
     """
     places = range(len(index) if limit is None else min(limit, len(index)))
     return {index.image_ids[i]: measure(index.read(i)) for i in progress(places, "light and sharpness")}
 
 
 def measure(image: np.ndarray) -> dict[str, float]:
-    """Four numbers for a picture, uint8 RGB (h, w, 3).
+    """Four numbers for an image, uint8 RGB (h, w, 3).
 
     Returns:
-        brightness: mean of the grey picture, in [0, 1].
+        brightness: mean of the grey image, in [0, 1].
         contrast: its standard deviation, in [0, 0.5].
         sharpness: variance of its Laplacian (Pech-Pacheco et al. 2000), on grey levels 0-255; low means blurred or
-            plain. Of pictures of very different sizes it cannot be compared.
+            plain. Of images of very different sizes it cannot be compared.
         resolution: square root of the number of pixels.
     """
     import cv2

@@ -1,7 +1,7 @@
-"""One door for pictures: training, evaluation, prediction and exports read files, arrays and tensors here.
+"""One door for images: training, evaluation, prediction and exports read files, arrays and tensors here.
 
 Everything becomes uint8 RGB (h, w, 3) as a person would see it. Numpy and Pillow only: an exported detector reads its
-pictures where torch is not installed.
+images where torch is not installed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _PILLOW_LIMIT = threading.Lock()
 def read_image(
     source: ImageSource, *, bgr: bool = False, exif: bool = True, max_pixels: int | None = None, name: str | None = None
 ) -> np.ndarray:
-    """Read one picture.
+    """Read one image.
 
     Args:
         source: a file; the bytes of one, or a binary file object that holds them; a Pillow image; an array (h, w),
             (h, w, 1), (h, w, 3) or (h, w, 4), uint8, uint16 or float in [0, 1]; a tensor (C, h, w) with C of 1, 3 or
-            4, uint8 or float in [0, 1]. Alpha is dropped. 16-bit pictures are divided by 257. Files and Pillow images
+            4, uint8 or float in [0, 1]. Alpha is dropped. 16-bit images are divided by 257. Files and Pillow images
             of 32 bits a pixel do not say their range: [0, 1] (float only), [0, 255] or [0, 65535], the smallest that
             holds them. Of an animated file (GIF, APNG, WebP) or one of several pages, the first frame; of a Pillow
             image, its current one.
@@ -55,13 +55,13 @@ def read_image(
         uint8 RGB (h, w, 3), C-contiguous. It shares memory with `source` where that is such an array already.
 
     Raises:
-        InputError: the file is missing, a folder, empty, not a picture, too large or damaged; the array has a shape, a
-            type or a range that no picture has.
+        InputError: the file is missing, a folder, empty, not an image, too large or damaged; the array has a shape, a
+            type or a range that no image has.
     """
     if isinstance(source, (str, os.PathLike)):
         return _read_file(Path(source), name or str(source), exif, max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _read_file(io.BytesIO(source), name or f"a picture in {len(source)} bytes", exif, max_pixels)
+        return _read_file(io.BytesIO(source), name or f"an image in {len(source)} bytes", exif, max_pixels)
     if hasattr(source, "read"):
         content = _content_of(source, name or "a file object")
         return read_image(content, exif=exif, max_pixels=max_pixels, name=name)
@@ -77,7 +77,7 @@ def read_image(
     if is_tensor(source):
         return _from_tensor(source, name or "tensor", bgr)
     raise InputError(
-        f"cannot read a picture from {type(source).__name__}; give a path, the bytes of a file, a Pillow image, a "
+        f"cannot read an image from {type(source).__name__}; give a path, the bytes of a file, a Pillow image, a "
         f"numpy array (h, w, 3) or a tensor (3, h, w)."
     )
 
@@ -88,10 +88,10 @@ def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """All picture files below a folder, sorted by path; hidden files are left out.
+    """All image files below a folder, sorted by path; hidden files are left out.
 
     Raises:
-        InputError: the folder is missing, is a file, or holds no picture.
+        InputError: the folder is missing, is a file, or holds no image.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -103,7 +103,7 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
     if not found:
-        raise InputError(f"{root}: no picture in this folder; expected files that end in {_suffixes()}.")
+        raise InputError(f"{root}: no image in this folder; expected files that end in {_suffixes()}.")
     return found
 
 
@@ -141,9 +141,7 @@ def _content_of(file: Any, name: str) -> bytes:
 
 def _read_file(file: Path | io.BytesIO, name: str, exif: bool, max_pixels: int | None) -> np.ndarray:
     if isinstance(file, Path) and os.path.isdir(file):
-        raise InputError(
-            f"{name}: is a folder, not a picture; detector.data.images.list_images gives the pictures in it."
-        )
+        raise InputError(f"{name}: is a folder, not an image; detector.data.images.list_images gives the images in it.")
     try:
         with _open(file, name, max_pixels) as image:
             if image.format == "EPS":  # Pillow would run it: PostScript is a program
@@ -157,7 +155,7 @@ def _read_file(file: Path | io.BytesIO, name: str, exif: bool, max_pixels: int |
         raise InputError(f"{name}: may not be read by this user; change the file's permissions.") from error
     except UnidentifiedImageError as error:
         size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
-        what = "not a picture that can be read" if size else "is empty (0 bytes), not a picture that can be read"
+        what = "not an image that can be read" if size else "is empty (0 bytes), not an image that can be read"
         raise InputError(f"{name}: {what}; convert it to one of {_suffixes()}, or take it out of the data.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
@@ -184,7 +182,7 @@ def _open(file: Path | io.BytesIO, name: str, max_pixels: int | None) -> Iterato
         if image.width * image.height > max_pixels:
             raise InputError(
                 f"{name}: {image.width} x {image.height} pixels, max_pixels={max_pixels}; raise it, or shrink "
-                f"the picture."
+                f"the image."
             )
         yield image
 
@@ -206,7 +204,7 @@ def _from_pillow(image: Image.Image, exif: bool) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # A broken EXIF block must not cost the picture.
+    except Exception:  # A broken EXIF block must not cost the image.
         return 1
     return value if value in range(1, 9) else 1
 
@@ -234,7 +232,7 @@ def _to_rgb(pixels: np.ndarray) -> np.ndarray:
 def _from_tensor(tensor: torch.Tensor, name: str, bgr: bool) -> np.ndarray:
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
         raise InputError(
-            f"{name} of shape {tuple(tensor.shape)}: a picture is (3, h, w); give one at a time, channels first."
+            f"{name} of shape {tuple(tensor.shape)}: an image is (3, h, w); give one at a time, channels first."
         )
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
@@ -247,8 +245,8 @@ def _from_array(array: np.ndarray, name: str, bgr: bool) -> np.ndarray:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise InputError(
-            f"{name} of shape {array.shape}: a picture is (h, w), (h, w, 3) or (h, w, 4) and not empty; give one "
-            f"picture at a time, channels last."
+            f"{name} of shape {array.shape}: an image is (h, w), (h, w, 3) or (h, w, 4) and not empty; give one "
+            f"image at a time, channels last."
         )
     pixels = _array_to_uint8(array, name)
     if pixels.shape[2] == 1:
@@ -265,12 +263,12 @@ def _array_to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
     if array.dtype.kind != "f":
-        raise InputError(f"{name} of type {array.dtype}: a picture is uint8, uint16 or float in [0, 1]; convert it.")
+        raise InputError(f"{name} of type {array.dtype}: an image is uint8, uint16 or float in [0, 1]; convert it.")
     low, high = float(array.min()), float(array.max())
     # A resize leaves values a hair outside; a NaN fails both comparisons.
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise InputError(
-            f"{name} of type {array.dtype} with values from {low:g} to {high:g}: a float picture lies in [0, 1]; "
+            f"{name} of type {array.dtype} with values from {low:g} to {high:g}: a float image lies in [0, 1]; "
             f"divide by 255, or convert it to uint8."
         )
     return np.rint(array * 255.0).clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Draw one picture of flat shapes on textured ground, with its ground truth.
+"""Draw one image of flat shapes on textured ground, with its ground truth.
 
 The class is the outline and nothing else. A box is drawn first, without regard to the class, and a rotated outline is
 stretched to fill it; colour, texture, place, size and aspect ratio therefore say nothing about the class. Distractors
@@ -16,14 +16,14 @@ import numpy as np
 
 # A change of anything that is drawn raises VERSION in shapes.py.
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent")
-SIZE = 256  # longer side of a picture, pixels
-EMPTY = 0.05  # share of pictures without an object
+SIZE = 256  # longer side of an image, pixels
+EMPTY = 0.05  # share of images without an object
 MAX_OBJECTS = 10
 MAX_DISTRACTORS = 3
 # Side of the square with the box's area, in pixels, and how often: small, medium and large by COCO's areas, roughly.
 # The large band is wide because a star or a ring covers about half of its box.
 SIDES = ((0.18, 24, 36), (0.50, 44, 96), (0.32, 120, 190))
-MIN_INSIDE = 0.7  # an object is not placed where the picture's border would leave less of it ...
+MIN_INSIDE = 0.7  # an object is not placed where the image's border would leave less of it ...
 MIN_VISIBLE = 0.8  # ... and nothing is placed where it would leave less of that in sight: no object is mostly hidden
 MIN_CONTRAST = 55.0  # distance between an object and its ground, in the axes below
 # Rows: luma and two chroma axes; chroma counts less because JPEG halves its resolution.
@@ -37,16 +37,16 @@ Contour = np.ndarray  # (V, 2) float64 xy. Of several the first is the outer one
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn picture with its ground truth; G objects in the order of painting.
+    """One drawn image with its ground truth; G objects in the order of painting.
 
     Attributes:
         image: uint8 RGB, (h, w, 3).
-        boxes: (G, 4) float64, xyxy pixels: the full extent of the shape inside the picture, covered parts included.
+        boxes: (G, 4) float64, xyxy pixels: the full extent of the shape inside the image, covered parts included.
         labels: (G,) int64, index into CLASS_NAMES.
-        areas: (G,) float64, square pixels of the shape inside the picture, covered parts included.
+        areas: (G,) float64, square pixels of the shape inside the image, covered parts included.
         visible: (G,) float64, the share of that area that nothing painted later covers.
         owner: (h, w) int16, which object a pixel shows; -1 is ground or a distractor.
-        jpeg_quality: the quality the picture is stored with.
+        jpeg_quality: the quality the image is stored with.
     """
 
     image: np.ndarray
@@ -267,7 +267,7 @@ def _distractor(rng: np.random.Generator, largest: float) -> _Item:
 
 
 def _extent(outline: Contour, width: int, height: int) -> np.ndarray:
-    """xyxy extent of the part of an outline inside the picture; exact if it is whole, to 0.25 px if it is cut."""
+    """xyxy extent of the part of an outline inside the image; exact if it is whole, to 0.25 px if it is cut."""
     low, high = outline.min(axis=0), outline.max(axis=0)
     if (low < 0).any() or (high > (width, height)).any():
         edges = np.roll(outline, -1, axis=0) - outline
@@ -291,7 +291,7 @@ class _Painter:
         self.boxes: list[np.ndarray] = []
         self.labels: list[int] = []
         self.areas: list[float] = []
-        self.totals = np.zeros(0)  # pixels of each object inside the picture ...
+        self.totals = np.zeros(0)  # pixels of each object inside the image ...
         self.shown = np.zeros(0)  # ... and those of them that nothing covers
 
     def add(self, item: _Item) -> None:
@@ -319,7 +319,7 @@ class _Painter:
         """A random place (x, y) for the top left corner of an item."""
         if self.rng.random() < 0.85:
             low, high = (0, 0), (max(self.width - columns, 0) + 1, max(self.height - rows, 0) + 1)
-        else:  # only the centre has to be in the picture
+        else:  # only the centre has to be in the image
             low, high = (-columns // 2, -rows // 2), (self.width - columns // 2, self.height - rows // 2)
         x, y = self.rng.integers(low, high).tolist()
         return x, y
@@ -367,10 +367,10 @@ def _overlap(x: int, y: int, shape: tuple[int, ...], canvas: tuple[int, ...]) ->
 
 
 def render_scene(seed: np.random.SeedSequence | np.random.Generator | int, *, size: int = SIZE) -> Scene:
-    """Draw one picture.
+    """Draw one image.
 
     Args:
-        seed: where all randomness comes from; equal seeds give equal pictures.
+        seed: where all randomness comes from; equal seeds give equal images.
         size: the longer side in pixels; the shorter one is as long or three quarters of it.
     """
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
-"""The embedded data set: COCO JSON and JPEG pictures of shapes, made from a seed at first use. scenes.py draws them.
+"""The embedded data set: COCO JSON and JPEG images of shapes, made from a seed at first use. scenes.py draws them.
 
-Every picture has its own seed, derived from (seed, split, index): train and val never share a scene, and a larger
-data set begins with the pictures of a smaller one. The same versions of numpy and OpenCV give the same bytes.
+Every image has its own seed, derived from (seed, split, index): train and val never share a scene, and a larger
+data set begins with the images of a smaller one. The same versions of numpy and OpenCV give the same bytes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def ensure_shapes(root: Path, *, seed: int = 0, train: int = TRAIN, val: int = V
 
     Args:
         root: where it belongs; becomes root/images/*.jpg and root/annotations/{train,val}.json.
-        seed: another seed gives other pictures.
-        train, val: number of pictures.
-        size: longer side of a picture in pixels.
+        seed: another seed gives other images.
+        train, val: number of images.
+        size: longer side of an image in pixels.
 
     Returns:
         root.
@@ -107,7 +107,7 @@ def generate(folder: Path, *, seed: int, train: int, val: int, size: int = SIZE)
 
 
 def scene_seed(seed: int, split: str, index: int) -> np.random.SeedSequence:
-    """The seed of one picture; no two (seed, split, index) share one."""
+    """The seed of one image; no two (seed, split, index) share one."""
     return np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index))
 
 
@@ -142,7 +142,7 @@ def _append(content: dict[str, Any], scene: Scene, name: str) -> None:
 
 
 def jpeg(image: np.ndarray, quality: int) -> bytes:
-    """A picture, uint8 RGB (h, w, 3), as the bytes of a JPEG file."""
+    """An image, uint8 RGB (h, w, 3), as the bytes of a JPEG file."""
     import cv2
 
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)

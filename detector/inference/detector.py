@@ -29,7 +29,7 @@ class Detector(Predictor):
 
     Attributes:
         network: LightHeadRCNN.
-        preprocessing: how a picture becomes network input.
+        preprocessing: how an image becomes network input.
         class_names: label -> name.
         options: of the network.
         provenance: how it was made: config, epoch, metrics, versions. Plain values.

@@ -12,7 +12,7 @@ from detector.data.preprocess import PADDING, STRIDE, Preprocessing
 from detector.errors import InputError
 
 FORMAT = "light-head-detector-export"
-VERSION = 2  # 1 took pictures as (N, 3, H, W)
+VERSION = 2  # 1 took images as (N, 3, H, W)
 # The folder of our keys in OpenVINO's rt_info, and the file of them inside a .pt2.
 SECTION = "light_head_detector"
 # Beside `format`; each holds JSON.
@@ -25,8 +25,8 @@ class ExportInfo:
 
     Attributes:
         class_names: label -> name.
-        preprocessing: how a picture becomes network input.
-        batch: pictures that go through at once; None: any number.
+        preprocessing: how an image becomes network input.
+        batch: images that go through at once; None: any number.
         canvas: height and width of the input; None: any multiples of STRIDE.
         precision: "float32" or "int8".
         spec: what `NetworkOptions.parse` reads, for the record.

@@ -47,5 +47,5 @@ def predict(
     threads: int | None = None,
     **options: Any,
 ) -> list[Detections]:
-    """Open a file and find objects in pictures: see `Predictor.predict`. To predict often, `load` once."""
+    """Open a file and find objects in images: see `Predictor.predict`. To predict often, `load` once."""
     return load(ckpt, device, threads=threads).predict(source, **options)

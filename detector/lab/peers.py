@@ -83,7 +83,7 @@ def _randomise_statistics(network: torch.nn.Module) -> None:
 def training_contest(options: NetworkOptions, augment: AugmentOptions, index: AnnotationIndex, turns: int) -> Contest:
     """A training step, from reading files to the optimiser, against torchvision's light two-stage detector.
 
-    Same pictures, same transforms, same resize (short side 320), batch 8, two steps a turn; a third of the turns,
+    Same images, same transforms, same resize (short side 320), batch 8, two steps a turn; a third of the turns,
     because the peer takes seconds.
     """
     preprocessing = Preprocessing(short_side=320, long_side=640)

@@ -77,7 +77,7 @@ def contest_predictions(
     exports: Sequence[str | Path] = (),
     budgets: Sequence[int] = (),
 ) -> list[Timing]:
-    """From a picture in memory to its boxes, all contestants taking turns, each in a process of its own.
+    """From an image in memory to its boxes, all contestants taking turns, each in a process of its own.
 
     Args:
         ckpt: a checkpoint, in torch, folded.
@@ -183,7 +183,7 @@ def parts(detector: Detector, image: np.ndarray, turns: int) -> dict[str, float]
 
 
 def network_multiply_adds(detector: Detector, image: np.ndarray, canvas: tuple[int, int] | None = None) -> int:
-    """Of the network on this canvas (height, width), or that of this picture."""
+    """Of the network on this canvas (height, width), or that of this image."""
 
     class Detect(nn.Module):
         def __init__(self) -> None:
@@ -198,7 +198,7 @@ def network_multiply_adds(detector: Detector, image: np.ndarray, canvas: tuple[i
 
 
 def peer_multiply_adds(name: str, image: np.ndarray) -> int:
-    """Of a torchvision detector on this picture."""
+    """Of a torchvision detector on this image."""
     return multiply_adds(peer(name), [_tensor(image)])
 
 
@@ -209,7 +209,7 @@ def contest_networks(
     threads: Iterable[int],
     turns: int,
 ) -> dict[int, dict[str, list[float]]]:
-    """Seconds of networks alone: our exports on a picture that is resized and padded already, and torchvision's
+    """Seconds of networks alone: our exports on an image that is resized and padded already, and torchvision's
     detectors, which resize by themselves, as OpenVINO exports of ours run: for latency, with a fixed size, in float32
     and, by NNCF, in int8.
 
@@ -244,7 +244,7 @@ def exported_peer_names(name: str) -> tuple[str, str]:
 
 
 def write_peers(image: np.ndarray, folder: Path) -> dict[str, Path]:
-    """Write torchvision's detectors for pictures of this size, calibrated on it; by their `exported_peer_names`.
+    """Write torchvision's detectors for images of this size, calibrated on it; by their `exported_peer_names`.
 
     Raises:
         InputError: openvino or nncf is not installed.
@@ -320,14 +320,14 @@ def peak_memory(code: str) -> float:
 
 
 def memory_of(files: Mapping[str, str | Path], size: tuple[int, int], threads: int) -> dict[str, float]:
-    """Peak memory in MB of a process that loads a file and predicts once on a picture (height, width); peers too."""
+    """Peak memory in MB of a process that loads a file and predicts once on an image (height, width); peers too."""
     height, width = size
-    picture = f"import detector, numpy as np; image = np.zeros(({height}, {width}, 3), np.uint8)\n"
+    setup = f"import detector, numpy as np; image = np.zeros(({height}, {width}, 3), np.uint8)\n"
     found = {
-        name: peak_memory(picture + f"detector.load({str(path)!r}, 'cpu', threads={threads}).predict(image)")
+        name: peak_memory(setup + f"detector.load({str(path)!r}, 'cpu', threads={threads}).predict(image)")
         for name, path in files.items()
     }
     for name in PEERS:
         code = f"from detector.lab.prediction import _peer_call; _peer_call({name!r}, image, {threads})()"
-        found[f"torchvision {name}"] = peak_memory(picture + code)
+        found[f"torchvision {name}"] = peak_memory(setup + code)
     return found

@@ -42,7 +42,7 @@ class AnchorGrid(nn.Module):
         padding 1 is centred on pixel 2i of its input, so a chain of them is centred on stride * i, not on the middle
         of a stride x stride square. LightHead reads the map in the same frame. Source: torchvision's AnchorGenerator.
 
-        Those of the last few sizes are kept: pictures of one camera have one size.
+        Those of the last few sizes are kept: images of one camera have one size.
         """
         if torch.compiler.is_compiling():  # a kept tensor would be a constant of one size
             return self._make(height, width)

@@ -69,7 +69,7 @@ def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Clip boxes (N, P, 4) to their pictures.
+    """Clip boxes (N, P, 4) to their images.
 
     Args:
         image_sizes: (N, 2), height and width.
