@@ -77,8 +77,9 @@ class Composed(NamedTuple):
 def main(command: str) -> None:
     """Run a command on the configuration that sys.argv asks for.
 
-    Exit codes: 0, or what the command exits with; 1 and a traceback for an error of ours; 2 and one line for an error
-    of the user (InputError, an unknown option or key, a missing value, no permission, a full disk); 130 after Ctrl-C.
+    Exit codes: 0, or what the command exits with; 1 and a traceback for an error of this package; 2 and one line for
+    an error of the user (InputError, an unknown option or key, a missing value, no permission, a full disk); 130 after
+    Ctrl-C.
     """
     rank, parent = int(os.environ.get("LOCAL_RANK", "0")), os.getppid()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
@@ -408,7 +409,7 @@ def described(options: Options, indent: str = "") -> Iterator[tuple[str, str]]:
 
 
 def docstring(module: str) -> str:
-    """Of a module, without importing what it needs."""
+    """The docstring of a module, without importing what it needs."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
@@ -449,7 +450,7 @@ def did_you_mean(guesses: Sequence[str]) -> str:
 
 
 def explain(error: Exception) -> str | None:
-    """One line for an error that the user can mend; None for one that is ours."""
+    """One line for an error that the user can mend; None for an error of this package."""
     if isinstance(error, InputError):
         return without_worker(str(error))
     if isinstance(error, PermissionError):

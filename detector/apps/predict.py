@@ -41,11 +41,11 @@ class PredictCommandOptions(SearchOptions):
     out: str = "predictions"
     """What `save` names goes here."""
     save: str | list[str] | None = None
-    """Of images (of a video: a video), crops, json, jsonl, csv, coco; null: [images,json], streams [images,jsonl]."""
+    """Images (for a video: a video), crops, json, jsonl, csv, coco; null: [images,json], streams [images,jsonl]."""
     device: str | None = None
     """Null: the GPU if there is one."""
     threads: Count | None = None
-    """Of the processor that one prediction may use; null: as many as the runtime likes."""
+    """Threads of the processor that one prediction may use; null: as many as the runtime likes."""
 
 
 def predict(options: PredictCommandOptions) -> None:

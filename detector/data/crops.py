@@ -98,7 +98,7 @@ def windows(scene: Scene, seed: np.random.SeedSequence) -> Iterator[Window]:
 
 
 def _window_seed(seed: int, split: str, index: int) -> np.random.SeedSequence:
-    """Of the window without an object; no scene has it."""
+    """The seed of the window without an object; no scene has it."""
     return np.random.SeedSequence(seed, spawn_key=(shapes.SPLITS.index(split), index, 1))
 
 

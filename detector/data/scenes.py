@@ -4,7 +4,7 @@ The class is the outline and nothing else. A box is drawn first, without regard 
 stretched to fill it; colour, texture, place, size and aspect ratio therefore say nothing about the class. Distractors
 (bars, arcs, strokes, irregular polygons) are painted the same way and have no label.
 
-Source: ours.
+Chosen by this project: a data set that needs no download, and that no shortcut but the outline solves.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _fit(rng: np.random.Generator, contours: list[Contour], size: tuple[float, f
     contours = [(contour - low) * scale + fraction for contour in contours]
     columns, rows = np.ceil(contours[0].max(axis=0)).astype(int).tolist()
     fine = np.zeros((rows * _SUPERSAMPLING, columns * _SUPERSAMPLING), np.uint8)
-    # OpenCV counts from pixel centres, we from pixel corners.
+    # OpenCV counts from pixel centres, boxes here from pixel corners.
     points = [np.round((contour * _SUPERSAMPLING - 0.5) * (1 << _SHIFT)).astype(np.int32) for contour in contours]
     cv2.fillPoly(fine, points, 255, shift=_SHIFT)
     return _Item(cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA), contours[0], label)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-# Of `Detections.rows` and `Detections.to_pandas`.
+# The columns of `Detections.rows` and `Detections.to_pandas`.
 ROW_COLUMNS = ("path", "frame", "time", "label", "name", "score", "x1", "y1", "x2", "y2")
 
 

@@ -20,7 +20,7 @@ from detector.models.light_head_rcnn import LightHeadRCNN
 
 FORMAT = "light-head-detector"
 VERSION = 1
-# Training wraps the network; its checkpoints carry this prefix, and so do ours: one format.
+# Training wraps the network; its checkpoints carry this prefix, and so do those of `save`: one format.
 PREFIX = "network."
 
 
@@ -176,5 +176,5 @@ def read_torch_file(path: str | Path) -> Any:
     except Exception as error:  # On damaged bytes the unpickler raises anything: IndexError, KeyError, TypeError ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"'{path}' cannot be read as a checkpoint: it is truncated, or not one of ours ({reason[:200]})."
+            f"'{path}' cannot be read as a checkpoint: it is truncated, or of another program ({reason[:200]})."
         ) from error

@@ -190,7 +190,7 @@ def specialised(run: Run, compile_for: Callable[[tuple[int, ...]], Run]) -> Run:
 
 
 def openvino_run(compiled: Any) -> Run:
-    """How an openvino.CompiledModel of ours is called, from any thread: it has room for the results of one call."""
+    """How an export's openvino.CompiledModel is called, from any thread: it has room for the results of one call."""
     lock = threading.Lock()
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:

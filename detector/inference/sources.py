@@ -46,7 +46,7 @@ class ReadingOptions(Options):
     """How sources are read."""
 
     every: Count = 1
-    """Of a video or stream: each n-th frame."""
+    """Each n-th frame of a video or stream."""
     max_pixels: Count | None = None
     """Refuse image files that declare more; null: Pillow's limit, 179 million."""
     allow_private: Flag = False
@@ -225,7 +225,7 @@ def _broken(item: Any, error: InputError) -> SourceImage:
 
 
 def _scheme(item: Any) -> str:
-    """Of a string that is an address, in small letters; "" for anything else. A Path is always a file."""
+    """The scheme of a string that is an address, in small letters; "" for anything else. A Path is always a file."""
     scheme, separator, _ = item.partition("://") if isinstance(item, str) else ("", "", "")
     return scheme.lower() if separator and scheme.isascii() and scheme.replace("+", "").isalnum() else ""
 

@@ -1,6 +1,7 @@
 """Several looks at one image, and how what they find becomes one result: tiles, and the mirror image.
 
-Ours, all of it: the papers look once. Boxes are xyxy in pixels of the original image unless a word says otherwise.
+Chosen by this project, all of it: the papers look once. Boxes are xyxy in pixels of the original image unless a word
+says otherwise.
 """
 
 from __future__ import annotations

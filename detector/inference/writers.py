@@ -256,5 +256,5 @@ WRITERS = {
     "csv": write_table,
     "coco": write_coco,
 }
-# Of a camera or a stream: what can be followed, and takes no more memory the longer it lasts.
+# For a camera or a stream: what can be followed, and takes no more memory the longer it lasts.
 LIVE_WRITERS = {"images": write_images, "crops": write_crops, "jsonl": append_lines, "csv": append_table}

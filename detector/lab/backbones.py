@@ -37,9 +37,9 @@ class BackboneProfile:
         image_size: side of the classifier's square input: 224, or what the published figure belongs to.
         parameters, multiply_adds, memory_access: of the classifier at image_size, in millions; see `cost`.
         published: multiply-adds in millions, and who says so; None where there is none.
-        source, note: of the published figure, and why ours differs.
+        source, note: where the published number is from, and why the computed one differs.
         detection_multiply_adds: of the backbone alone at 800 x 1200, in thousands of millions.
-        field: theoretical receptive field; None where the network is no backbone of ours, or cannot be opened.
+        field: theoretical receptive field; None where the network is no `Backbone`, or cannot be measured.
         effective: side of the effective receptive field of c5 in pixels, with random weights.
         effective_map: the field itself.
         milliseconds: batch size -> median time of the classifier, folded, at image_size.
@@ -61,7 +61,7 @@ class BackboneProfile:
 
     @property
     def deviation(self) -> float | None:
-        """Ours over the published figure, minus one."""
+        """Computed over published multiply-adds, minus one."""
         return None if self.published is None else self.multiply_adds / self.published - 1
 
     def to_dict(self) -> dict[str, Any]:

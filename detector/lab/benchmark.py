@@ -60,10 +60,10 @@ from detector.models.build import NetworkOptions
 from detector.options import Count, Flag
 
 log = logging.getLogger(__name__)
-# Of each contestant, where the command line does not say: a 99th percentile needs a hundred.
+# Turns of each contestant where the command line does not say: a 99th percentile needs a hundred.
 TURNS = {"peers": 15, "backbones": 15, "predict": 100}
 RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
-# Of receptive_fields.png: the backbones of table 7 at 140 M, and what they are compared with.
+# Shown in receptive_fields.png: the backbones of table 7 at 140 M, and what they are compared with.
 PLOTTED = (
     "v2_1x",
     "v2star_1x",
@@ -86,7 +86,7 @@ class BenchmarkOptions(NetworkOptions):
     what: Literal["peers", "backbones", "predict"] = "peers"
     """Peers, backbones or predict; the word alone will do."""
     turns: Count | None = None
-    """Of each contestant, after three that are not counted; null: 15, for predict 100."""
+    """Turns of each contestant, after three that are not counted; null: 15, for predict 100."""
     out: str | None = None
     """Peers, predict: a JSON file; backbones: a folder."""
     only: tuple[str, ...] | None = None

@@ -18,7 +18,7 @@ class Contest:
 
     Attributes:
         name: what was measured.
-        ours, peer: seconds per turn.
+        ours, peer: seconds per turn, of this package and of the other one.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Contest:
 
     @property
     def ratio(self) -> float:
-        """How many times faster ours is: the median over the turns of peer / ours."""
+        """How many times faster this package is: the median over the turns of peer / ours."""
         return statistics.median(theirs / mine for mine, theirs in zip(self.ours, self.peer, strict=True))
 
     def to_dict(self) -> dict[str, float | str]:

@@ -1,4 +1,4 @@
-"""Our parts beside the ones that people would use otherwise, torchvision's, on the same input in the same process."""
+"""Parts of this package beside torchvision's, which people would use otherwise: same input, same process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def align_contests(turns: int) -> Iterator[Contest]:
 def backbone_contests(turns: int) -> Iterator[Contest]:
     """ShuffleNet V2 1x as it predicts (folded) against torchvision's module in eval mode, up to stage 4.
 
-    Both get the same contiguous images; ours pays for its change to channels_last itself.
+    Both get the same contiguous images; this package's pays for its change to channels_last itself.
     """
     peer = torchvision.models.shufflenet_v2_x1_0(weights=None).eval()
     own = build_backbone(ShuffleNetV2Options())

@@ -183,7 +183,7 @@ def parts(detector: Detector, image: np.ndarray, turns: int) -> dict[str, float]
 
 
 def network_multiply_adds(detector: Detector, image: np.ndarray, canvas: tuple[int, int] | None = None) -> int:
-    """Of the network on this canvas (height, width), or that of this image."""
+    """Multiply-adds of the network on this canvas (height, width), or on the one of this image."""
 
     class Detect(nn.Module):
         def __init__(self) -> None:
@@ -198,7 +198,7 @@ def network_multiply_adds(detector: Detector, image: np.ndarray, canvas: tuple[i
 
 
 def peer_multiply_adds(name: str, image: np.ndarray) -> int:
-    """Of a torchvision detector on this image."""
+    """Multiply-adds of a torchvision detector on this image."""
     return multiply_adds(peer(name), [_tensor(image)])
 
 
@@ -209,9 +209,9 @@ def contest_networks(
     threads: Iterable[int],
     turns: int,
 ) -> dict[int, dict[str, list[float]]]:
-    """Seconds of networks alone: our exports on an image that is resized and padded already, and torchvision's
-    detectors, which resize by themselves, as OpenVINO exports of ours run: for latency, with a fixed size, in float32
-    and, by NNCF, in int8.
+    """Seconds of networks alone: exports on an image that is resized and padded already, and torchvision's
+    detectors, which resize by themselves, as this package's OpenVINO exports run: for latency, with a fixed size, in
+    float32 and, by NNCF, in int8.
 
     Returns:
         By number of threads, then by name: `exported_peer_names`, and the names of the files.

@@ -49,7 +49,7 @@ def take_turns_apart(makers: Mapping[str, Maker], turns: Iterable[int], *, settl
 
 
 class _Worker:
-    """A process, and the end of its pipe that is ours."""
+    """A process, and this process's end of the pipe to it."""
 
     def __init__(self, context: Any, name: str, maker: Maker, settle: int) -> None:
         self.name = name

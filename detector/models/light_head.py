@@ -81,15 +81,15 @@ class LightHeadOptions(Options):
     """
 
     mid_channels: Count = 64
-    """Of the large separable convolution: 64 in setting S (section 4.3), 256 in L (section 4.2)."""
+    """Hidden channels of the large separable convolution: 64 in setting S (section 4.3), 256 in L (section 4.2)."""
     kernel_size: Count = 15
-    """Of the large separable convolution, k, an odd number (section 3.2)."""
+    """Size k of the large separable convolution, an odd number (section 3.2)."""
     thin_channels: Count = 10
     """C of the thin map's C * 7 * 7 channels (section 3.2: 10 * 7 * 7 = 490)."""
     hidden_channels: Count = 2048
-    """Of the fully connected layer (section 3.3)."""
+    """Width of the fully connected layer (section 3.3)."""
     align_reduce: Literal["mean", "max"] = "mean"
-    """Of the 2x2 samples of a bin: mean (the paper) or max (released code)."""
+    """What becomes of the 2x2 samples of a bin: mean (the paper) or max (released code)."""
     class_agnostic: Flag = True
     """One box per RoI for all classes (section 3.3), or one for each class (released code)."""
     sampling: Literal["ohem", "random"] = "ohem"
@@ -101,7 +101,7 @@ class LightHeadOptions(Options):
     foreground_iou: Share = 0.5
     """RoIs at or above this IoU are foreground, the rest background (released code)."""
     box_weight: NotNegative = 2.0
-    """Of the box loss against the class loss (section 4.1: doubled)."""
+    """Weight of the box loss against the class loss (section 4.1: doubled)."""
     smooth_l1_beta: Positive = 1.0
     """Where the box loss turns from square to linear (released code: sigma 1)."""
     score_threshold: Share = 0.001

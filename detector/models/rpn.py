@@ -40,7 +40,7 @@ class RPNOptions(Options):
     """
 
     channels: Count = 256
-    """Of the hidden map: 256 in setting S (section 4.3), 512 in L (section 4.2)."""
+    """Channels of the hidden map: 256 in setting S (section 4.3), 512 in L (section 4.2)."""
     separable: Flag = False
     """5x5 depthwise and 1x1 convolution (ThunderNet, section 3.2) in place of the published 3x3."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64, 128, 256, 512)
@@ -56,7 +56,7 @@ class RPNOptions(Options):
     sample_count: Count = 256
     """Anchors per image in the loss (Ren et al. 2015, section 3.1.3; released code)."""
     foreground_share: Share = 0.5
-    """Of the sampled anchors at most (Ren et al. 2015, section 3.1.3; released code)."""
+    """At most so much of the sampled anchors (Ren et al. 2015, section 3.1.3; released code)."""
     smooth_l1_beta: Positive = 1 / 9
     """Where the box loss turns from square to linear (released code: sigma 3, beta = 1 / sigma^2)."""
     nms_threshold: Share = 0.7

@@ -32,7 +32,7 @@ class ServeOptions(ServerOptions):
     device: str | None = None
     """Null: the GPU if there is one."""
     threads: Count | None = None
-    """Of the processor that one prediction may use; null: as many as the runtime likes."""
+    """Threads of the processor that one prediction may use; null: as many as the runtime likes."""
 
 
 def serve(options: ServeOptions) -> None:

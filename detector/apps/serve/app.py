@@ -34,7 +34,7 @@ from detector.inference.predictor import PredictOptions, Predictor
 PAGE = Path(__file__).with_name("page.html")
 PACKAGES = ("numpy", "pillow", "starlette", "torch", "torchvision", "uvicorn")
 BUSY_SECONDS = 1
-# Of `Detections.to_dict`, what is not about files and videos.
+# The keys of `Detections.to_dict` that are not about files and videos.
 FOUND = ("height", "width", "boxes", "scores", "labels", "names")
 
 

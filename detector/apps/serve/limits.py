@@ -63,6 +63,6 @@ class ServerOptions(Options):
     port: Annotated[int, Strict(), Field(ge=0, le=65535)] = 8000
     """0: any free one; the log says which."""
     score_threshold: Share = 0.3
-    """Of a request that names none."""
+    """For requests that name none."""
     limits: Limits = Limits()
     """Bounds of a request, and of all of them together."""

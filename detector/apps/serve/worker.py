@@ -43,7 +43,7 @@ class Worker:
 
 
 class Place:
-    """Of one request; use as a context manager."""
+    """The place of one request; use as a context manager."""
 
     def __init__(self, places: threading.BoundedSemaphore, executor: ThreadPoolExecutor) -> None:
         self._places, self._executor = places, executor

@@ -51,9 +51,9 @@ class XceptionOptions(BackboneOptions):
 
     name: Literal["xception"] = "xception"
     stem_channels: Count = 24
-    """Of the first convolution (table 7)."""
+    """Channels of the first convolution (table 7)."""
     channels: Stages = (144, 288, 576)
-    """Of the last three stages, which give c3, c4 and c5 (table 7)."""
+    """Channels of the last three stages, which give c3, c4 and c5 (table 7)."""
     repeats: Stages = (4, 8, 4)
     """Blocks in each stage, the one of stride 2 included (table 7)."""
     bottleneck: Count = 6
@@ -76,8 +76,9 @@ class Xception(Backbone):
     Published are the stem, the channels and repeats of the 1x width (Li et al. 2017, table 7), "all convolutions of the
     bottleneck structure replaced by channel-wise ones", the receptive field of a block, 7 (Ma et al. 2018, section 4),
     and the costs at 224 x 224 of four widths, 40 / 145 / 305 / 525 M (Ma et al. 2018, table 8). The block is not.
-    Ours: the block of Chen et al. 2018 (DeepLabv3+), whose separable convolutions are three, with a bottleneck of 1/6:
-    39.6 / 143.7 / 306.6 / 530.3 M with stages times the width and stems of 8, 24, 36 and 48 (12 at 0.5x: 41.5 M).
+    Chosen by this project: the block of Chen et al. 2018 (DeepLabv3+), whose separable convolutions are three, with a
+    bottleneck of 1/6: 39.6 / 143.7 / 306.6 / 530.3 M with stages times the width and stems of 8, 24, 36 and 48 (12 at
+    0.5x: 41.5 M).
     Tried, in M at 0.5x / 1x / 1.5x / 2x, all with receptive field 7 and the same stems ("joined": the shortcut is
     averaged and concatenated, as in ShuffleNet V1):
 
