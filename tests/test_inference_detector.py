@@ -18,6 +18,7 @@ from detector.errors import InputError
 from detector.inference.detections import Detections
 from detector.inference.detector import FORMAT, VERSION, Detector
 from detector.models.build import NetworkOptions
+from detector.models.postprocess import FixedDetections
 
 SIZES = [(48, 70), (90, 60), (64, 64), (50, 75), (33, 100), (70, 48)]
 
@@ -309,14 +310,15 @@ class KnownBoxes(nn.Module):
         self.register_buffer("mean", torch.zeros(1))
         self.sizes: list[tuple[int, int]] = []
 
-    def detect(self, images: torch.Tensor, image_sizes: torch.Tensor, _: int | None) -> list[tuple[torch.Tensor, ...]]:
-        results = []
+    def detect(self, images: torch.Tensor, image_sizes: torch.Tensor, _: int | None) -> FixedDetections:
+        boxes = []
         for image, size in zip(images, image_sizes.tolist(), strict=True):
             self.sizes.append(tuple(size))
             rows, columns = (image.float().mean(0) > 200).nonzero().unbind(1)
             box = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)).float()
-            results.append((box[None], torch.tensor([0.9]), torch.tensor([1])))
-        return results
+            boxes.append(box)
+        one = torch.ones(len(boxes), 1)
+        return FixedDetections(torch.stack(boxes)[:, None], 0.9 * one, one.long(), one[:, 0].long())
 
 
 @pytest.mark.parametrize("size", [(60, 80), (300, 200), (64, 64), (45, 210), (640, 480)])

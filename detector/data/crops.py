@@ -108,6 +108,5 @@ def _stamp(seed: int, train: int, val: int, size: int) -> dict[str, int]:
             f"embedded crops: seed={seed}, train={train}, val={val}, size={size}; "
             "seed must not be negative, train and val must be at least 1, size at least 32."
         )
-    return {
-        "version": VERSION, "scenes": shapes.VERSION, "seed": seed, "train": train, "val": val, "size": size
-    }  # fmt: skip
+    versions = {"version": VERSION, "scenes": shapes.VERSION}
+    return versions | {"seed": seed, "train": train, "val": val, "size": size}

@@ -111,6 +111,9 @@ def _from_timm(model: str) -> tuple[Any, str]:
     if not torch.allclose(torch.tensor(frame), torch.tensor([MEAN, STD]), atol=0.1):
         log.warning(
             "timm trained %s on images with mean %s and deviation %s, not on those that it gets here: its features "
-            "differ until it is trained.", model, about["mean"], about["std"],
-        )  # fmt: skip
+            "differ until it is trained.",
+            model,
+            about["mean"],
+            about["std"],
+        )
     return whole.state_dict(), f"timm's {model}.{about.get('tag', '')}".rstrip(".")
