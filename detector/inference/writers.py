@@ -15,7 +15,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 from urllib.parse import urlsplit
@@ -35,6 +36,8 @@ MADE_BY = "light-head-detector"
 
 # Takes an image, what was found in it, and where its files go, without a suffix.
 Writer: TypeAlias = Callable[[SourceImage, Detections, Path], None]
+# Takes the folder of results, the kinds of results that are saved, and the class names.
+Opener: TypeAlias = Callable[[Path, list[str], tuple[str, ...]], AbstractContextManager[Writer]]
 
 
 class Places:
@@ -110,8 +113,8 @@ def _is_copy(path: Path) -> bool:
 def _save_png(image: Image.Image, path: Path) -> None:
     about = PngInfo()
     about.add_text("Software", MADE_BY)  # comes before the pixels
-    with replacing(path) as partial:
-        image.save(partial, pnginfo=about)
+    with replacing(path) as part:
+        image.save(part, pnginfo=about)
 
 
 def _name_of(url: str) -> str:
@@ -182,45 +185,33 @@ def write_all(out: Path, save: list[str], class_names: tuple[str, ...]) -> Itera
 
 
 @contextmanager
-def write_lines(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+def _text_file(path: Path, live: bool, newline: str | None = None) -> Iterator[IO[str]]:
+    """A file to write to, complete or absent. Live, for what has no end: each line can be read as soon as it is known,
+    and a later run adds its own."""
+    if live:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", buffering=1, encoding="utf-8", newline=newline) as file:
+            yield file
+    else:
+        with replacing(path) as part, part.open("w", encoding="utf-8", newline=newline) as file:
+            yield file
+
+
+@contextmanager
+def write_lines(out: Path, save: list[str], class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
     """detections.jsonl: the same, a line for each image; nothing of it is kept in memory."""
-    with replacing(out / "detections.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
-        yield _line_writer(file, save)
+    with _text_file(out / "detections.jsonl", live) as file:
+
+        def add(item: SourceImage, found: Detections, place: Path) -> None:
+            file.write(json.dumps(record(found, place, save), ensure_ascii=False, allow_nan=False) + "\n")
+
+        yield add
 
 
 @contextmanager
-def append_lines(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
-    """The same of what has no end: each line can be read as soon as it is known, and a later run adds its own."""
-    with _appended(out / "detections.jsonl") as file:
-        yield _line_writer(file, save)
-
-
-def _line_writer(file: IO[str], save: list[str]) -> Writer:
-    def add(item: SourceImage, found: Detections, place: Path) -> None:
-        file.write(json.dumps(record(found, place, save), ensure_ascii=False, allow_nan=False) + "\n")
-
-    return add
-
-
-def _appended(path: Path, newline: str | None = None) -> IO[str]:
-    """A file to add lines to; each is flushed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a", buffering=1, encoding="utf-8", newline=newline)
-
-
-@contextmanager
-def write_table(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+def write_table(out: Path, save: list[str], class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
     """detections.csv: a line for each object."""
-    with replacing(out / "detections.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, ROW_COLUMNS)
-        table.writeheader()
-        yield lambda item, found, place: table.writerows(found.rows())
-
-
-@contextmanager
-def append_table(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
-    """The same of what has no end: see `append_lines`."""
-    with _appended(out / "detections.csv", newline="") as file:
+    with _text_file(out / "detections.csv", live, newline="") as file:
         table = csv.DictWriter(file, ROW_COLUMNS)
         if not file.tell():
             table.writeheader()
@@ -248,7 +239,7 @@ def write_coco(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iter
     write_json(out / "coco.json", {"images": images, "categories": categories, "annotations": annotations})
 
 
-WRITERS = {
+WRITERS: dict[str, Opener] = {
     "images": write_images,
     "crops": write_crops,
     "json": write_all,
@@ -257,4 +248,9 @@ WRITERS = {
     "coco": write_coco,
 }
 # For a camera or a stream: what can be followed, and takes no more memory the longer it lasts.
-LIVE_WRITERS = {"images": write_images, "crops": write_crops, "jsonl": append_lines, "csv": append_table}
+LIVE_WRITERS: dict[str, Opener] = {
+    "images": write_images,
+    "crops": write_crops,
+    "jsonl": partial(write_lines, live=True),
+    "csv": partial(write_table, live=True),
+}
