@@ -19,7 +19,7 @@ from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.input_frame import MEAN, STD, for_normalised_rgb
-from detector.models.backbones.key_maps import feature_order, megvii_names, stage_order
+from detector.models.backbones.key_maps import STAGES, megvii_names, stage_order
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ExtraDepthwise, ShuffleNetV2
 
@@ -102,6 +102,12 @@ def build(name: str, **changes: Any) -> ShuffleNetV2:
     return backbone.eval()
 
 
+def feature_order(backbone: ShuffleNetV2) -> dict[str, list[int]]:
+    """For c3, c4, c5: the authors' channel at each place of ours."""
+    ends = (stage_order(getattr(backbone, stage))[1][-1] for stage in STAGES)
+    return dict(zip(backbone.channels, ends, strict=True))
+
+
 def saved(network: nn.Module, path: Path) -> Path:
     torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, path)
     return path
@@ -180,7 +186,8 @@ def test_where_zero_is_black_raw_pixels_are_exact_to_the_border(tmp_path: Path) 
     theirs.first_conv[0].weight.data /= 60
     report = load_weights(ours, saved(theirs, tmp_path / "authors.pth"), input_frame="rgb_imagenet")
     stem = {name: value for name, value in ours.state_dict().items() if name.startswith("conv1.")}
-    ours.load_state_dict(for_normalised_rgb(stem, subtract_mean=False), strict=False)
+    mean = stem["conv1.1.running_mean"]  # of images / STD: MEAN is not taken off, and zero is black here too
+    ours.load_state_dict(for_normalised_rgb(stem) | {"conv1.1.running_mean": mean}, strict=False)
     rgb = torch.randint(0, 256, (2, 3, 63, 64)).double()
     with torch.no_grad():
         expected, got = theirs(rgb.flip(1))[0], ours(rgb / column(STD))

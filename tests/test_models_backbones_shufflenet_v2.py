@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
+from detector.models.backbones.channel_order import uneven_order
 from detector.models.backbones.classifier import ImageClassifier
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
-from detector.models.backbones.shufflenet_v2 import authors_order, interleave
+from detector.models.backbones.shufflenet_v2 import interleave
 
 V2 = {"0.5x": "x0_5", "1x": "x1_0", "1.5x": "x1_5", "2x": "x2_0"}  # our file name -> torchvision's
 
@@ -196,7 +197,7 @@ def test_without_shuffle_the_halves_never_meet() -> None:
 @pytest.mark.parametrize("channels", [16, 116, 176, 244, 340])
 def test_uneven_branches_are_split_as_in_the_authors_code(channels: int) -> None:
     """Both networks told with labels in place of channels: a label is used up in the same unit by both."""
-    order = authors_order(channels).tolist()
+    order = uneven_order(channels).tolist()
     theirs, ours = list(range(channels)), (order[: channels // 2], order[channels // 2 :])
     assert sorted(order) == theirs
     for _ in range(8):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detector.models.backbones import build_backbone, parse_backbone
-from detector.models.fuse import Pointwise, fuse, merge_branches, multiply_pointwise
+from detector.models.fuse import Pointwise, fuse, multiply_pointwise
 from detector.models.light_head import LargeSeparableConv
 
 
@@ -164,7 +164,7 @@ def test_four_linear_convolutions_as_one() -> None:
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.bias)
     x = torch.randn(2, 12, 5, 6, dtype=torch.float64)
-    merged = merge_branches(thin)
+    merged = thin.merged()
     assert sum(isinstance(layer, nn.Conv2d) for layer in merged.modules()) == 1
     with torch.no_grad():
         assert (thin(x) == 0).any()

@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from detector.models.light_head import LargeSeparableConv
-from detector.models.light_head_rcnn import LightHeadRCNN
-from detector.models.slices import pass_by_slices
-
 Module = TypeVar("Module", bound=nn.Module)
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -23,43 +19,19 @@ def fuse(module: Module) -> Module:
     """A copy for inference: the same outputs up to rounding (1e-5 relative), sooner.
 
     Within every nn.Sequential a convolution and the batch normalisation right after it become one convolution, and a
-    ReLU after a convolution works in place; so do the pairs that a part names as `folds` (networks of other libraries,
-    `backbones.external`). Weights are laid out as channels_last. The copy is in evaluation mode and its parameters ask
-    for no gradient; the original is left as it is.
-
-    A whole detector also loses its shuffles (`pass_by_slices`), and a thin map made by 1x1 kernels becomes one
-    convolution: fewer calls, and fewer multiply-adds but for the narrowest middle layers.
+    ReLU after a convolution works in place. Then each part that has a `to_inference` changes itself. Weights are laid
+    out as channels_last. The copy is in evaluation mode and its parameters ask for no gradient; the original is left as
+    it is.
     """
     fused = copy.deepcopy(module).eval().requires_grad_(False)
-    for part in list(fused.modules()):
-        for convolution, norm in getattr(part, "folds", ()):
-            _fold_pair(part, convolution, norm)
+    for part in fused.modules():
         if isinstance(part, nn.Sequential):
             _fold(part)
-    if isinstance(fused, LightHeadRCNN):
-        pass_by_slices(fused)
-        thin = fused.head.thin
-        if isinstance(thin, LargeSeparableConv) and _is_pointwise(thin.column_row[0]):
-            fused.head.thin = merge_branches(thin)  # type: ignore[assignment]
+    for part in list(fused.modules()):
+        change: Any = getattr(part, "to_inference", None)
+        if change is not None:
+            change()
     return fused.to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def merge_branches(thin: LargeSeparableConv) -> nn.Sequential:
-    """Four linear 1x1 convolutions and a sum, as one 1x1 convolution; then the ReLU. Computed in float64."""
-    branches: Any = (thin.column_row, thin.row_column)
-    weights, biases = [], []
-    for first, second in branches:
-        mixing = second.weight.double().flatten(1)
-        weights.append(mixing @ first.weight.double().flatten(1))
-        biases.append(mixing @ first.bias.double() + second.bias.double())
-    inputs: Any = branches[0][0]
-    merged: Any = nn.Conv2d(
-        inputs.in_channels, len(biases[0]), 1, device=inputs.weight.device, dtype=inputs.weight.dtype
-    ).requires_grad_(False)
-    merged.weight.copy_((weights[0] + weights[1])[:, :, None, None])
-    merged.bias.copy_(biases[0] + biases[1])
-    return nn.Sequential(merged, nn.ReLU(inplace=True))
 
 
 class Pointwise(nn.Module):
@@ -108,16 +80,6 @@ def _take_in_relus(layers: nn.Sequential) -> None:
 def _is_pointwise(layer: Any) -> bool:
     geometry = layer.kernel_size, layer.stride, layer.padding
     return geometry == ((1, 1), (1, 1), (0, 0)) and layer.groups == 1
-
-
-def _fold_pair(part: nn.Module, convolution: str, norm: str) -> None:
-    """Fold two submodules by name. Both names stay: the part's own forward may call them."""
-    before: Any = part.get_submodule(convolution)
-    after: Any = part.get_submodule(norm)
-    # timm's BatchNormAct2d has dropout and an activation inside.
-    rest = nn.Identity() if type(after) in NORMS else nn.Sequential(after.drop, after.act)
-    part.set_submodule(convolution, fuse_conv_bn_eval(before, after))
-    part.set_submodule(norm, rest)
 
 
 def _fold(layers: nn.Sequential) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from detector.models.backbones import Backbone
 from detector.models.backbones.input_frame import MEAN, STD
+from detector.models.backbones.unshuffled import reorder_inputs
 from detector.models.light_head import LightHead
+from detector.models.neck import Neck
 from detector.models.postprocess import FixedDetections, Suppress, suppress_eagerly
 from detector.models.rpn import RPN, Proposals
 
@@ -44,7 +46,7 @@ class LightHeadRCNN(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: Backbone, neck: nn.Module, rpn: RPN, head: LightHead) -> None:
+    def __init__(self, backbone: Backbone, neck: Neck, rpn: RPN, head: LightHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.neck = neck
@@ -64,8 +66,17 @@ class LightHeadRCNN(nn.Module):
         """The map of the RPN and the map of the light head."""
         return self.neck(self.backbone(self.normalise(images)))
 
+    def to_inference(self) -> None:
+        """Let the backbone order its channels as it likes, and reorder the weights of what reads its maps."""
+        for name, order in self.backbone.unshuffle().items():
+            readers = self.neck.readers(name)
+            readers += [self.rpn.hidden] if self.neck.rpn_map == name else []
+            readers += self.head.readers() if self.neck.head_map == name else []
+            for layers in readers:
+                reorder_inputs(layers, order)
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The training losses; so named because DistributedDataParallel wraps forward."""
+        """The training losses: `network(batch)` is what a step of training calls, with the hooks of nn.Module."""
         return self.losses(batch)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:

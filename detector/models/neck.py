@@ -30,8 +30,34 @@ class ContextEnhancementOptions(Options):
 AnyNeckOptions = Annotated[NoNeckOptions | ContextEnhancementOptions, Field(discriminator="name")]
 
 
-class NoNeck(nn.Module):
+class Neck(nn.Module):
+    """What stands between the backbone's maps and the two stages.
+
+    Attributes:
+        rpn_channels, rpn_stride, head_channels, head_stride: of the maps that the RPN and the light head get.
+        rpn_map, head_map: names of the backbone's maps that are handed on as they are; None: made here.
+    """
+
+    rpn_channels: int
+    rpn_stride: int
+    head_channels: int
+    head_stride: int
+    rpn_map: str | None = None
+    head_map: str | None = None
+
+    def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The map of the RPN and the map of the light head."""
+        raise NotImplementedError
+
+    def readers(self, name: str) -> list[nn.Module]:
+        """The layers here that read the backbone's map of this name; see `Backbone.unshuffle`."""
+        raise NotImplementedError
+
+
+class NoNeck(Neck):
     """RPN on C4, light head on C5: Li et al. 2017 (Light-Head R-CNN), figure 2."""
+
+    rpn_map, head_map = "c4", "c5"
 
     def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int], options: NoNeckOptions) -> None:
         super().__init__()
@@ -41,8 +67,11 @@ class NoNeck(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return features["c4"], features["c5"]
 
+    def readers(self, name: str) -> list[nn.Module]:
+        return []
 
-class ContextEnhancement(nn.Module):
+
+class ContextEnhancement(Neck):
     """One map at stride 16 from C3, C4, C5 and the global average: what both stages share.
 
     1x1 of C4 + upsampled 1x1 of C5 + 1x1 of the global average + strided 3x3 of C3, then a 5x5 depthwise and a 1x1.
@@ -80,6 +109,10 @@ class ContextEnhancement(nn.Module):
         context = self.context(features["c5"].mean(dim=(2, 3), keepdim=True))
         fused = self.mix(torch.relu(c4 + c5 + context + self.c3(features["c3"])))
         return fused, fused
+
+    def readers(self, name: str) -> list[nn.Module]:
+        readers: dict[str, list[nn.Module]] = {"c3": [self.c3], "c4": [self.c4], "c5": [self.c5, self.context]}
+        return readers[name]
 
 
 def _conv_bn(inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1) -> nn.Sequential:

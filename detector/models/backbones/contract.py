@@ -81,6 +81,15 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def unshuffle(self) -> dict[str, Tensor]:
+        """Give up the order of channels where that is faster, in place; for inference, with normalisation folded.
+
+        Returns:
+            For each map whose channels lie in another order now, that order (C,): channel p of the map is channel
+            order[p] of what it was. Whoever reads it must follow.
+        """
+        return {}
+
     def freeze(self, stages: int, *, batch_norm: bool = False) -> set[nn.Module]:
         """Let pre-trained layers stay as they are.
 

@@ -15,7 +15,7 @@ STD = (58.395, 57.12, 57.375)
 RGB, BGR = FRAMES = ("rgb_imagenet", "bgr255")
 
 
-def for_normalised_rgb(tensors: Mapping[str, Tensor], *, subtract_mean: bool = True) -> dict[str, Tensor]:
+def for_normalised_rgb(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a network that takes BGR pixels in 0-255, changed to take (RGB - MEAN) / STD instead.
 
     The kernels of conv1.0 change the order of their inputs and are multiplied by STD; what MEAN adds to each output
@@ -31,8 +31,6 @@ def for_normalised_rgb(tensors: Mapping[str, Tensor], *, subtract_mean: bool = T
 
     Args:
         tensors: with "conv1.0.weight" (C, 3, 3, 3) and "conv1.1.running_mean" (C,).
-        subtract_mean: false leaves the running mean as it is. That is exact everywhere, for a network that takes
-            RGB / STD (that adds MEAN / STD to its normalised images): its zero is black too. No detector of ours does.
 
     Raises:
         InputError: there is no such stem.
@@ -47,5 +45,5 @@ def for_normalised_rgb(tensors: Mapping[str, Tensor], *, subtract_mean: bool = T
     added = torch.einsum("oihw,i->o", rgb, rgb.new_tensor(MEAN))
     return dict(tensors) | {
         "conv1.0.weight": (rgb * rgb.new_tensor(STD).view(1, 3, 1, 1)).to(weight.dtype),
-        "conv1.1.running_mean": (mean.double() - (added if subtract_mean else 0)).to(mean.dtype),
+        "conv1.1.running_mean": (mean.double() - added).to(mean.dtype),
     }

@@ -1,8 +1,7 @@
 """The tensors of other libraries' files under our names, and the authors' ShuffleNet V2 in our order of channels.
 
-The authors' released network (github.com/megvii-model/ShuffleNet-Series, ShuffleNetV2) and ours are the same up to the
-order of channels. Theirs splits the channels of a unit into even ones, which pass, and odd ones; ours shuffles two
-halves and splits in the middle. So the channels of each branch are put into our order, and what reads them follows.
+The two networks are the same up to the order of channels (`channel_order`): so the channels of each branch are put into
+our order, and what reads them follows.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from detector.errors import InputError
+from detector.models.backbones.channel_order import reads_here, reads_of_authors
 from detector.models.backbones.contract import Backbone
 from detector.models.backbones.external import External
 from detector.models.backbones.mobilenet import MobileNetV2
@@ -113,7 +114,7 @@ def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: s
 def in_our_order(tensors: Mapping[str, Tensor], backbone: ShuffleNetV2) -> dict[str, Tensor]:
     """The authors' tensors with their channels in the order in which our units use them.
 
-    c3, c4 and c5 are then the authors' up to the order of channels (`feature_order`), and conv5 and fc, which read c5
+    c3, c4 and c5 are then the authors' up to the order of channels, and conv5 and fc, which read c5
     in that order, give the authors' logits.
 
     Args:
@@ -151,12 +152,6 @@ def in_our_order(tensors: Mapping[str, Tensor], backbone: ShuffleNetV2) -> dict[
     return result
 
 
-def feature_order(backbone: ShuffleNetV2) -> dict[str, list[int]]:
-    """For c3, c4, c5: the authors' channel at each place of ours."""
-    ends = (stage_order(getattr(backbone, stage))[1][-1] for stage in STAGES)
-    return dict(zip(backbone.channels, ends, strict=True))
-
-
 def stage_order(stage: Stage) -> tuple[dict[int, list[int]], list[list[int]]]:
     """How the authors' channels have to be ordered to be ours in one stage.
 
@@ -169,40 +164,24 @@ def stage_order(stage: Stage) -> tuple[dict[int, list[int]], list[list[int]]]:
     """
     first = stage[0]
     assert isinstance(first, DownsamplingUnit)
-    projected, main = (len(first.get_parameter(name)) for name in ("branch1.2.weight", "branch2.5.weight"))
-    pair = [(PROJECTION, i) for i in range(projected)] + [(0, i) for i in range(main)]
-    our_pair = pair if first.order is None else [pair[i] for i in first.order.tolist()]
+    projected, width = len(first.get_parameter("branch1.2.weight")), first.outputs
+    pair = np.arange(width)
+    own = pair if first.order is None else first.order.numpy()
+
+    def origin(number: int) -> Channel:
+        if number < width:
+            return (PROJECTION, number) if number < projected else (0, number - projected)
+        unit, index = divmod(number - width, width // 2)
+        return unit + 1, index
+
     outputs: dict[int, dict[int, int]] = defaultdict(dict)
     inputs = []
-    for ours, theirs in zip(_our_reads(our_pair, len(stage)), _their_reads(pair, len(stage)), strict=True):
+    for ours, theirs in zip(reads_here(own, len(stage) - 1), reads_of_authors(pair, len(stage) - 1), strict=True):
         places: dict[int, deque[int]] = defaultdict(deque)
-        for place, (branch, _) in enumerate(theirs):
-            places[branch].append(place)
-        inputs.append([places[branch].popleft() for branch, _ in ours])
-        for (branch, index), place in zip(ours, inputs[-1], strict=True):
-            outputs[branch][index] = theirs[place][1]
+        for place, number in enumerate(theirs):
+            places[origin(number)[0]].append(place)
+        taken = [(*origin(number), places[origin(number)[0]].popleft()) for number in ours]
+        inputs.append([place for _, _, place in taken])
+        for branch, index, place in taken:
+            outputs[branch][index] = origin(theirs[place])[1]
     return {branch: [order[i] for i in range(len(order))] for branch, order in outputs.items()}, inputs
-
-
-def _our_reads(pair: list[Channel], units: int) -> list[list[Channel]]:
-    """What the main branches of units 1, 2, ... read, and what leaves the stage: halves are shuffled, then split."""
-    half, reads = len(pair) // 2, []
-    for unit in range(1, units):
-        shuffled = _interleaved(pair)
-        reads.append(shuffled[half:])
-        pair = shuffled[:half] + [(unit, i) for i in range(half)]
-    return [*reads, _interleaved(pair)]
-
-
-def _their_reads(pair: list[Channel], units: int) -> list[list[Channel]]:
-    """The same for the authors: even channels pass, odd ones are read, nothing else is shuffled."""
-    half, reads = len(pair) // 2, []
-    for unit in range(1, units):
-        reads.append(pair[1::2])
-        pair = pair[::2] + [(unit, i) for i in range(half)]
-    return [*reads, pair]
-
-
-def _interleaved(pair: list[Channel]) -> list[Channel]:
-    half = len(pair) // 2
-    return [channel for both in zip(pair[:half], pair[half:], strict=True) for channel in both]

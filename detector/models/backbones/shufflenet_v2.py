@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
+from detector.models.backbones.channel_order import uneven_order
 from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions, Stages
 from detector.models.backbones.layers import Activation, activation_layer, depthwise, pointwise
+from detector.models.backbones.unshuffled import UnshuffledStage, reorder_inputs
 from detector.options import Count, Flag
 
-UNITS = 64  # more than any stage has
 Pair = tuple[Tensor, Tensor]
 
 
@@ -151,7 +151,7 @@ class DownsamplingUnit(nn.Module):
         )
         # Kept in checkpoints: weights trained with another order of the channels must not load in silence.
         uneven = shuffle and projected != half
-        self.register_buffer("order", authors_order(outputs) if uneven else None)
+        self.register_buffer("order", torch.from_numpy(uneven_order(outputs)) if uneven else None)
 
     def forward(self, x: Tensor) -> Pair:
         first, second = self.branch1(x), self.branch2(self.extra(x))
@@ -161,51 +161,12 @@ class DownsamplingUnit(nn.Module):
         return first, second
 
 
-def authors_order(channels: int) -> Tensor:
-    """The order (C,) int64 in which an uneven pair of branches must enter our units to be the authors' network.
-
-    Their code splits the channels of a unit into even and odd ones, ours shuffles them and splits in the middle. The
-    two agree up to the order of channels if every channel passes the same number of units before a main branch takes
-    it: so both orders are sorted by that number. Entry p is the channel of the authors' order that we have at p.
-    """
-    return torch.from_numpy(_by_units(authors_units(channels), own_units(channels)))
-
-
-def own_units(channels: int) -> np.ndarray:
-    """How many units the channel at each place (C,) of our pair of halves passes as it is; at most UNITS."""
-    half = channels // 2
-    place, passed = np.arange(channels) % half, np.zeros(channels, np.int64)
-    alive, odd = np.ones(channels, bool), np.arange(channels) >= half
-    for _ in range(UNITS):
-        alive &= place < half // 2
-        passed += alive
-        place, odd = 2 * place + odd, np.zeros_like(odd)  # interleaved, and part of the first half from now on
-    return passed
-
-
-def authors_units(channels: int) -> np.ndarray:
-    """The same for the authors' code, where every second channel passes."""
-    place, passed = np.arange(channels), np.zeros(channels, np.int64)
-    alive = np.ones(channels, bool)
-    for _ in range(UNITS):
-        alive &= place % 2 == 0
-        passed += alive
-        place = place // 2
-    return passed
-
-
-def _by_units(theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
-    order = np.empty(len(ours), np.int64)
-    order[np.argsort(ours, kind="stable")] = np.argsort(theirs, kind="stable")
-    return order
-
-
 class Stage(nn.Sequential):
     """A DownsamplingUnit and the Units after it: (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
 
-    def __init__(self, *units: nn.Module, shuffle: bool) -> None:
+    def __init__(self, *units: nn.Module, outputs: int, shuffle: bool) -> None:
         super().__init__(*units)
-        self.shuffle = shuffle
+        self.outputs, self.shuffle = outputs, shuffle
 
     def forward(self, x: Tensor) -> Tensor:
         first, *rest = self
@@ -257,7 +218,7 @@ class ShuffleNetV2(Backbone):
     layout="paper": the projection of a downsampling unit keeps its number of channels and the main branch gives the
     rest, as in the authors' code; this reproduces the published 146 / 299 / 591 M multiply-adds. "torchvision": both
     branches give half of the outputs. Both shuffle at the end of every unit: the authors' code shuffles at the start of
-    stride-1 units, which is the same up to the order of channels, see `authors_order`.
+    stride-1 units, which is the same up to the order of channels, see `channel_order`.
 
     dilate_c5: every second pixel of c5 is what it would be without (but for SE).
     """
@@ -288,7 +249,7 @@ class ShuffleNetV2(Backbone):
             )
             dilation = 2 if dilated else 1
             rest = (Unit(outputs, dilation=dilation, residual=options.residual, **variant) for _ in range(units - 1))
-            self.add_module(name, Stage(first, *rest, shuffle=options.shuffle))
+            self.add_module(name, Stage(first, *rest, outputs=outputs, shuffle=options.shuffle))
             inputs = outputs
         self.channels = dict(zip(("c3", "c4", "c5"), channels[-3:], strict=True))
         self.strides = {"c3": 8, "c4": 16, "c5": 16 if options.dilate_c5 else 32}
@@ -302,6 +263,25 @@ class ShuffleNetV2(Backbone):
         c3 = self.stage2(x)
         c4 = self.stage3(c3)
         return {"c3": c3, "c4": c4, "c5": self.stage4(c4)}
+
+    def unshuffle(self) -> dict[str, Tensor]:
+        """See `Backbone.unshuffle`."""
+        orders: dict[str, Tensor] = {}
+        names = [name for stage in self.stages for name in stage if name.startswith("stage")]
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            stage = getattr(self, name)
+            # The two terms of a residual need one order.
+            if not isinstance(stage, Stage) or not stage.shuffle or any(getattr(u, "last", None) for u in stage):
+                continue
+            unshuffled = UnshuffledStage(stage, stage.outputs)
+            setattr(self, name, unshuffled)
+            if name != "stage1":
+                orders[f"c{int(name[-1]) + 1}"] = unshuffled.order
+            if following:
+                first = getattr(self, following)[0]
+                reorder_inputs(first.branch1, unshuffled.order)
+                reorder_inputs((first.extra, first.branch2), unshuffled.order)
+        return orders
 
 
 def _stem(channels: Sequence[int], activation: Activation) -> nn.Sequential:

@@ -1,11 +1,11 @@
-"""ShuffleNet V2 without shuffling, for inference: a branch reads slices of what earlier branches made.
+"""ShuffleNet V2 without shuffling, for inference: a branch reads pieces of what earlier branches made.
 
 A shuffle copies every channel in every unit, though half of them only pass through. But which unit reads a channel is
 known beforehand, and by the way two halves interleave, the channels of one tensor that meet the same reader lie side by
-side. So a reader concatenates a few slices, and whoever comes next has its weights reordered to that order. This
+side. So a reader concatenates a few pieces, and whoever comes next has its weights reordered to that order. This
 copies half as much, and nothing is interleaved, which some runtimes do channel by channel (OpenVINO 2026.4: 12 of
 27 ms). A channel has one reader, so each tensor is split once, into the pieces for its readers: one operation in place
-of several, and one that NNCF lets int8 through, as it does not with slices. Source: ours.
+of several, and one that NNCF lets int8 through, as it does not with slices. A measure of this project.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detector.models.backbones.shufflenet_v2 import DownsamplingUnit, ShuffleNetV2, Stage, Unit
-from detector.models.light_head_rcnn import LightHeadRCNN
-from detector.models.neck import ContextEnhancement, NoNeck
+from detector.models.backbones.channel_order import reads_here
 
 
-class Slice(NamedTuple):
+class Piece(NamedTuple):
     """Channels start to stop of the tensor that was made as number `source`."""
 
     source: int
@@ -30,33 +28,33 @@ class Slice(NamedTuple):
     stop: int
 
 
-class SlicedStage(nn.Module):
-    """A Stage whose branches read slices: the same map with its channels in another order.
+class UnshuffledStage(nn.Module):
+    """A Stage whose branches read pieces of earlier tensors: the same map with its channels in another order.
 
     Attributes:
         order: (C,) int64; channel p of the result is channel order[p] of the Stage's.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: nn.Sequential, channels: int) -> None:
         """
         Args:
             stage: its normalisation folded; shuffling, and without residuals, whose two terms need one order. Its
                 parts become parts of this, their weights reordered.
+            channels: C, of its result.
         """
         super().__init__()
         first, *units = stage
-        assert isinstance(first, DownsamplingUnit)
         self.first = first
         self.branches = nn.ModuleList(_branch(unit) for unit in units)
-        self.reads, orders = plan(first.outputs // 2, len(units))
-        every = sorted(piece for slices in self.reads for piece in slices)
+        self.reads, orders = plan(channels // 2, len(units))
+        every = sorted(piece for pieces in self.reads for piece in pieces)
         self.pieces = [[piece for piece in every if piece.source == source] for source in range(2 + len(units))]
         self.order = orders[-1]
         for branch, order in zip(self.branches, orders[:-1], strict=True):
             reorder_inputs(branch, order)
 
     def forward(self, x: Tensor) -> Tensor:
-        made: dict[Slice, Tensor] = {}
+        made: dict[Piece, Tensor] = {}
         for pieces, tensor in zip(self.pieces, self.first(x), strict=False):
             made |= _split(tensor, pieces)
         for branch, slices, pieces in zip(self.branches, self.reads, self.pieces[2:], strict=False):
@@ -64,7 +62,7 @@ class SlicedStage(nn.Module):
         return torch.cat([made[piece] for piece in self.reads[-1]], dim=1)
 
 
-def _split(tensor: Tensor, pieces: Sequence[Slice]) -> dict[Slice, Tensor]:
+def _split(tensor: Tensor, pieces: Sequence[Piece]) -> dict[Piece, Tensor]:
     if len(pieces) == 1:
         return {pieces[0]: tensor}
     return dict(zip(pieces, tensor.split([piece.stop - piece.start for piece in pieces], dim=1), strict=True))
@@ -72,38 +70,30 @@ def _split(tensor: Tensor, pieces: Sequence[Slice]) -> dict[Slice, Tensor]:
 
 def _branch(unit: nn.Module) -> nn.Sequential:
     """The layers of a unit's main branch, one after the other: of a small map, every call of a module counts."""
-    assert isinstance(unit, Unit | DownsamplingUnit)
-    layers = _flat((unit.extra, unit.branch2))
+    layers = _flat((unit.get_submodule("extra"), unit.get_submodule("branch2")))
     return nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Identity)))
 
 
-def plan(half: int, units: int) -> tuple[list[list[Slice]], list[Tensor]]:
-    """Who reads what, by playing the shuffles through with numbers for channels.
+def plan(half: int, units: int) -> tuple[list[list[Piece]], list[Tensor]]:
+    """Who reads what (`channel_order.reads_here`), as pieces of tensors.
 
     Args:
         half: channels of each of the two tensors that the first unit makes, and of each branch's.
         units: how many follow.
 
     Returns:
-        For each unit, and last for the stage's result: the slices, and the order (channels,) that they come in: channel
+        For each unit, and last for the stage's result: the pieces, and the order (channels,) that they come in: channel
         p of the concatenation is channel order[p] of what the Stage would have had there.
     """
-    first, second = np.arange(half), np.arange(half, 2 * half)
-    reads, orders = [], []
-    for unit in range(units):
-        kept, read = np.split(np.stack((first, second), axis=1).ravel(), 2)
-        reads.append(_runs(read, half))
-        orders.append(torch.from_numpy(np.argsort(read)))
-        first, second = kept, np.arange(half) + (2 + unit) * half
-    result = np.stack((first, second), axis=1).ravel()
-    return [*reads, _runs(result, half)], [*orders, torch.from_numpy(np.argsort(result))]
+    reads = reads_here(np.arange(2 * half), units)
+    return [_runs(read, half) for read in reads], [torch.from_numpy(np.argsort(read)) for read in reads]
 
 
-def _runs(channels: np.ndarray, half: int) -> list[Slice]:
-    """Channels (numbered through all tensors) in ascending order, as slices of the tensors of `half` channels."""
+def _runs(channels: np.ndarray, half: int) -> list[Piece]:
+    """Channels (numbered through all tensors) in ascending order, as pieces of the tensors of `half` channels."""
     channels = np.sort(channels)
     ends = np.flatnonzero((np.diff(channels) > 1) | (channels[1:] % half == 0)) + 1
-    return [Slice(int(run[0] // half), int(run[0] % half), int(run[-1] % half) + 1) for run in np.split(channels, ends)]
+    return [Piece(int(run[0] // half), int(run[0] % half), int(run[-1] % half) + 1) for run in np.split(channels, ends)]
 
 
 @torch.no_grad()
@@ -137,36 +127,3 @@ def _flat(layers: nn.Module | Iterable[nn.Module]) -> Iterable[nn.Module]:
         return
     for layer in layers:
         yield from _flat(layer)
-
-
-def pass_by_slices(network: LightHeadRCNN) -> None:
-    """Give a folded network SlicedStages where it shuffles, in place; what reads their maps is reordered with them.
-
-    With a neck that is not known here, nothing is done: it would read channels in an order that it does not expect.
-    """
-    backbone = network.backbone
-    if not isinstance(backbone, ShuffleNetV2) or type(network.neck) not in (NoNeck, ContextEnhancement):
-        return
-    names = [name for name, part in backbone.named_children() if isinstance(part, Stage)]
-    for number, name in enumerate(names):
-        stage = getattr(backbone, name)
-        if not stage.shuffle or any(unit.last is not None for unit in stage if isinstance(unit, Unit)):
-            continue
-        sliced = SlicedStage(stage)
-        setattr(backbone, name, sliced)
-        later = len(names) - 1 - number
-        for layers in _readers(network, f"c{5 - later}"):
-            reorder_inputs(layers, sliced.order)
-        if later:
-            following = getattr(backbone, names[number + 1])[0]
-            reorder_inputs(following.branch1, sliced.order)
-            reorder_inputs(_branch(following), sliced.order)
-
-
-def _readers(network: LightHeadRCNN, name: str) -> Sequence[nn.Module]:
-    """The layers outside the backbone that read one of its maps."""
-    neck, thin = network.neck, network.head.thin
-    readers: dict[str, list[nn.Module]] = {"c4": [network.rpn.hidden], "c5": [thin.column_row, thin.row_column]}
-    if isinstance(neck, ContextEnhancement):
-        readers = {"c3": [neck.c3], "c4": [neck.c4], "c5": [neck.c5, neck.context]}
-    return readers.get(name, ())

@@ -1,4 +1,4 @@
-"""A ShuffleNet V2 that reads slices against the one that shuffles."""
+"""A ShuffleNet V2 without shuffles against the one that shuffles."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch import nn
 
 from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.shufflenet_v2 import Stage
+from detector.models.backbones.unshuffled import UnshuffledStage, plan, reorder_inputs
 from detector.models.build import NetworkOptions, build_network
 from detector.models.fuse import fuse
+from detector.models.light_head import LightHead
 from detector.models.light_head_rcnn import LightHeadRCNN
-from detector.models.neck import ContextEnhancement
-from detector.models.slices import SlicedStage, pass_by_slices, plan, reorder_inputs
+from detector.models.neck import Neck
+from detector.models.rpn import RPN
 
 
 def naive_reads(half: int, units: int) -> list[list[tuple[int, int]]]:
@@ -56,10 +58,11 @@ SHUFFLENET = {
     "name": "shufflenet_v2", "stem_channels": 8, "channels": [16, 28, 44], "repeats": [1, 4, 3],
     "extra_depthwise": False, "layout": "torchvision", "dilate_c5": False,
 }  # fmt: skip
+NO_NECK = {"name": "none", "width": None}
 NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
     "cem": {},
-    "no neck": {"neck": {"name": "none", "width": None}},
-    "no neck, dense RPN, 15": {"neck": {"name": "none", "width": None}, "rpn": {"separable": False}},
+    "no neck": {"neck": NO_NECK},
+    "no neck, dense RPN, 15": {"neck": NO_NECK, "rpn": {"separable": False}},
     "V2*, dilated": {"backbone": {"extra_depthwise": True, "dilate_c5": True}},
     "paper's layout": {"backbone": {"layout": "paper"}},
     "SE": {"backbone": {"se": True}},
@@ -99,21 +102,51 @@ def test_stages_that_need_their_order_keep_shuffling(small_spec: dict[str, Any],
         build_network(NetworkOptions.parse(small_spec | {"backbone": SHUFFLENET | {"repeats": [2, 4, 3]} | changes}), 3)
     )
     fused = fuse(network)
-    assert not any(isinstance(part, SlicedStage) for part in fused.modules())
+    assert not any(isinstance(part, UnshuffledStage) for part in fused.modules())
     pixels = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     with torch.inference_mode():
         for one, other in zip(outputs(network, pixels), outputs(fused, pixels), strict=True):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
 
 
-class TunedNeck(ContextEnhancement):
-    """Somebody's own, which may read the maps in other places."""
+class OwnNeck(Neck):
+    """Somebody's own, that hands c4 to the RPN and makes a map of c3 and c5 for the head."""
+
+    rpn_map = "c4"
+
+    def __init__(self, channels: dict[str, int]) -> None:
+        super().__init__()
+        self.rpn_channels, self.rpn_stride = channels["c4"], 16
+        self.head_channels, self.head_stride = 16, 32
+        self.near, self.far = nn.Conv2d(channels["c3"], 16, 3, stride=4, padding=1), nn.Conv2d(channels["c5"], 16, 1)
+
+    def forward(self, features: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return features["c4"], self.near(features["c3"]) + self.far(features["c5"])
+
+    def readers(self, name: str) -> list[nn.Module]:
+        return {"c3": [self.near], "c4": [], "c5": [self.far]}[name]
 
 
-def test_with_an_unknown_neck_channels_keep_their_order(small_spec: dict[str, Any]) -> None:
+def test_a_neck_of_ones_own_says_what_reads_which_map(small_spec: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    options = NetworkOptions.parse(small_spec | {"backbone": SHUFFLENET})
+    backbone = build_backbone(options.backbone)
+    neck = OwnNeck(backbone.channels)
+    rpn, head = RPN(neck.rpn_channels, 16, options.rpn), LightHead(16, 32, 3, options.light_head)
+    network = sharp(LightHeadRCNN(backbone, neck, rpn, head)).double()
+    fused = fuse(network)
+    assert any(isinstance(part, UnshuffledStage) for part in fused.modules())
+    pixels = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    with torch.inference_mode():
+        for one, other in zip(outputs(network, pixels), outputs(fused, pixels), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-8, atol=1e-8)
+
+
+def test_a_neck_that_does_not_say_it_is_refused(small_spec: dict[str, Any]) -> None:
     network = build_network(NetworkOptions.parse(small_spec | {"backbone": SHUFFLENET}), 3)
-    network.neck.__class__ = TunedNeck
-    assert not any(isinstance(part, SlicedStage) for part in fuse(network).modules())
+    network.neck.readers = lambda name: Neck.readers(network.neck, name)
+    with pytest.raises(NotImplementedError):
+        fuse(network)
 
 
 def test_other_backbones_are_left_alone(small_spec: dict[str, Any]) -> None:
@@ -123,7 +156,7 @@ def test_other_backbones_are_left_alone(small_spec: dict[str, Any]) -> None:
     }  # fmt: skip
     network = build_network(NetworkOptions.parse(small_spec | {"backbone": backbone}), 3)
     before = {name for name, _ in network.named_modules()}
-    pass_by_slices(network)
+    network.to_inference()
     assert {name for name, _ in network.named_modules()} == before
 
 
