@@ -280,7 +280,7 @@ def test_costs_are_those_that_torchvision_publishes(name: str) -> None:
     head = whole.classifier if hasattr(whole, "classifier") else whole.fc
     trunk = multiply_adds(backbone, images)
     assert trunk + multiply_adds(head, torch.zeros(1, backbone.channels["c5"])) == expected
-    classifier = ImageClassifier(backbone, 1000, ClassifierOptions.parse(content["classifier"]))
+    classifier = ImageClassifier(backbone, 1000, parse_backbone(content).classifier or ClassifierOptions())
     found = trunk + multiply_adds(classifier.fc, torch.zeros(1, backbone.channels["c5"]))
     if "note" not in published:
         assert parameters(classifier) == meta["num_params"]

@@ -11,6 +11,7 @@ from backbone_files import build, entry, randomise
 
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
+from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
 from detector.models.backbones.contract import ClassifierOptions
 
@@ -65,7 +66,7 @@ def test_classifier_of_v2_counts_as_torchvisions(file_name: str) -> None:
     settings = entry(file_name)
     with torch.device("meta"):
         theirs = torchvision.models.MobileNetV2(width_mult=settings["width"])
-        ours = ImageClassifier(build(file_name), 1000, ClassifierOptions.parse(settings["classifier"]))
+        ours = ImageClassifier(build(file_name), 1000, parse_backbone(settings).classifier or ClassifierOptions())
     assert parameters(ours) == parameters(theirs)
     images = torch.zeros(1, 3, 224, 224, device="meta")
     assert multiply_adds(ours, images) == multiply_adds(theirs, images)
@@ -92,7 +93,9 @@ def test_costs_are_the_published_ones(
     file_name: str, size: int, published: int, tolerance: float, count: float | None
 ) -> None:
     with torch.device("meta"):
-        network = ImageClassifier(build(file_name), 1000, ClassifierOptions.parse(entry(file_name)["classifier"]))
+        network = ImageClassifier(
+            build(file_name), 1000, parse_backbone(entry(file_name)).classifier or ClassifierOptions()
+        )
     cost = multiply_adds(network, torch.zeros(1, 3, size, size, device="meta")) / 1e6
     assert cost == pytest.approx(published, rel=tolerance)
     if count is not None:

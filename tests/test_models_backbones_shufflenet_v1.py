@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds, parameters
+from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.shufflenet_v1 import shuffle_groups
@@ -20,7 +21,7 @@ from detector.models.backbones.shufflenet_v1 import shuffle_groups
 def classifier(file_name: str, **changes: Any) -> ImageClassifier:
     with torch.device("meta"):  # shapes alone: no time for weights
         return ImageClassifier(
-            build(file_name, **changes), 1000, ClassifierOptions.parse(entry(file_name)["classifier"])
+            build(file_name, **changes), 1000, parse_backbone(entry(file_name)).classifier or ClassifierOptions()
         )
 
 

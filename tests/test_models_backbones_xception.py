@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from detector.errors import InputError
 from detector.lab.cost import multiply_adds
+from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import ImageClassifier
 from detector.models.backbones.contract import ClassifierOptions
 
@@ -58,7 +59,9 @@ def test_equals_the_same_drawn_again() -> None:
 def test_costs_are_near_the_published_ones(width: str, published: int) -> None:
     settings = entry(f"xception_{width}")
     with torch.device("meta"):
-        network = ImageClassifier(build(f"xception_{width}"), 1000, ClassifierOptions.parse(settings["classifier"]))
+        network = ImageClassifier(
+            build(f"xception_{width}"), 1000, parse_backbone(settings).classifier or ClassifierOptions()
+        )
     cost = multiply_adds(network, torch.zeros(1, 3, 224, 224, device="meta")) / 1e6
     assert cost == pytest.approx(published, rel=0.015)
 

@@ -59,7 +59,7 @@ class Detector(Predictor):
         Args:
             path: `best.ckpt` or `last.ckpt` of a run, or what `save` wrote.
             device: "cpu", "cuda", ...; None takes the GPU if there is one.
-            fused: made for prediction (`deploy.fuse`): normalisation folded into the convolutions, no shuffles. The
+            fused: made for prediction (`models.fuse`): normalisation folded into the convolutions, no shuffles. The
                 same boxes and scores up to rounding, sooner; but its maps c3, c4 and c5 have their channels in another
                 order, and it cannot be trained or saved.
 
