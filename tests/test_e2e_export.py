@@ -127,7 +127,7 @@ def test_all_formats_in_a_folder(checkpoint: Path, tmp_path: Path) -> None:
         (["format=tflite"], "format=tflite; there is onnx, openvino, torch_export, int8, int8_onnx and all"),
         (["size=256"], "size=256; expected dynamic, or height x width"),
         (["size=100x96"], "multiples of 32"),
-        (["batch=4"], "batch=4; expected 1 or dynamic"),
+        (["batch=4"], "batch=4: expected dynamic or 1"),
         (["out=model.pt2"], "ends in .onnx"),
         (["data.root=nowhere"], "nowhere"),
         (["data.root=nowhere"], "Or give check=null"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from detector.data.preprocess import Prepared, Preprocessing
-from detector.export.parity import REFERENCE, Difference, Record, difference, judge, take_turns
+from detector.export.parity import REFERENCE, Difference, Trial, compare_contestants, difference, take_turns
 from detector.inference.detections import Detections, Found
 from detector.inference.detector import Detector
 from detector.inference.predictor import Predictor
@@ -68,9 +68,9 @@ def test_counts_add_up_and_differences_are_the_worst() -> None:
     )
 
 
-def records(**found: Difference) -> dict[str, Record]:
-    return {REFERENCE: Record([detections(A)], [0.2, 0.4], Difference(0, 0, 100, 100, 100, 100))} | {
-        name: Record([detections(B)], [0.1, 0.1], value) for name, value in found.items()
+def records(**found: Difference) -> dict[str, Trial]:
+    return {REFERENCE: Trial([detections(A)], [0.2, 0.4], Difference(0, 0, 100, 100, 100, 100))} | {
+        name: Trial([detections(B)], [0.1, 0.1], value) for name, value in found.items()
     }
 
 
@@ -95,7 +95,7 @@ def test_what_passes(precision: str, ap: float | None, agreeing: int, passes: bo
             return None
         return 0.5 if found[0].labels[0] == 0 else ap
 
-    rows = judge(
+    rows = compare_contestants(
         records(export=Difference(0.001, 0.0001, 100, 100, 100, agreeing)),
         average_precision,  # type: ignore[arg-type]
         files={REFERENCE: 10, "export": 5},
@@ -128,7 +128,7 @@ def test_what_passes(precision: str, ap: float | None, agreeing: int, passes: bo
 def test_a_gate_that_has_nothing_to_go_by_fails(
     precision: str, ap: float | None, found: Difference, complaint: str | None
 ) -> None:
-    rows = judge(
+    rows = compare_contestants(
         records(export=found, shown=found),
         lambda _: ap,
         files={REFERENCE: 10, "export": 5, "shown": 5},
@@ -161,7 +161,7 @@ def noise(count: int) -> list[np.ndarray]:
 def test_wrong_channel_order_fails_and_the_same_graph_passes(small_detector: Detector) -> None:
     contestants = {REFERENCE: small_detector, "broken": Swapped(small_detector), "same": small_detector}
     found = take_turns(contestants, noise(4))
-    rows = judge(
+    rows = compare_contestants(
         found,
         lambda _: 0.0,  # a network that has learnt nothing: AP sees no difference
         files=dict.fromkeys(contestants, 1),
@@ -209,7 +209,7 @@ def test_an_onnx_file_with_swapped_channels_fails(small_detector: Detector, tmp_
     onnx.save(model, str(tmp_path / "broken.onnx"))
     contestants: dict[str, Predictor] = {REFERENCE: small_detector}
     contestants |= {name: ExportedDetector.load(tmp_path / f"{name}.onnx", threads=1) for name in ("good", "broken")}
-    rows = judge(
+    rows = compare_contestants(
         take_turns(contestants, noise(6)),
         lambda _: 0.0,
         files=dict.fromkeys(contestants, 1),

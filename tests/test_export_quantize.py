@@ -16,7 +16,7 @@ from detector.export.formats import export_onnx, openvino_model
 from detector.export.parity import REFERENCE, difference, take_turns
 from detector.export.quantize import (
     LAYERS,
-    Accuracy,
+    AccuracyControl,
     export_int8,
     export_int8_onnx,
     float_nodes,
@@ -200,7 +200,11 @@ def test_accuracy_control_measures_the_detector_itself(
 
     monkeypatch.setattr(nncf, "quantize_with_accuracy_control", search)
     export_int8(
-        small_detector, tmp_path / "a.xml", noise(20, seed=1), canvas=(64, 96), accuracy=Accuracy(measure, 6, 2.0)
+        small_detector,
+        tmp_path / "a.xml",
+        noise(20, seed=1),
+        canvas=(64, 96),
+        accuracy=AccuracyControl(measure, 6, 2.0),
     )
     assert asked == [[0, 1, 2, 3, 4, 5], [4, 1]]
     assert ExportedDetector.load(tmp_path / "a.xml").info.precision == "int8"
@@ -232,7 +236,7 @@ def test_accuracy_control_gives_layers_back(small_detector: Detector, tmp_path: 
         return sum(each) / len(each), each
 
     quantized = []
-    for accuracy in (None, Accuracy(measure, 3, 20.0)):
+    for accuracy in (None, AccuracyControl(measure, 3, 20.0)):
         export_int8(small_detector, tmp_path / "a.xml", noise(10, seed=1), canvas=(64, 96), accuracy=accuracy)
         model = openvino.Core().read_model(tmp_path / "a.xml")
         quantized.append(sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()))

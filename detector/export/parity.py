@@ -32,10 +32,10 @@ MAX_DISAGREEMENT = 0.01
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two results on the same picture, or the worst over many pictures.
+    """Between two results on the same image, or the worst over many images.
 
     Attributes:
-        box: largest difference of a coordinate between partners, in pixels of the original picture.
+        box: largest difference of a coordinate between partners, in pixels of the original image.
         score: largest difference of a score between partners.
         partners: detections of the reference that have a partner.
         total: detections of the reference.
@@ -88,49 +88,49 @@ def difference(reference: Found, found: Found) -> Difference:
 
 
 @dataclass
-class Record:
-    """What one contestant did: detections per picture, seconds per picture, and its difference from the reference."""
+class Trial:
+    """What one contestant did: detections per image, seconds per image, and its difference from the reference."""
 
     found: list[Found] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     difference: Difference = field(default_factory=Difference)
 
 
-def take_turns(contestants: Mapping[str, Predictor], pictures: Iterable[np.ndarray]) -> dict[str, Record]:
-    """All contestants predict every picture, one after another, alone: batch 1, from decoded picture to boxes.
+def take_turns(contestants: Mapping[str, Predictor], images: Iterable[np.ndarray]) -> dict[str, Trial]:
+    """All contestants predict every image, one after another, alone: batch 1, from decoded image to boxes.
 
     Args:
         contestants: by name; REFERENCE is what the others are compared with.
-        pictures: uint8 RGB (h, w, 3) each; read one at a time.
+        images: uint8 RGB (h, w, 3) each; read one at a time.
     """
-    records = {name: Record() for name in contestants}
-    for number, picture in enumerate(pictures):
+    records = {name: Trial() for name in contestants}
+    for number, image in enumerate(images):
         for name, predictor in contestants.items():
             for _ in range(WARM_UP if number == 0 else 0):
-                predictor.detect_images([picture])
+                predictor.detect_images([image])
             start = time.perf_counter()
-            found = predictor.detect_images([picture])
+            found = predictor.detect_images([image])
             records[name].seconds.append(time.perf_counter() - start)
             records[name].found += found
         for record in records.values():
-            of_picture = difference(records[REFERENCE].found[-1], record.found[-1])
-            record.difference = record.difference.worst(of_picture)
+            of_image = difference(records[REFERENCE].found[-1], record.found[-1])
+            record.difference = record.difference.worst(of_image)
     return records
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One contestant in the table.
 
     Attributes:
         name: REFERENCE, the format, or what else took part.
         precision: "float32" or "int8".
         file_bytes: of the file, or of both.
-        difference: from the reference, over all pictures.
-        ap: average precision in points, 0 to 100; None where the pictures hold no object.
+        difference: from the reference, over all images.
+        ap: average precision in points, 0 to 100; None where the images hold no object.
         drop: points below the reference.
-        p50_ms, p90_ms: milliseconds a picture.
-        ratio: how many times faster than the reference: the median over the pictures.
+        p50_ms, p90_ms: milliseconds a image.
+        ratio: how many times faster than the reference: the median over the images.
         complaints: why it fails the gate; empty where it passes.
     """
 
@@ -150,20 +150,20 @@ class Row:
         return asdict(self) | {"passed": not self.complaints}
 
 
-def judge(
-    records: Mapping[str, Record],
+def compare_contestants(
+    records: Mapping[str, Trial],
     average_precision: Callable[[Sequence[Found]], float | None],
     *,
     files: Mapping[str, int],
     precisions: Mapping[str, str],
     max_drop: Mapping[str, float],
     shown: Collection[str] = (),
-) -> list[Row]:
+) -> list[Comparison]:
     """The table, the reference first.
 
     Args:
         records: of `take_turns`.
-        average_precision: of the detections of all pictures, in their order; in [0, 1].
+        average_precision: of the detections of all images, in their order; in [0, 1].
         files: bytes of each contestant's file.
         precisions: of each contestant.
         max_drop: points of AP that an export of each precision may lose.
@@ -177,7 +177,7 @@ def judge(
         drop = None if ap is None or wanted is None else wanted - ap
         times = sorted(record.seconds)
         rows.append(
-            Row(
+            Comparison(
                 name,
                 precision,
                 files[name],
@@ -207,10 +207,10 @@ def _complaints(
         yield f"AP is {drop:.2f} points lower; {allowed:g} are allowed"
     if precision != "float32":
         if not wanted:
-            yield "the checkpoint's own AP is 0, or the pictures hold no object: a loss could not be seen"
+            yield "the checkpoint's own AP is 0, or the images hold no object: a loss could not be seen"
         return
     if not found.confident:
-        yield f"the checkpoint finds nothing with a score of {CONFIDENT} in these pictures: nothing was compared"
+        yield f"the checkpoint finds nothing with a score of {CONFIDENT} in these images: nothing was compared"
     differing = found.confident - found.agreeing + found.extra
     if differing > MAX_DISAGREEMENT * found.confident:
         yield f"{differing} of {found.confident} confident detections differ"

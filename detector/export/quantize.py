@@ -41,51 +41,51 @@ if TYPE_CHECKING:
 LAYERS = ("Conv", "MatMul", "Gemm", "Convolution", "GroupConvolution")
 # Likewise, of those that look at a tensor's shape only.
 SIZES = ("Shape", "ShapeOf")
-NO_PICTURES = "int8 needs pictures to calibrate on; give a folder of some hundreds."
+NO_IMAGES = "int8 needs images to calibrate on; give a folder of some hundreds."
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class AccuracyControl:
     """What NNCF's accuracy control goes by: it returns layers to float, the most harmful first, until it is content.
 
     Attributes:
-        measure: average precision, 0 to 1, of a detector on some of the pictures, given by their numbers; of all of
+        measure: average precision, 0 to 1, of a detector on some of the images, given by their numbers; of all of
             them, and of each.
-        pictures: how many there are.
+        images: how many there are.
         max_drop: points (0 to 100) that int8 may be worse.
     """
 
     measure: Callable[[ExportedDetector, Sequence[int]], tuple[float, list[float]]]
-    pictures: int
+    images: int
     max_drop: float
 
 
 def export_int8(
     detector: Detector,
     path: str | Path,
-    pictures: Iterable[np.ndarray],
+    images: Iterable[np.ndarray],
     *,
     batch: int | None = None,
     canvas: tuple[int, int] | None = None,
-    accuracy: Accuracy | None = None,
+    accuracy: AccuracyControl | None = None,
 ) -> ExportInfo:
     """Write OpenVINO IR in int8, an .xml and a .bin beside it.
 
     Args:
         detector: on any device.
         path: ends in .xml.
-        pictures: uint8 RGB (h, w, 3), like those that the detector will see; some hundreds fix the ranges. They are
+        images: uint8 RGB (h, w, 3), like those that the detector will see; some hundreds fix the ranges. They are
             preprocessed here.
         batch, canvas: see `export_onnx`.
         accuracy: None: quantize and leave it at that.
 
     Raises:
-        InputError: no picture, a path that ends otherwise, or nncf, openvino or what ONNX needs is not installed.
+        InputError: no image, a path that ends otherwise, or nncf, openvino or what ONNX needs is not installed.
     """
     nncf = import_nncf()
     check_openvino_path(path)
     model, info = openvino_model(detector, batch=batch, canvas=canvas)
-    samples = _samples(pictures, info)
+    samples = _samples(images, info)
     options = {
         "subset_size": len(samples),
         "ignored_scope": nncf.IgnoredScope(names=sorted(float_nodes(openvino_nodes(model))), validate=False),
@@ -97,7 +97,7 @@ def export_int8(
             quantized = nncf.quantize_with_accuracy_control(
                 model,
                 nncf.Dataset(samples),
-                nncf.Dataset(range(accuracy.pictures)),
+                nncf.Dataset(range(accuracy.images)),
                 _validation(accuracy, info, Path(path)),
                 max_drop=accuracy.max_drop / 100,
                 **options,
@@ -108,7 +108,7 @@ def export_int8(
 
 
 def _validation(
-    accuracy: Accuracy, info: ExportInfo, path: Path
+    accuracy: AccuracyControl, info: ExportInfo, path: Path
 ) -> Callable[[Any, Iterable[int]], tuple[float, list[float]]]:
     def validate(compiled: Any, numbers: Iterable[int]) -> tuple[float, list[float]]:
         return accuracy.measure(ExportedDetector(info, openvino_run(compiled), path), list(numbers))
@@ -119,7 +119,7 @@ def _validation(
 def export_int8_onnx(
     detector: Detector,
     path: str | Path,
-    pictures: Iterable[np.ndarray],
+    images: Iterable[np.ndarray],
     *,
     batch: int | None = None,
     canvas: tuple[int, int] | None = None,
@@ -127,13 +127,13 @@ def export_int8_onnx(
     """Write an .onnx in int8, for where there is no OpenVINO. Arguments as of `export_int8`; path ends in .onnx.
 
     Raises:
-        InputError: no picture, or onnx or onnxruntime is not installed.
+        InputError: no image, or onnx or onnxruntime is not installed.
     """
     quantization = import_quantization()
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         info = export_onnx(detector, source, batch=batch, canvas=canvas)
-        samples = _samples(pictures, info)
+        samples = _samples(images, info)
         with _without_advice():
             quantization.quantize_static(
                 str(source),
@@ -218,15 +218,15 @@ def _below(names: set[str], nodes: Mapping[str, Node]) -> set[str]:
     return found
 
 
-def _samples(pictures: Iterable[np.ndarray], info: ExportInfo) -> list[dict[str, np.ndarray]]:
-    samples = [_sample(picture, info) for picture in pictures]
+def _samples(images: Iterable[np.ndarray], info: ExportInfo) -> list[dict[str, np.ndarray]]:
+    samples = [_sample(image, info) for image in images]
     if not samples:
-        raise InputError(NO_PICTURES)
+        raise InputError(NO_IMAGES)
     return samples
 
 
-def _sample(picture: np.ndarray, info: ExportInfo) -> dict[str, np.ndarray]:
-    (prepared,) = prepare([picture], info.preprocessing, info.canvas)
+def _sample(image: np.ndarray, info: ExportInfo) -> dict[str, np.ndarray]:
+    (prepared,) = prepare([image], info.preprocessing, info.canvas)
     images = np.ascontiguousarray(prepared.images.transpose(0, 2, 3, 1))
     return dict(zip(INPUTS, (images, prepared.image_sizes), strict=True))
 

@@ -1,0 +1,378 @@
+"""Write a checkpoint for other runtimes, then compare what they find with what torch finds.
+
+python tools/export.py ckpt=RUN_DIR/best.ckpt                      best.onnx beside the checkpoint
+python tools/export.py ckpt=RUN_DIR/best.ckpt format=all           every format, each compared with the checkpoint
+python tools/export.py ckpt=PATH format=int8 calibration=FOLDER    images like those that it will see
+
+    onnx           best.onnx                    ONNX Runtime, and nearly everything else
+    openvino       best.xml, best.bin           the fastest in float on a CPU, with size=HxW
+    torch_export   best.pt2                     torch without this package's network code
+    int8           best.int8.xml, best.int8.bin OpenVINO in int8, by NNCF: the fastest, with size=HxW
+    int8_onnx      best.int8.onnx               ONNX Runtime in int8, for where there is no OpenVINO
+
+Exit code 1 when an export is worse than `check.max_drop` allows, or differs from torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, Strict, field_validator
+
+from detector.apps.evaluate import evaluation_data
+from detector.data.annotations import AnnotationIndex
+from detector.data.images import list_images, read_image
+from detector.data.progress import progress
+from detector.data.splits import load_split
+from detector.errors import InputError
+from detector.evaluation.metrics import evaluate
+from detector.evaluation.tables import markdown_table
+from detector.export.formats import export_onnx, export_openvino, export_torch, import_onnx, import_openvino
+from detector.export.parity import (
+    AGREEING_IOU,
+    AGREEING_SCORE,
+    CONFIDENT,
+    REFERENCE,
+    Comparison,
+    compare_contestants,
+    take_turns,
+)
+from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx, import_nncf, import_quantization
+from detector.files import write_json
+from detector.inference.detections import Detections, Found
+from detector.inference.detector import Detector
+from detector.inference.predictor import Predictor
+from detector.inference.runtime import ExportedDetector
+from detector.options import Count, Flag, Options
+
+log = logging.getLogger(__name__)
+# Beside an export of a fixed size: what that size itself costs.
+ANY_SIZE = "torch, any size"
+
+
+class Format(NamedTuple):
+    """A kind of export.
+
+    Attributes:
+        suffix: how its file ends.
+        write: writes it.
+        needs: what has to be installed; the error of each says how.
+        precision: of its weights.
+    """
+
+    suffix: str
+    write: Callable[..., object]
+    needs: tuple[Callable[[], object], ...]
+    precision: Literal["float32", "int8"] = "float32"
+
+
+FORMATS = {
+    "onnx": Format(".onnx", export_onnx, (import_onnx,)),
+    "openvino": Format(".xml", export_openvino, (import_onnx, import_openvino)),
+    "torch_export": Format(".pt2", export_torch, ()),
+    "int8": Format(".int8.xml", export_int8, (import_onnx, import_openvino, import_nncf), "int8"),
+    "int8_onnx": Format(".int8.onnx", export_int8_onnx, (import_onnx, import_quantization), "int8"),
+}
+
+
+class GivenSplitOptions(Options):
+    """Instead of the split that the checkpoint was validated with."""
+
+    annotations: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """relative to data.root, for example annotations/test.json"""
+    images: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """folder of the images, relative to data.root"""
+    limit: Count | None = None
+    """only the first N images"""
+
+
+class GivenDataOptions(Options):
+    """null: the data that the checkpoint was trained with."""
+
+    root: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """folder of the data set"""
+    val: GivenSplitOptions = GivenSplitOptions()
+
+
+class MaxDropOptions(Options):
+    """Points of AP, 0 to 100, that an export may lose. Chosen by this project: what rounding costs at most."""
+
+    float32: Annotated[float, Strict()] = 0.1
+    int8: Annotated[float, Strict()] = 1.0
+
+
+class CheckOptions(Options):
+    """The comparison of what was written with the checkpoint."""
+
+    images: Count = 200
+    """of the validation split"""
+    max_drop: MaxDropOptions = MaxDropOptions()
+    """points of AP that an export may lose"""
+    threads: Count | None = 1
+    """of every contestant, so that latencies compare; null: as many as each likes"""
+
+
+class ExportOptions(Options):
+    """What to write, how it is calibrated, and how it is compared."""
+
+    ckpt: str = Field(coerce_numbers_to_str=True)
+    """best.ckpt or last.ckpt of a run"""
+    format: str | list[str] = "onnx"
+    """onnx, openvino, torch_export, int8 (OpenVINO), int8_onnx; several: [onnx,int8]; all"""
+    out: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """a file for one format, else a folder; null: beside the checkpoint, under its name"""
+    batch: Literal["dynamic", 1] = "dynamic"
+    """dynamic, or 1"""
+    size: str = "dynamic"
+    """dynamic: any multiples of 32; or HxW: images are padded to it, shrunk where they stick out"""
+    calibration: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """int8: a folder of images; null: the checkpoint's own training images"""
+    calibration_images: Count = 200
+    """int8: how many of them fix the ranges"""
+    accuracy_control: Flag = True
+    """int8: where AP on training images drops by more than check.max_drop, layers go back to float"""
+    check: CheckOptions | None = CheckOptions()
+    """the comparison with the checkpoint; null leaves it out"""
+    data: GivenDataOptions = GivenDataOptions()
+
+    @field_validator("size")
+    @classmethod
+    def _check_size(cls, size: str) -> str:
+        if size != "dynamic" and not re.fullmatch("[0-9]{1,6}x[0-9]{1,6}", size):
+            raise InputError(f"size={size}; expected dynamic, or height x width in pixels, for example size=256x320.")
+        return size
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, given: str | list[str]) -> str | list[str]:
+        for name in [given] if isinstance(given, str) else given:
+            if name not in FORMATS and given not in ("all", ["all"]):
+                raise InputError(f"format={name}; there is {', '.join(FORMATS)} and all.")
+        return given
+
+    @property
+    def formats(self) -> list[str]:
+        """Keys of FORMATS, each once."""
+        names = [self.format] if isinstance(self.format, str) else self.format
+        return list(FORMATS) if names == ["all"] else list(dict.fromkeys(names))
+
+    @property
+    def canvas(self) -> tuple[int, int] | None:
+        """Height and width of every input; None: any."""
+        if self.size == "dynamic":
+            return None
+        height, width = map(int, self.size.split("x"))
+        return height, width
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Where each format is written."""
+        checkpoint = Path(self.ckpt)
+        if not self.out:
+            return {name: checkpoint.with_suffix(FORMATS[name].suffix) for name in self.formats}
+        out, formats = Path(self.out), self.formats
+        if len(formats) > 1 or out.is_dir() or not out.suffix:
+            return {name: out / f"{checkpoint.stem}{FORMATS[name].suffix}" for name in formats}
+        ending = Path(f"a{FORMATS[formats[0]].suffix}").suffix
+        if out.suffix != ending:
+            raise InputError(f"out={out}: a file of format={formats[0]} ends in {ending}.")
+        return {formats[0]: out}
+
+
+def export(options: ExportOptions) -> None:
+    """Write the formats, and compare them with the checkpoint; exit code 1 where one fails.
+
+    Raises:
+        InputError: an option, the checkpoint or the data is wrong, or a package is not installed.
+    """
+    files, canvas = options.files, options.canvas
+    batch = None if options.batch == "dynamic" else options.batch
+    detector = Detector.load(options.ckpt, "cpu")
+    # Before anything is written: a mistake in the data should not cost the minutes of an export.
+    for name in files:
+        for needed in FORMATS[name].needs:
+            needed()
+    index = validation_images(options, detector) if options.check else None
+    int8 = any(FORMATS[name].precision == "int8" for name in files)
+    calibration = calibration_images(options, detector) if int8 else None
+    control = accuracy_control(options, detector) if "int8" in files else None
+    for name, path in files.items():
+        log.info("%s: %s", name, path)
+        arguments: dict[str, Any] = {"batch": batch, "canvas": canvas}
+        if calibration and FORMATS[name].precision == "int8":
+            arguments["images"] = calibration()
+        if control and name == "int8":
+            arguments["accuracy"] = control
+        FORMATS[name].write(detector, path, **arguments)
+    if options.check is None or index is None:
+        return
+    rows = check(options, options.check, detector, index)
+    report = next(iter(files.values())).with_suffix(".check.json")
+    write_json(report, {"ckpt": options.ckpt, "images": len(index), "rows": [row.to_dict() for row in rows]})
+    log.info("\n%s\n%s", render(rows, len(index), canvas), report)
+    failed = [f"{row.name}: {'; '.join(row.complaints)}" for row in rows if row.complaints]
+    if failed:
+        sys.exit(f"failed: {'. '.join(failed)}.")  # to stderr, and exit code 1
+
+
+def accuracy_control(options: ExportOptions, detector: Detector) -> AccuracyControl | None:
+    """On training images: what it was tuned on would flatter int8 in the check. None where it is off."""
+    if not options.accuracy_control:
+        return None
+    if not options.check:
+        log.info("accuracy control is off: check=null sets no limit.")
+        return None
+    data = evaluation_data(options.to_dict(), detector)
+    if "train" not in data:
+        log.info("accuracy control is off: this checkpoint does not say what it was trained on.")
+        return None
+    with way_out("Or give accuracy_control=false."):
+        index = load_split(data, "train", class_names=detector.class_names)
+    return accuracy_on(index, options.check.images, options.check.max_drop.int8)
+
+
+def accuracy_on(index: AnnotationIndex, count: int, max_drop: float) -> AccuracyControl:
+    """On so many images of an index, evenly spread."""
+    index = index.select(spread(range(len(index)), count))
+
+    def measure(exported: ExportedDetector, places: Sequence[int]) -> tuple[float, list[float]]:
+        found = [exported.detect_images([index.read(place)])[0] for place in places]
+        each = [average_precision([one], index, [place]) or 0.0 for one, place in zip(found, places, strict=True)]
+        return average_precision(found, index, places) or 0.0, each
+
+    return AccuracyControl(measure, len(index), max_drop)
+
+
+def average_precision(found: Sequence[Found], index: AnnotationIndex, places: Sequence[int]) -> float | None:
+    """AP of what was found in these images of an index; None where they hold no object."""
+    part = index.select(places)
+    columns = zip(part.images, part.labels, part.xywh.tolist(), part.areas.tolist(), part.crowd.tolist(), strict=True)
+    annotations = [
+        {
+            "id": number,
+            "image_id": part.image_ids[image],
+            "category_id": part.category_ids[label],
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(crowd),
+        }
+        for number, (image, label, box, area, crowd) in enumerate(columns, 1)
+    ]
+    categories = zip(part.category_ids, part.class_names, strict=True)
+    ground_truth = {
+        "images": [{"id": image} for image in part.image_ids],
+        "annotations": annotations,
+        "categories": [{"id": category, "name": name} for category, name in categories],
+    }
+    results = [
+        row
+        for image, one in zip(part.image_ids, found, strict=True)
+        for row in Detections(*one, part.class_names, (0, 0)).to_coco(image, part.category_ids)
+    ]
+    ap: float | None = evaluate(results, ground_truth)["AP"]
+    return ap
+
+
+def validation_images(options: ExportOptions, detector: Detector) -> AnnotationIndex:
+    """The first of the validation split."""
+    assert options.check is not None
+    with way_out("Or give check=null: nothing is compared then."):
+        data = evaluation_data(options.to_dict(), detector)
+        data["val"] = data["val"] | {"limit": options.check.images}
+        return load_split(data, "val", class_names=detector.class_names)
+
+
+@contextmanager
+def way_out(hint: str) -> Iterator[None]:
+    """Add to the message of a mistake what this command can do without."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} {hint}") from error
+
+
+def calibration_images(options: ExportOptions, detector: Detector) -> Callable[[], Iterator[np.ndarray]]:
+    """From the given folder, evenly spread, or from the training split; validation images would flatter the check.
+
+    Read one by one: some hundreds of a camera's would fill the memory.
+    """
+    if options.calibration:
+        paths = spread(list_images(options.calibration), options.calibration_images)
+        return partial(map, read_image, paths)
+    with way_out("Or give calibration=FOLDER of images."):
+        data = evaluation_data(options.to_dict(), detector)
+        if "train" not in data:
+            raise InputError("This checkpoint does not say what it was trained on.")
+        index = load_split(data, "train", class_names=detector.class_names)
+    return partial(map, index.read, spread(range(len(index)), options.calibration_images))
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """So many of them, evenly spread; all where there are fewer."""
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items)))]
+
+
+def check(
+    options: ExportOptions, settings: CheckOptions, detector: Detector, index: AnnotationIndex
+) -> list[Comparison]:
+    """What was written against the checkpoint, on the images of an index."""
+    files, canvas, threads = options.files, options.canvas, settings.threads
+    if threads:
+        torch.set_num_threads(threads)
+    contestants: dict[str, Predictor] = {REFERENCE: detector.on_canvas(canvas) if canvas else detector}
+    shown = {ANY_SIZE: detector} if canvas else {}
+    contestants |= shown
+    contestants |= {name: ExportedDetector.load(path, threads=threads) for name, path in files.items()}
+    images = progress(map(index.read, range(len(index))), "check", len(index))
+    sizes = dict.fromkeys((REFERENCE, ANY_SIZE), Path(options.ckpt).stat().st_size)
+    sizes |= {name: sum(part.stat().st_size for part in parts_of(path)) for name, path in files.items()}
+    return compare_contestants(
+        take_turns(contestants, images),
+        lambda found: average_precision(found, index, range(len(index))),
+        files=sizes,
+        precisions={name: FORMATS[name].precision if name in FORMATS else "float32" for name in contestants},
+        max_drop=settings.max_drop.to_dict(),
+        shown=list(shown),
+    )
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of an export."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def render(rows: list[Comparison], images: int, canvas: tuple[int, int] | None) -> str:
+    heads = ("", "AP", "drop", "box, px", "score", "matched", "agree", "p50, ms", "p90, ms", "faster", "MiB", "")
+    lines = []
+    for row in rows:
+        found = row.difference
+        line = (
+            row.name,
+            *(None if value is None else f"{value:.2f}" for value in (row.ap, row.drop)),
+            f"{found.box:.2g}",
+            f"{found.score:.2g}",
+            f"{100 * found.partners / max(found.total, 1):.1f}%",
+            f"{100 * found.agreeing / max(found.confident, 1):.1f}%",
+            f"{row.p50_ms:.1f}",
+            f"{row.p90_ms:.1f}",
+            f"{row.ratio:.2f}x",
+            f"{row.file_bytes / 2**20:.1f}",
+            "FAILED" if row.complaints else "ok",
+        )
+        lines.append(line)
+    legend = (
+        f"{images} images, one at a time. box, score: largest difference from torch of matched detections. agree: "
+        f"confident ones (score {CONFIDENT}) found at IoU {AGREEING_IOU} with a score within {AGREEING_SCORE}"
+    )
+    if canvas:
+        legend += f". torch pads and shrinks to {canvas[0]} x {canvas[1]}, as the exports do; '{ANY_SIZE}' does not"
+    return f"{legend}\n{markdown_table(heads, lines, align='l' + 'r' * 10 + 'l', width=None)}"
