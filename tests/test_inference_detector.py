@@ -146,6 +146,8 @@ def spoil(content: dict[str, Any], how: str) -> Any:
         about["spec"]["neck"] = {"name": "giraffe"}
     elif how == "unknown input":
         about["preprocessing"] = {"side": 3}
+    elif how == "half an input":
+        del about["preprocessing"]["long_side"]
     elif how == "another class count":
         about["class_names"] = ["cat"]
     elif how == "missing weight":
@@ -168,6 +170,7 @@ def spoil(content: dict[str, Any], how: str) -> Any:
         "no spec",
         "unknown part",
         "unknown input",
+        "half an input",
         "another class count",
         "missing weight",
         "no weights",

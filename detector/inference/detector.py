@@ -22,6 +22,8 @@ FORMAT = "light-head-detector"
 VERSION = 1
 # Training wraps the network; its checkpoints carry this prefix, and so do those of `save`: one format.
 PREFIX = "network."
+# What a checkpoint says about itself, beside format, version and provenance, and of which type.
+DESCRIPTION = {"spec": dict, "class_names": list, "preprocessing": dict}
 
 
 class Detector(Predictor):
@@ -72,11 +74,16 @@ class Detector(Predictor):
             key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
         }
         try:
+            for key, kind in DESCRIPTION.items():
+                if not isinstance(about.get(key), kind):
+                    raise InputError(f"{key} is missing")
+            if lacking := Preprocessing.model_fields.keys() - about["preprocessing"].keys():
+                raise InputError(f"preprocessing.{min(lacking)} is missing")
             options = NetworkOptions.parse(about["spec"])
             preprocessing = Preprocessing.parse(about["preprocessing"])
             detector = cls(options, about["class_names"], preprocessing, about.get("provenance"))
             detector.network.load_state_dict(weights)
-        except (InputError, KeyError, TypeError, RuntimeError) as error:
+        except (InputError, RuntimeError) as error:  # the latter of load_state_dict
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"'{path}' does not fit its own description: it is damaged, or of another version ({reason})."
