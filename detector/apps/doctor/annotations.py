@@ -1,4 +1,4 @@
-"""The data doctor's checks of annotation files: entries, ids, references, boxes. No picture is opened here."""
+"""The data doctor's checks of annotation files: entries, ids, references, boxes. No image is opened here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from detector.apps.doctor.split import ERROR, WARNING, Boxes, Finding, Split, describe, found, known_boxes
 from detector.data.preprocess import Preprocessing
 
-# Pixels of the original picture: what sticks out by less is an annotator's hand, not a fault.
+# Pixels of the original image: what sticks out by less is an annotator's hand, not a fault.
 TOLERANCE = 1.0
 # Pixels of the network input. Nothing is left of such an object at stride 16.
 TINY = 2.0
@@ -108,11 +108,11 @@ def check_categories(splits: Sequence[Split]) -> list[Finding]:
 
 
 def check_boxes(splits: Sequence[Split], sizes: dict[str, np.ndarray], preprocessing: Preprocessing) -> list[Finding]:
-    """Boxes without area, outside their picture, too small to learn, or twice.
+    """Boxes without area, outside their image, too small to learn, or twice.
 
     Args:
         splits: the annotation files.
-        sizes: (M, 2) height and width of the pictures of each split, in the frame of the boxes; 0 where unknown.
+        sizes: (M, 2) height and width of the images of each split, in the frame of the boxes; 0 where unknown.
         preprocessing: the training input.
     """
     culprits: dict[str, list[str]] = {key: [] for key in ("degenerate", "outside", "tiny", "duplicate")}
@@ -131,16 +131,16 @@ def check_boxes(splits: Sequence[Split], sizes: dict[str, np.ndarray], preproces
     return [
         *found(
             "degenerate_boxes", WARNING, culprits["degenerate"],
-            "boxes without area inside their picture; training leaves them out", "correct or remove them",
+            "boxes without area inside their image; training leaves them out", "correct or remove them",
         ),
         *found(
             "boxes_outside", WARNING, culprits["outside"],
-            f"boxes that stick out of their picture by more than {TOLERANCE:g} pixel; training clips them",
-            "check that boxes are x, y, width, height in pixels of this picture, then clip them",
+            f"boxes that stick out of their image by more than {TOLERANCE:g} pixel; training clips them",
+            "check that boxes are x, y, width, height in pixels of this image, then clip them",
         ),
         *found(
             "tiny_boxes", WARNING, culprits["tiny"], f"boxes with a side below {TINY:g} pixels at the training input",
-            "raise input.short_side and input.long_side, cut the pictures into tiles, or remove these objects",
+            "raise input.short_side and input.long_side, cut the images into tiles, or remove these objects",
         ),
         *found(
             "duplicate_boxes", WARNING, culprits["duplicate"],

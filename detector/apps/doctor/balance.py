@@ -1,4 +1,4 @@
-"""The data doctor's counts: classes, splits, pictures without objects."""
+"""The data doctor's counts: classes, splits, images without objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detector.apps.doctor.split import INFO, WARNING, Finding, Split, found, kno
 # A class with fewer boxes than this in the training split is hardly learnt. Source: ours.
 FEW = 10
 # A class's share in one split over that in another, and how many standard deviations the shares differ by (two
-# proportions, boxes taken as independent): both, because objects of one picture are not independent. Source: ours.
+# proportions, boxes taken as independent): both, because objects of one image are not independent. Source: ours.
 SKEW_RATIO, SKEW_DEVIATIONS = 2.0, 4.0
 MOSTLY_EMPTY = 0.5
 
@@ -37,7 +37,7 @@ def check_balance(splits: Sequence[Split]) -> list[Finding]:
         ),
         *found(
             "unused_categories", WARNING, unused, "declared classes without a box in a split",
-            "annotate some, move pictures between the splits, or remove the class from all files",
+            "annotate some, move images between the splits, or remove the class from all files",
         ),
         *found(
             "rare_classes", WARNING, few, f"classes with fewer than {FEW} boxes to train on",
@@ -48,7 +48,7 @@ def check_balance(splits: Sequence[Split]) -> list[Finding]:
 
 
 def check_empty(splits: Sequence[Split]) -> list[Finding]:
-    """The share of pictures without an object."""
+    """The share of images without an object."""
     shares = {}
     for split in splits:
         with_boxes = len(np.unique(known_boxes(split).rows))
@@ -58,10 +58,10 @@ def check_empty(splits: Sequence[Split]) -> list[Finding]:
     texts = [f"{name}: {share:.1%} of {len(s.images)}" for s, (name, share) in zip(splits, shares.items(), strict=True)]
     empty = sum(round(share * len(split.images)) for split, share in zip(splits, shares.values(), strict=True))
     mostly = max(shares.values()) > MOSTLY_EMPTY
-    remedy = "check that no annotations are missing; data.keep_empty=false trains without such pictures"
+    remedy = "check that no annotations are missing; data.keep_empty=false trains without such images"
     return [
         Finding(
-            "empty_images", WARNING if mostly else INFO, empty, "pictures without a box", tuple(texts),
+            "empty_images", WARNING if mostly else INFO, empty, "images without a box", tuple(texts),
             remedy if mostly else "", figures=shares,
         )
     ]  # fmt: skip
@@ -91,5 +91,5 @@ def _skew(counts: dict[str, Counter[str]], names: Sequence[str]) -> list[Finding
                 culprits.append(f"{name}: {first} {shares[0]:.1%} ({a} boxes), {split} {shares[1]:.1%} ({b})")
     return found(
         "split_skew", WARNING, culprits, "classes whose share of the boxes differs much between splits",
-        "split at random (by video or place, if pictures come in series), so that scores say what training can expect",
+        "split at random (by video or place, if images come in series), so that scores say what training can expect",
     )  # fmt: skip

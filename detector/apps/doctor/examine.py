@@ -57,26 +57,26 @@ def examine(
     anchors: Mapping[str, Any] | None = None,
     workers: int = 1,
 ) -> Diagnosis:
-    """Run every check on a data set. All pictures are decoded.
+    """Run every check on a data set. All images are decoded.
 
     Args:
-        splits: annotation file and picture folder of each, the training split first.
+        splits: annotation file and image folder of each, the training split first.
         preprocessing: the training input; sizes of objects are judged there.
         anchors: scales, ratios, stride and foreground_iou of the region proposal network; None leaves them alone.
         workers: threads that decode.
     """
     read = [read_split(name, Path(file), Path(folder)) for name, (file, folder) in splits.items()]
     usable = [split for split in read if not split.broken]
-    pictures = look_at_all(usable, workers)
-    sizes = {split.name: box_frames(split, pictures[split.name]) for split in usable}
+    images = look_at_all(usable, workers)
+    sizes = {split.name: box_frames(split, images[split.name]) for split in usable}
     findings = [
         *check_entries(read),
         *check_ids(usable),
         *check_references(usable),
         *check_categories(usable),
         *check_boxes(usable, sizes, preprocessing),
-        *check_files(usable, pictures),
-        *check_repeats(usable, pictures),
+        *check_files(usable, images),
+        *check_repeats(usable, images),
         *check_balance(usable),
         *check_empty(usable),
     ]
@@ -100,7 +100,7 @@ def examine(
 def format_diagnosis(diagnosis: Diagnosis) -> str:
     """A table of the findings, then each with its examples and remedy; for a terminal or a Markdown page."""
     lines = [
-        f"{name}: {about['pictures']} pictures, {about['boxes']} boxes, {about['annotations']}"
+        f"{name}: {about['pictures']} images, {about['boxes']} boxes, {about['annotations']}"
         for name, about in diagnosis.splits.items()
     ]
     lines += ["", _table(diagnosis.findings), ""]

@@ -1,4 +1,4 @@
-"""The data doctor's checks of the picture files: all are decoded, measured, and compared with each other."""
+"""The data doctor's checks of the image files: all are decoded, measured, and compared with each other."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from detector.data.preprocess import resize
 from detector.data.progress import progress
 from detector.errors import InputError
 
-# Two pictures are alike when at most this many of the 64 bits of their difference hashes differ, and small copies of
-# them by at most this many grey levels on average: hashes alone confuse pictures with little in them. Source: ours.
+# Two images are alike when at most this many of the 64 bits of their difference hashes differ, and small copies of
+# them by at most this many grey levels on average: hashes alone confuse images with little in them. Source: ours.
 ALIKE_BITS = 8
 ALIKE_LEVELS = 6.0
 _THUMBNAIL = 16
@@ -26,7 +26,7 @@ _EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class DecodedImage:
     """What decoding one file showed.
 
     Attributes:
@@ -48,22 +48,22 @@ class Picture:
     thumbnail: np.ndarray | None = None
 
 
-def look_at(path: Path) -> Picture:
-    """Decode a picture and measure it."""
+def look_at(path: Path) -> DecodedImage:
+    """Decode an image and measure it."""
     import cv2
 
     if not path.is_file():
-        return Picture("")
+        return DecodedImage("")
     try:
         image = read_image(path)
     except InputError as error:
-        return Picture(str(error))
+        return DecodedImage(str(error))
     orientation = _orientation(path)
     height, width = image.shape[:2]
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     # Whether brightness falls from each of 9 x 8 cells to the next one (Krawetz's dHash).
     cells = resize(grey, 8, 9).astype(np.int16)
-    return Picture(
+    return DecodedImage(
         error=None,
         size=(height, width),
         stored=(width, height) if orientation >= 5 else (height, width),
@@ -74,8 +74,8 @@ def look_at(path: Path) -> Picture:
     )
 
 
-def look_at_all(splits: Sequence[Split], workers: int = 1) -> dict[str, list[Picture]]:
-    """The pictures of each split, in the order of its images; each file is decoded once.
+def look_at_all(splits: Sequence[Split], workers: int = 1) -> dict[str, list[DecodedImage]]:
+    """The images of each split, in the order of its images; each file is decoded once.
 
     Args:
         splits: the annotation files.
@@ -83,33 +83,33 @@ def look_at_all(splits: Sequence[Split], workers: int = 1) -> dict[str, list[Pic
     """
     paths = list(dict.fromkeys(split.path(row) for split in splits for row in range(len(split.images))))
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        pictures = dict(zip(paths, progress(pool.map(look_at, paths), "decode", len(paths)), strict=True))
-    return {split.name: [pictures[split.path(row)] for row in range(len(split.images))] for split in splits}
+        decoded = dict(zip(paths, progress(pool.map(look_at, paths), "decode", len(paths)), strict=True))
+    return {split.name: [decoded[split.path(row)] for row in range(len(split.images))] for split in splits}
 
 
-def box_frames(split: Split, pictures: Sequence[Picture]) -> np.ndarray:
+def box_frames(split: Split, decoded: Sequence[DecodedImage]) -> np.ndarray:
     """(M, 2) height and width that the boxes refer to: declared, else as decoded, else 0."""
-    decoded = np.array([picture.size for picture in pictures], np.int64).reshape(-1, 2)
-    return np.where((split.sizes > 0).all(axis=1, keepdims=True), split.sizes, decoded)
+    sizes = np.array([one.size for one in decoded], np.int64).reshape(-1, 2)
+    return np.where((split.sizes > 0).all(axis=1, keepdims=True), split.sizes, sizes)
 
 
-def check_files(splits: Sequence[Split], pictures: dict[str, list[Picture]]) -> list[Finding]:
+def check_files(splits: Sequence[Split], decoded: dict[str, list[DecodedImage]]) -> list[Finding]:
     missing, unreadable, sizes, rotated = [], [], [], []
     for split in splits:
-        for row, (image, picture) in enumerate(zip(split.images, pictures[split.name], strict=True)):
+        for row, (image, one) in enumerate(zip(split.images, decoded[split.name], strict=True)):
             who = f"{split.name}: image {image['id']!r}, {image['file_name']}"
             declared = tuple(split.sizes[row].tolist())
-            if picture.error == "":
+            if one.error == "":
                 missing.append(who)
-            elif picture.error is not None:
-                unreadable.append(f"{who}: {picture.error}")
-            elif 0 not in declared and declared not in (picture.size, picture.stored):
-                sizes.append(f"{who}: declared {_show(declared)}, is {_show(picture.size)}")
-            elif picture.orientation != 1 and (0 in declared or declared == picture.stored):
-                rotated.append(f"{who}: orientation {picture.orientation}, declared {_show(declared)}")
+            elif one.error is not None:
+                unreadable.append(f"{who}: {one.error}")
+            elif 0 not in declared and declared not in (one.size, one.stored):
+                sizes.append(f"{who}: declared {_show(declared)}, is {_show(one.size)}")
+            elif one.orientation != 1 and (0 in declared or declared == one.stored):
+                rotated.append(f"{who}: orientation {one.orientation}, declared {_show(declared)}")
     return [
         *found(
-            "missing_files", ERROR, missing, "pictures that are not there",
+            "missing_files", ERROR, missing, "images that are not there",
             "check the folder (data.train.images, data.val.images) and `file_name`, or remove these images",
         ),
         *found(
@@ -117,29 +117,29 @@ def check_files(splits: Sequence[Split], pictures: dict[str, list[Picture]]) -> 
         ),
         *found(
             "size_mismatch", ERROR, sizes,
-            "pictures of another size than the annotation file says, so that boxes are in the wrong place",
-            "correct `width`, `height` and boxes, or restore the original pictures",
+            "images of another size than the annotation file says, so that boxes are in the wrong place",
+            "correct `width`, `height` and boxes, or restore the original images",
         ),
         *found(
             "exif_orientation", WARNING, rotated,
-            "pictures with an EXIF rotation whose declared size does not say that it has been applied: boxes may refer "
-            "to the picture before the rotation or after it",
+            "images with an EXIF rotation whose declared size does not say that it has been applied: boxes may refer "
+            "to the image before the rotation or after it",
             "look at some with their boxes; then store the pixels upright, without the EXIF entry",
         ),
     ]  # fmt: skip
 
 
-def check_repeats(splits: Sequence[Split], pictures: dict[str, list[Picture]]) -> list[Finding]:
-    """The same or nearly the same picture in more than one split, or more than once in one."""
+def check_repeats(splits: Sequence[Split], decoded: dict[str, list[DecodedImage]]) -> list[Finding]:
+    """The same or nearly the same image in more than one split, or more than once in one."""
     names, files, good = [], [], []
     for split in splits:
         listed: set[str] = set()
-        for image, picture in zip(split.images, pictures[split.name], strict=True):
-            if picture.error is None and image["file_name"] not in listed:  # a file listed twice is another check's
+        for image, one in zip(split.images, decoded[split.name], strict=True):
+            if one.error is None and image["file_name"] not in listed:  # a file listed twice is another check's
                 listed.add(image["file_name"])
                 names.append(split.name)
                 files.append(f"{split.name}/{image['file_name']}")
-                good.append(picture)
+                good.append(one)
     culprits: dict[tuple[bool, bool], list[str]] = {(a, b): [] for a in (False, True) for b in (False, True)}
     for i, j in alike(good):
         exact, across = good[i].digest == good[j].digest, names[i] != names[j]
@@ -147,19 +147,19 @@ def check_repeats(splits: Sequence[Split], pictures: dict[str, list[Picture]]) -
     leak = "take them out of one split: what is trained on must not be scored on"
     once = "keep one of them; frames of one video belong into one split"
     return [
-        *found("leak", ERROR, culprits[True, True], "pairs of the same picture in two splits", leak),
-        *found("near_leak", WARNING, culprits[False, True], "pairs of nearly the same picture in two splits", leak),
-        *found("repeats", WARNING, culprits[True, False], "pairs of the same picture within a split", once),
-        *found("near_repeats", WARNING, culprits[False, False], "pairs of nearly the same picture in a split", once),
+        *found("leak", ERROR, culprits[True, True], "pairs of the same image in two splits", leak),
+        *found("near_leak", WARNING, culprits[False, True], "pairs of nearly the same image in two splits", leak),
+        *found("repeats", WARNING, culprits[True, False], "pairs of the same image within a split", once),
+        *found("near_repeats", WARNING, culprits[False, False], "pairs of nearly the same image in a split", once),
     ]
 
 
-def alike(pictures: Sequence[Picture]) -> Iterator[tuple[int, int]]:
-    """Pairs i < j of decoded pictures that look the same."""
-    if len(pictures) < 2:
+def alike(decoded: Sequence[DecodedImage]) -> Iterator[tuple[int, int]]:
+    """Pairs i < j of decoded images that look the same."""
+    if len(decoded) < 2:
         return
-    signs = np.stack([picture.bits for picture in pictures if picture.bits is not None]).astype(np.float32) * 2 - 1
-    thumbnails = np.stack([picture.thumbnail for picture in pictures if picture.thumbnail is not None])
+    signs = np.stack([one.bits for one in decoded if one.bits is not None]).astype(np.float32) * 2 - 1
+    thumbnails = np.stack([one.thumbnail for one in decoded if one.thumbnail is not None])
     for at in range(0, len(signs), 256):
         differ = (64 - signs[at : at + 256] @ signs[at:].T) / 2
         rows, columns = np.nonzero(np.triu(differ <= ALIKE_BITS, 1))
@@ -173,7 +173,7 @@ def _orientation(path: Path) -> int:
     try:
         with Image.open(path) as image:
             value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # A broken EXIF block must not cost the picture, as in detector.data.images.
+    except Exception:  # A broken EXIF block must not cost the image, as in detector.data.images.
         return 1
     return value if value in range(1, 9) else 1
 

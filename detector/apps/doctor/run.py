@@ -1,4 +1,4 @@
-"""Examine a data set before training on it: annotations, pictures, splits, anchors. Lists every fault with a remedy.
+"""Examine a data set before training on it: annotations, images, splits, anchors. Lists every fault with a remedy.
 
 python tools/doctor.py data.root=DIR                  at the input size and with the anchors of recipe=finetune
 python tools/doctor.py recipe=demo                    any command line of train.py is understood

@@ -81,7 +81,7 @@ class Boxes:
     Attributes:
         rows: (B,) int64, place in `images`.
         names: B class names.
-        xywh: (B, 4) float64, pixels of the original picture, as in the file.
+        xywh: (B, 4) float64, pixels of the original image, as in the file.
         crowd: (B,) bool.
         where: B descriptions, for examples.
     """
