@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_case import CLASSES, FOUND, SIZES, ground_truth, results
+from scored_rows import diagnose, evaluate
 
 from detector.apps.report import page as report
 from detector.apps.report.images import jpeg_uri, picture_entries, worst_at_any_threshold
 from detector.apps.report.page import SIZE_LIMIT, Report, embed, format_times, short, write_report
 from detector.apps.report.sections import class_section, confusion_section, curve_section, proposal_section
 from detector.errors import InputError
-from detector.evaluation import evaluate
-from detector.evaluation.diagnosis import diagnose
 
 ODD = CLASSES[8]
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from scored_data import write_scored_data
+from scored_rows import evaluate
 from torchvision.ops import box_iou
 
 from detector.apps.report.two_stages import two_stages
 from detector.data.annotations import AnnotationIndex, load_annotations
 from detector.data.preprocess import pad, resize
 from detector.errors import InputError
-from detector.evaluation.metrics import evaluate
 from detector.inference.detector import Detector
 from detector.models.fuse import fuse
 

@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scored_rows import evaluate, index_of
 
+from detector.data.results import read_results
 from detector.errors import InputError
-from detector.evaluation import LVIS_METRICS, METRICS, evaluate, evaluate_with_curves
+from detector.evaluation import LVIS_METRICS, METRICS
+from detector.evaluation.backends import score_with_hotcoco, score_with_pycocotools
+from detector.evaluation.records import by_id
 from detector.files import write_json
 
 CASES = 1000
@@ -135,26 +139,20 @@ def pycocotools_scores(results: list[dict], truth: dict, only: list[int] | None 
 
 
 def difference(results: list[dict], truth: dict, only: list[int] | None, scores: Any, metrics: str = "coco") -> float:
-    """The largest difference in any figure, class, or point of a curve; infinite where one exists only in one."""
-    figures, curves = evaluate_with_curves(results, truth, image_ids=only, metrics=metrics)
-    names, per_class = {c["id"]: c["name"] for c in truth["categories"]}, curves.per_class()
-    precision = scores.eval["precision"][:, :, :, 0, 2]
-    pairs: list[tuple[Any, Any]] = [(figures[name], scores.stats[i]) for i, name in enumerate(METRICS)]
+    """The largest difference in any metric, class, or point of a curve; infinite where one exists only in one."""
+    index = index_of(truth, only)
+    arrays = by_id(read_results(results, index), index)
+    found = evaluate(results, truth, image_ids=only, metrics=metrics)
+    table = (score_with_pycocotools if metrics == "pycocotools" else score_with_hotcoco)(*arrays).precision
+    expected = scores.eval["precision"]
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    pairs: list[tuple[Any, Any]] = [(found[name], scores.stats[i]) for i, name in enumerate(METRICS)]
     for place, category_id in enumerate(sorted(names)):
-        own = precision[:, :, place]
-        pairs.append((figures["per_class"][names[category_id]], np.mean(own[own > -1]) if (own > -1).any() else -1))
-        pairs.append((per_class[names[category_id]]["AP50"], own[0].mean()))
-        pairs.append((per_class[names[category_id]]["AR"], scores.eval["recall"][:, place, 0, 2].mean()))
-    gaps = [abs(expected - (-1 if ours is None else ours)) for ours, expected in pairs]
-    for ours, theirs in (
-        (curves.precision, precision),
-        (curves.scores, scores.eval["scores"][:, :, :, 0, 2]),
-        (curves.recall, scores.eval["recall"][:, :, 0, 2]),
-    ):
-        absent = np.broadcast_to(scores.eval["recall"][0, :, 0, 2] < 0, theirs.shape)
-        assert (np.isnan(ours) == absent).all()
-        gaps.append(np.abs(ours - theirs)[~absent].max(initial=0.0))
-    return float(max(gaps))
+        own = expected[:, :, place, 0, 2]
+        pairs.append((found["per_class"][names[category_id]], np.mean(own[own > -1]) if (own > -1).any() else -1))
+    gaps = [abs(theirs - (-1 if ours is None else ours)) for ours, theirs in pairs]
+    assert ((table < 0) == (expected < 0)).all()
+    return float(max(*gaps, np.abs(table - expected).max()))
 
 
 def test_a_thousand_small_cases_equal_pycocotools() -> None:
@@ -234,22 +232,19 @@ def timed(call: Any) -> float:
 
 def packages_time(results: list[dict], truth: dict) -> float:
     """Of evaluate, accumulate and summarise, from arrays."""
-    from detector.evaluation.backends import score_with_hotcoco
-    from detector.evaluation.columns import GroundTruth
-
-    columns = GroundTruth(truth, None)
-    found = columns.find(results)
-    return min(timed(lambda: score_with_hotcoco(columns, found)) for _ in range(3))
+    index = index_of(truth)
+    arrays = by_id(read_results(results, index), index)
+    return min(timed(lambda: score_with_hotcoco(*arrays)) for _ in range(3))
 
 
 def peak_memory(folder: Path) -> str:
     """At most, while the two files are read and scored, in a process of its own."""
     code = (
-        "import sys; from detector.evaluation import evaluate; evaluate(*sys.argv[1:]);"
+        "import sys; from scored_rows import evaluate; evaluate(*sys.argv[1:]);"
         "print(*[line for line in open('/proc/self/status') if line.startswith('VmHWM')])"
     )
     command = [sys.executable, "-c", code, str(folder / "results.json"), str(folder / "truth.json")]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
 
 
 # LVIS: the protocol of Gupta et al. 2019 and lvis-api, one plain loop for each sentence.

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from judged_rows import naive_kinds, random_rows
+from scored_rows import read_records
 
 from detector.evaluation.calibration import calibration
 from detector.evaluation.outcomes import judge
-from detector.evaluation.records import read_records
 
 
 def test_a_case_by_hand():

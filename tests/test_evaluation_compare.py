@@ -7,18 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from paired_detectors import A, B, Skill, draw_pair
+from scored_rows import compare, evaluate, match_detections
 
 from detector.errors import InputError
-from detector.evaluation.compare import (
-    compare,
-    contributions,
-    difference,
-    format_comparison,
-    mean_precision,
-    verdict,
-)
-from detector.evaluation.metrics import evaluate
-from detector.evaluation.resampling import ClassMatches, Matches, average_precision, draw_images, match_detections
+from detector.evaluation.compare import contributions, difference, format_comparison, mean_precision, verdict
+from detector.evaluation.resampling import ClassMatches, MatchedDetections, average_precision, draw_images
 
 BOX = [10.0, 10.0, 40.0, 40.0]
 
@@ -97,7 +90,7 @@ def test_the_parts_of_all_images_are_nearly_the_whole() -> None:
     """102% and 109% of AP here; the bound says no more than that no part is counted twice or left out."""
     for count in (200, 1600):
         side, _ = draw_pair(np.random.default_rng(0), count, A, B)
-        parts = contributions(Matches(list(range(count)), [], {"all": side}), -np.inf)
+        parts = contributions(MatchedDetections(list(range(count)), [], {"all": side}), -np.inf)
         whole = mean_ap(side, np.ones((count, 1), np.int32))[0]
         print(f"{count} images: the parts are {parts.sum() / whole:.1%} of AP")
         assert parts.sum() == pytest.approx(whole, rel=0.15)
@@ -143,8 +136,8 @@ def test_the_same_seed_gives_the_same_interval_and_another_does_not() -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ({"a": [detection(99)]}, ["a: results", "99", "same data set"]),
-        ({"b": [detection(1, label=7)]}, ["b: results", "7", "same data set"]),
+        ({"a": [detection(99)]}, ["results", "99", "same data set"]),
+        ({"b": [detection(1, label=7)]}, ["results", "7", "same data set"]),
         ({"draws": 0}, ["draws=0"]),
     ],
 )

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 from judged_rows import box_iou, naive_kinds, random_rows
+from scored_rows import read_records
 
 from detector.evaluation.confusion import confusion
 from detector.evaluation.outcomes import judge
-from detector.evaluation.records import read_records
 
 
 def naive_confusion(ground_truth: dict[str, Any], results: list[dict[str, Any]], threshold: float) -> list[list[int]]:

@@ -3,11 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from judged_rows import naive_kinds, random_rows
+from scored_rows import evaluate, read_records
 
 from detector.evaluation.curves import curves
-from detector.evaluation.metrics import evaluate
 from detector.evaluation.outcomes import judge
-from detector.evaluation.records import read_records
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from judged_rows import random_rows
+from scored_rows import diagnose, evaluate
+
+from detector.evaluation.diagnosis import diagnose as diagnose_arrays
 
 from detector.data.annotations import load_annotations
+from detector.data.results import read_results
 from detector.errors import InputError
-from detector.evaluation.diagnosis import diagnose
-from detector.evaluation.metrics import evaluate
 
 
 def test_everything_is_there_and_fits_into_json(tmp_path: Path):
@@ -35,10 +37,10 @@ def test_everything_is_there_and_fits_into_json(tmp_path: Path):
 
 def test_pictures_are_read_where_they_are_given(tiny_coco: Path):
     path = tiny_coco / "annotations/val.json"
-    index = load_annotations(path, tiny_coco / "images")
     results = [{"image_id": 10, "category_id": 3, "bbox": [4, 6, 20, 10], "score": 0.9}]
 
-    found = diagnose(results, path, images=index, image_ids=[10, 7], score_threshold=0.25, worst_count=1)
+    index = load_annotations(path, tiny_coco / "images").select([0, 1])
+    found = diagnose_arrays(read_results(results, index), index, properties=2, score_threshold=0.25, worst_count=1)
 
     assert found["images"] == 2
     assert found["score_threshold"] == 0.25

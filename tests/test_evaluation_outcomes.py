@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from judged_rows import box_iou as naive_iou
 from judged_rows import naive_kinds, random_rows
+from scored_rows import read_records
 
-from detector.evaluation.outcomes import KINDS, STATES, box_iou, judge
-from detector.evaluation.records import read_records
+from detector.data.boxes import box_iou
+from detector.evaluation.outcomes import KINDS, STATES, corners, judge
 
 SQUARE = [0.0, 0.0, 20.0, 20.0]
 
@@ -81,9 +82,9 @@ def test_random_results_are_judged_as_by_a_plain_loop(seed: int):
     outcomes = judge(records)
 
     row_of = {tuple(row["bbox"]): place for place, row in enumerate(results)}
-    places = [row_of[tuple(box)] for box in records.boxes.tolist()]
+    places = [row_of[tuple(box)] for box in records.results.boxes.tolist()]
     assert [KINDS[kind] for kind in outcomes.kind] == [kinds[place] for place in places]
-    boxes = [tuple(records.truth_boxes[g]) if g >= 0 else None for g in outcomes.truth]
+    boxes = [tuple(records.index.xywh[g]) if g >= 0 else None for g in outcomes.truth]
     truths = [ground_truth["annotations"][about[p]]["bbox"] if about[p] is not None else None for p in places]
     assert boxes == [tuple(box) if box else None for box in truths]
     wanted = [naive_iou(results[p]["bbox"], box) if box else 0.0 for p, box in zip(places, truths, strict=True)]
@@ -102,7 +103,7 @@ def test_states_follow_the_score_threshold():
             wanted[tuple(truth["bbox"])] = "crowd" if truth["iscrowd"] else "found" if "correct" in mine else mistaken
         outcomes = judge(read_records(results, ground_truth))
         found = [STATES[state] for state in outcomes.states(threshold)]
-        assert found == [wanted[tuple(box)] for box in outcomes.records.truth_boxes]
+        assert found == [wanted[tuple(box)] for box in outcomes.records.index.xywh]
         assert set(found) == set(STATES)
 
 
@@ -115,4 +116,4 @@ def test_iou_is_that_of_pycocotools():
     crowd = rng.random(20) < 0.3
     wanted = iou(boxes, truths, crowd.astype(int).tolist())
     wanted[np.isnan(wanted)] = 0.0
-    np.testing.assert_allclose(box_iou(boxes, truths, crowd), wanted, atol=1e-12)
+    np.testing.assert_allclose(box_iou(corners(boxes), corners(truths), crowd), wanted, atol=1e-12)

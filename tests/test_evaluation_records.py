@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 from judged_rows import random_rows
+from scored_rows import evaluate, read_records
 
 from detector.errors import InputError
-from detector.evaluation.metrics import evaluate
-from detector.evaluation.records import Quantity, evaluator, existing_mean, read_records
+from detector.evaluation.records import Quantity, evaluator, existing_mean
 
 
 def test_rows_come_by_image_and_by_score_with_the_ids_of_the_data_set():
@@ -30,16 +30,16 @@ def test_rows_come_by_image_and_by_score_with_the_ids_of_the_data_set():
 
     records = read_records(results, ground_truth, image_ids=["c", "b"])
 
-    assert records.image_ids == ["b", "c"]
-    assert records.file_names == ["b.png", ""]
-    assert records.class_names == ("dog", "cat")
-    assert records.truth_image.tolist() == [0, 1]
-    assert records.truth_label.tolist() == [1, 0]
-    assert records.truth_area.tolist() == [5.0, 12.0]
-    assert records.truth_crowd.tolist() == [False, True]
-    assert records.image.tolist() == [0, 1, 1, 1]
-    assert records.label.tolist() == [0, 0, 1, 1]
-    assert records.boxes[:, 3].tolist() == [1, 2, 0, 3]
+    assert records.index.image_ids == ["b", "c"]
+    assert records.index.file_names == ["b.png", ""]
+    assert records.index.class_names == ("dog", "cat")
+    assert records.index.images.tolist() == [0, 1]
+    assert records.index.labels.tolist() == [1, 0]
+    assert records.index.areas.tolist() == [5.0, 12.0]
+    assert records.index.crowd.tolist() == [False, True]
+    assert records.results.images.tolist() == [0, 1, 1, 1]
+    assert records.results.labels.tolist() == [0, 0, 1, 1]
+    assert records.results.boxes[:, 3].tolist() == [1, 2, 0, 3]
     assert list(records.per_image()) == [(slice(0, 1), slice(0, 1)), (slice(1, 2), slice(1, 4))]
 
 
@@ -62,7 +62,8 @@ def test_the_hundred_best_of_an_image_and_class_are_kept():
 
     for (i, k), count in counts.items():
         all_scores = sorted((r["score"] for r in results if (r["image_id"], r["category_id"]) == (i, k)), reverse=True)
-        assert records.scores[(records.image == i - 1) & (records.label == k - 1)].tolist() == all_scores[:100], count
+        own = (records.results.images == i - 1) & (records.results.labels == k - 1)
+        assert records.results.scores[own].tolist() == all_scores[:100], count
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -70,10 +71,10 @@ def test_the_evaluator_gives_cocos_figures(seed: int):
     ground_truth, results = random_rows(seed, images=20)
     wanted = evaluate(results, ground_truth, metrics="pycocotools")
     records = read_records(results, ground_truth)
-    own_areas = records.boxes[:, 2] * records.boxes[:, 3]
+    own_areas = records.results.boxes[:, 2] * records.results.boxes[:, 3]
     ranges = [(0.0, 1e10), (0.0, 1024.0), (1024.0, 9216.0), (9216.0, 1e10)]
 
-    for quantity in (None, Quantity(records.truth_area, None, ranges), Quantity(records.truth_area, own_areas, ranges)):
+    for quantity in (None, Quantity(records.index.areas, None, ranges), Quantity(records.index.areas, own_areas, ranges)):
         scores = evaluator(records, quantity=quantity)
         scores.accumulate()
         found = [existing_mean(scores.eval["precision"][:, :, :, place, -1]) for place in range(4)]

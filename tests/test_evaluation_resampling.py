@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scored_rows import evaluate, match_detections
 
-from detector.evaluation.metrics import evaluate
-from detector.evaluation.resampling import AREAS, average_precision, draw_images, leave_one_out, match_detections
+from detector.evaluation.records import SIZES
+from detector.evaluation.resampling import average_precision, draw_images, leave_one_out
 
 FIGURES = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}
 
@@ -95,7 +96,7 @@ def test_multiplicities_are_images_written_out_that_often(seed: int) -> None:
     weights = draw_images(len(truth["images"]), 3, seed)
     for column in weights.T:
         precision = pycocotools_scores(truth, results, column)
-        for place, area in enumerate(AREAS):
+        for place, area in enumerate(SIZES):
             expected = precision[..., place, -1].mean(axis=1).T  # (K, T), -1 where there is no object
             ours = np.stack([average_precision(m, column[:, None])[:, 0] for m in matches.by_class[area]])
             np.testing.assert_allclose(np.nan_to_num(ours, nan=-1.0), expected, atol=1e-9)

@@ -10,17 +10,16 @@ import pytest
 from judged_rows import box_iou, naive_kinds, random_rows
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scored_rows import evaluate, read_records
 
-from detector.evaluation.metrics import evaluate
 from detector.evaluation.outcomes import judge
-from detector.evaluation.records import read_records
-from detector.evaluation.subsets import _short, slices
+from detector.evaluation.subsets import _short, score_subsets
 
 Value = Callable[[dict[str, Any]], float]
 
 
 def slices_of(ground_truth: dict[str, Any], results: list[dict[str, Any]], properties: Any = None) -> dict[str, Any]:
-    return slices(judge(read_records(results, ground_truth)), properties)
+    return score_subsets(judge(read_records(results, ground_truth)), properties)
 
 
 def test_sizes_are_cocos():

@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 from judged_rows import naive_kinds, random_rows
+from scored_rows import evaluate, read_records
 
-from detector.evaluation.metrics import evaluate
 from detector.evaluation.outcomes import judge
-from detector.evaluation.records import read_records
 from detector.evaluation.tide import tide
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")

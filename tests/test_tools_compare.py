@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from scored_data import write_scored_data
+from scored_rows import evaluate
 from tool_runner import run_tool
 
 from compare import find_side
-from detector.evaluation.metrics import evaluate
 from detector.inference.detector import Detector
 
 

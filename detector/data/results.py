@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -15,6 +16,8 @@ from detector.data.annotations import AnnotationIndex, id_order, look_up, show
 from detector.data.json_file import read_json
 from detector.errors import InputError
 from detector.files import replacing
+
+logger = logging.getLogger(__name__)
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
 _EXPECTED = f"expected a list with one {{{', '.join(_KEYS)}}} for each detection."
@@ -126,7 +129,7 @@ def write_results(path: str | Path, results: Results, index: AnnotationIndex) ->
 
 def _numbers_of(ids: list[Any], known: Mapping[Any, int], where: str, what: str) -> np.ndarray:
     try:
-        found, _ = look_up(ids, known)
+        found, other_type = look_up(ids, known)
     except TypeError as error:  # a list, for example
         raise InputError(f"{where}: an {what} id is no number or text ({error}); correct it.") from error
     if len(found) and found.min() < 0:
@@ -134,6 +137,13 @@ def _numbers_of(ids: list[Any], known: Mapping[Any, int], where: str, what: str)
         raise InputError(
             f"{where}: {len(unknown)} unknown {what} id(s): {show(unknown, 5)}; the ground truth has "
             f"{show(sorted(known, key=id_order), 5)}. Do both belong to the same data set?"
+        )
+    if other_type.any():
+        logger.warning(
+            "%s: %d %s ids are numbers here and texts in the annotations, or the other way round",
+            where,
+            other_type.sum(),
+            what,
         )
     return found
 

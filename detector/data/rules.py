@@ -107,7 +107,8 @@ class Fault:
             message = f"{self.count} {RULES[self.rule].message}, the first: {self.examples[0]}"
         else:
             message = self.examples[0]
-        return f"{self.file}: {message}; {RULES[self.rule].remedy}."
+        remedy = "" if self.rule == "file" else f"; {RULES[self.rule].remedy}"  # each of these says its own
+        return f"{self.file}: {message}{remedy}."
 
 
 class Key(NamedTuple):

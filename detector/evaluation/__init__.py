@@ -1,23 +1,5 @@
-"""How good are the detections: COCO's figures, LVIS's, and Pascal VOC's."""
+"""How good are the detections: COCO's metrics, LVIS's, and Pascal VOC's. Arrays in, plain numbers out."""
 
-from detector.evaluation.metrics import (
-    LVIS_METRICS,
-    METRICS,
-    PROTOCOLS,
-    Curves,
-    evaluate,
-    evaluate_with_curves,
-    format_table,
-    save_metrics,
-)
+from detector.evaluation.metrics import LVIS_METRICS, METRICS, PROTOCOLS, evaluate, format_table, save_metrics
 
-__all__ = [
-    "LVIS_METRICS",
-    "METRICS",
-    "PROTOCOLS",
-    "Curves",
-    "evaluate",
-    "evaluate_with_curves",
-    "format_table",
-    "save_metrics",
-]
+__all__ = ["LVIS_METRICS", "METRICS", "PROTOCOLS", "evaluate", "format_table", "save_metrics"]

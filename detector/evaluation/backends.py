@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from detector.data.annotations import AnnotationIndex, look_up, show
+from detector.data.results import Results
 from detector.errors import InputError
-from detector.evaluation.columns import Found, GroundTruth
 
 
 class Scores(NamedTuple):
@@ -34,12 +35,10 @@ class Scores(NamedTuple):
 
     stats: np.ndarray  # (12,), in COCO's order; LVIS: (13,)
     precision: np.ndarray  # (T, R, K, A, M)
-    recall: np.ndarray  # (T, K, A, M)
-    scores: np.ndarray  # (T, R, K, A, M), the score that a detection must have to reach this recall
 
 
-def score_with_hotcoco(truth: GroundTruth, found: Found, *, federated: bool = False) -> Scores:
-    """COCO's figures, or LVIS's: see detector.evaluation.metrics.
+def score_with_hotcoco(results: Results, index: AnnotationIndex, *, federated: bool = False) -> Scores:
+    """COCO's metrics, or LVIS's: see detector.evaluation.metrics.
 
     Raises:
         InputError: hotcoco is not installed; federated, and the ground truth does not say what was looked for.
@@ -51,17 +50,17 @@ def score_with_hotcoco(truth: GroundTruth, found: Found, *, federated: bool = Fa
             "Scoring needs the package hotcoco: pip install '.[train]'. Where it cannot be had, "
             "detector.evaluation.evaluate(..., metrics='pycocotools') gives the same figures."
         ) from error
-    images = [{"id": place} | (_looked_for(truth, place) if federated else {}) for place in truth.scored.tolist()]
+    images = [{"id": place} | (_looked_for(index, place) if federated else {}) for place in range(len(index))]
     objects = hotcoco.COCO.from_arrays(
-        images, _categories(truth), truth.images, truth.classes, truth.boxes,
-        ids=np.arange(1, len(truth.images) + 1), area=truth.areas, iscrowd=truth.crowd.astype(np.int64),
+        images, _categories(index), index.images, index.labels, index.xywh,
+        ids=np.arange(1, len(index.labels) + 1), area=index.areas, iscrowd=index.crowd.astype(np.int64),
     )  # fmt: skip
-    rows = np.column_stack((found.images, found.boxes, found.scores, found.classes))
+    rows = np.column_stack((results.images, results.boxes, results.scores, results.labels))
     return _run(hotcoco.COCOeval(objects, objects.load_res(rows), "bbox", lvis_style=federated))
 
 
-def score_with_pycocotools(truth: GroundTruth, found: Found) -> Scores:
-    """COCO's figures from COCO's own code.
+def score_with_pycocotools(results: Results, index: AnnotationIndex) -> Scores:
+    """COCO's metrics from COCO's own code.
 
     Raises:
         InputError: pycocotools is not installed.
@@ -72,19 +71,19 @@ def score_with_pycocotools(truth: GroundTruth, found: Found) -> Scores:
     except ImportError as error:
         raise InputError("metrics=pycocotools needs the package pycocotools: pip install '.[train]'.") from error
 
-    def index(annotations: list[dict[str, Any]]) -> Any:
+    def api_of(annotations: list[dict[str, Any]]) -> Any:
         # Not COCO.loadRes: it fails on an empty list and on a ground truth without `info`.
         api = COCO()
-        images = [{"id": place} for place in truth.scored.tolist()]
-        api.dataset = {"images": images, "categories": _categories(truth), "annotations": annotations}
+        images = [{"id": place} for place in range(len(index))]
+        api.dataset = {"images": images, "categories": _categories(index), "annotations": annotations}
         api.createIndex()
         return api
 
-    objects = _rows(truth.images, truth.classes, truth.boxes, area=truth.areas, iscrowd=truth.crowd.astype(int))
-    areas = found.boxes[:, 2] * found.boxes[:, 3]
-    detections = _rows(found.images, found.classes, found.boxes, area=areas, score=found.scores)
+    objects = _rows(index.images, index.labels, index.xywh, area=index.areas, iscrowd=index.crowd.astype(int))
+    areas = results.boxes[:, 2] * results.boxes[:, 3]
+    detections = _rows(results.images, results.labels, results.boxes, area=areas, score=results.scores)
     with redirect_stdout(io.StringIO()):
-        return _run(COCOeval(index(objects), index(detections), "bbox"))
+        return _run(COCOeval(api_of(objects), api_of(detections), "bbox"))
 
 
 def _run(evaluation: Any) -> Scores:
@@ -92,8 +91,7 @@ def _run(evaluation: Any) -> Scores:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    arrays = evaluation.eval
-    return Scores(np.asarray(evaluation.stats), arrays["precision"], arrays["recall"], arrays["scores"])
+    return Scores(np.asarray(evaluation.stats), evaluation.eval["precision"])
 
 
 def _rows(images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, **columns: np.ndarray) -> list[dict[str, Any]]:
@@ -104,24 +102,31 @@ def _rows(images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, **columns:
     return [dict(zip(names, row, strict=True)) for row in zip(*(column.tolist() for column in values), strict=True)]
 
 
-def _categories(truth: GroundTruth) -> list[dict[str, Any]]:
+def _categories(index: AnnotationIndex) -> list[dict[str, Any]]:
     """Numbered categories, with LVIS's `frequency` where the file has it."""
     return [
-        {"id": place, "name": name} | ({"frequency": entry["frequency"]} if "frequency" in entry else {})
-        for place, (name, entry) in enumerate(zip(truth.class_names, truth.category_entries, strict=True))
+        {"id": place, "name": name} | ({"frequency": frequency} if frequency else {})
+        for place, (name, frequency) in enumerate(zip(index.class_names, index.frequencies, strict=True))
     ]
 
 
-def _looked_for(truth: GroundTruth, place: int) -> dict[str, list[int]]:
-    """The categories that an image certainly lacks, and those of which it may have more than is annotated."""
-    image = truth.image_entries[place]
+def _looked_for(index: AnnotationIndex, place: int) -> dict[str, list[int]]:
+    """The classes that an image certainly lacks, and those of which it may have more than is annotated."""
+    entry = index.lvis[place] if index.lvis else {}
+    labels = {number: label for label, number in enumerate(index.category_ids)}
     found = {}
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-        where = f"ground truth: image {image['id']!r}"
-        if not isinstance(image.get(key), list):
+        where = f"{index.annotation_file}: image {index.image_ids[place]!r}"
+        if not isinstance(entry.get(key), list):
             raise InputError(
                 f"{where} has no list `{key}`, which metrics=lvis needs of every image; take metrics=coco for a data "
                 "set in which every object of every class is annotated."
             )
-        found[key] = truth.number_classes(image[key], f"{where}, {key}")
+        numbers, _ = look_up(entry[key], labels)
+        if (numbers < 0).any():
+            unknown = [number for number, label in zip(entry[key], numbers, strict=True) if label < 0]
+            raise InputError(
+                f"{where}, {key}: {len(unknown)} unknown category id(s): {show(unknown, 5)}; correct the file."
+            )
+        found[key] = numbers.tolist()
     return found

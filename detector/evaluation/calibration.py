@@ -32,7 +32,7 @@ def calibration(outcomes: Outcomes, bins: int = 10) -> dict[str, Any]:
         "ece": float(figures["ece"]),
         "mce": float(figures["mce"]),
         "bins": [_bin(row) for row in figures["bins"]],
-        "per_class": {name: figures["per_category"].get(name) for name in records.class_names},
+        "per_class": {name: figures["per_category"].get(name) for name in records.index.class_names},
     }
 
 

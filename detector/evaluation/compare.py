@@ -8,16 +8,17 @@ cancels. What it does not know is how much another training run with another see
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from detector.data.annotations import AnnotationIndex
+from detector.data.results import Results
 from detector.errors import InputError
+from detector.evaluation.records import SIZES
 from detector.evaluation.resampling import (
-    AREAS,
-    Matches,
+    MatchedDetections,
     average_precision,
     draw_images,
     leave_one_out,
@@ -26,7 +27,7 @@ from detector.evaluation.resampling import (
 from detector.evaluation.tables import markdown_table
 
 # The range of areas, and the IoU thresholds of 0.50:0.95, that a figure is the mean of.
-FIGURES: dict[str, tuple[str, slice]] = {
+METRICS: dict[str, tuple[str, slice]] = {
     "AP": ("all", slice(None)),
     "AP50": ("all", slice(0, 1)),
     "AP75": ("all", slice(5, 6)),
@@ -36,15 +37,12 @@ FIGURES: dict[str, tuple[str, slice]] = {
 }
 CONFIDENCE = 0.95
 
-Source = Sequence[Mapping[str, Any]] | str | Path
-
 
 def compare(
-    a: Source,
-    b: Source,
-    ground_truth: Mapping[str, Any] | str | Path,
+    a: Results,
+    b: Results,
+    index: AnnotationIndex,
     *,
-    image_ids: Iterable[Any] | None = None,
     draws: int = 1000,
     seed: int = 0,
     score_threshold: float = 0.3,
@@ -53,28 +51,26 @@ def compare(
     """Compare the detections of two detectors on the same images.
 
     Args:
-        a, b: COCO's results format, or JSON files of it, as for `evaluation.coco.evaluate`.
-        ground_truth: a COCO annotation file or its contents.
-        image_ids: compare on these images only; None takes all.
+        a, b: what each found on the images of the index.
+        index: the ground truth.
         draws: of the bootstrap.
         seed: of the draws.
         score_threshold: detections below it are not named in what changed on an image; AP counts all.
         top: images to name, of those that became better and of those that became worse.
 
     Returns:
-        Plain values: "figures" {name of FIGURES: difference} and "per_class" {class name: difference}, where a
+        Plain values: "figures" {name of METRICS: difference} and "per_class" {class name: difference}, where a
         difference is {"a", "b", "difference" (b - a), "low", "high" (95% percentile interval), "b_better" (the share
         of draws in which b is ahead, draws without a winner counted half)}, each None where there is no object;
         "better" and "worse": the images with the largest parts in the difference, see `_changes`; "images", "draws",
         "seed", "score_threshold".
 
     Raises:
-        InputError: as `evaluation.coco.evaluate`, and says whether a or b is at fault; draws or top are out of range.
+        InputError: draws or top are out of range.
     """
     if draws < 1 or top < 0:
         raise InputError(f"draws={draws}, top={top}: at least 1 draw, and no negative number of images.")
-    wanted = None if image_ids is None else list(image_ids)
-    sides = [_matched(name, source, ground_truth, wanted) for name, source in (("a", a), ("b", b))]
+    sides = [match_detections(side, index) for side in (a, b)]
     count = len(sides[0].image_ids)
     # The data set itself is the first column.
     weights = np.concatenate((np.ones((count, 1), np.int32), draw_images(count, draws, seed)), axis=1)
@@ -87,7 +83,7 @@ def compare(
         "score_threshold": score_threshold,
         "figures": {
             name: difference(*(mean_precision(side[area][:, thresholds]) for side in drawn))
-            for name, (area, thresholds) in FIGURES.items()
+            for name, (area, thresholds) in METRICS.items()
         },
         "per_class": {
             name: difference(*(side["all"][place].mean(axis=0) for side in drawn))
@@ -98,16 +94,9 @@ def compare(
     }
 
 
-def _matched(name: str, source: Source, ground_truth: Any, image_ids: list[Any] | None) -> Matches:
-    try:
-        return match_detections(source, ground_truth, image_ids=image_ids)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-
-
-def _precision(matches: Matches, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _precision(matches: MatchedDetections, weights: np.ndarray) -> dict[str, np.ndarray]:
     """AP (K, T, S) of each class, threshold and multiset, for each range of areas."""
-    return {area: np.stack([average_precision(m, weights) for m in matches.by_class[area]]) for area in AREAS}
+    return {area: np.stack([average_precision(m, weights) for m in matches.by_class[area]]) for area in SIZES}
 
 
 def mean_precision(precision: np.ndarray) -> np.ndarray:
@@ -134,7 +123,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
     return {key: None if value is None else float(value) for key, value in values.items()}
 
 
-def _changes(sides: Sequence[Matches], score_threshold: float, top: int) -> tuple[list[Any], list[Any]]:
+def _changes(sides: Sequence[MatchedDetections], score_threshold: float, top: int) -> tuple[list[Any], list[Any]]:
     """The images that b gains most on, and those that it loses most on.
 
     Each: {"image_id", "change", "objects", "a", "b", "what"}. The change is the image's part of AP(b) - AP(a), see
@@ -163,7 +152,7 @@ def _changes(sides: Sequence[Matches], score_threshold: float, top: int) -> tupl
     return [entry(i) for i in better], [entry(i) for i in worse]
 
 
-def _signature(matches: Matches) -> np.ndarray:
+def _signature(matches: MatchedDetections) -> np.ndarray:
     """(2K, M) numbers that are the same for two detectors where they found the same with the same scores."""
     size = len(matches.image_ids)
     classes = matches.by_class["all"]
@@ -172,14 +161,14 @@ def _signature(matches: Matches) -> np.ndarray:
     return np.stack(scores + hits)
 
 
-def contributions(matches: Matches, score_threshold: float) -> np.ndarray:
+def contributions(matches: MatchedDetections, score_threshold: float) -> np.ndarray:
     """The part (M,) that each image has in AP.
 
     Of a class: its AP, less what the other images alone reach times their share of the objects. An image as good as the
     others has its share of the AP, one whose objects are all missed has nothing, and one with nothing but false alarms
     has less than nothing. Together they are AP to about a tenth of it: what 101 recalls and a running maximum give is
     not smooth. Of classes in which an image has neither an object nor a detection above the score threshold it has no
-    part. Source: ours, after the jackknife's pseudo-values (Efron and Tibshirani 1993, section 11.5).
+    part. Chosen by this project, after the jackknife's pseudo-values (Efron and Tibshirani 1993, section 11.5).
     """
     once = np.ones((len(matches.image_ids), 1), np.int32)
     parts = np.zeros(len(matches.image_ids))
@@ -193,7 +182,7 @@ def contributions(matches: Matches, score_threshold: float) -> np.ndarray:
 class _Seen:
     """Hits and false alarms of some images above a score, by class."""
 
-    def __init__(self, matches: Matches, score_threshold: float, images: set[Any]) -> None:
+    def __init__(self, matches: MatchedDetections, score_threshold: float, images: set[Any]) -> None:
         self.found: dict[int, Counter[int]] = {i: Counter() for i in images}
         self.false: dict[int, Counter[int]] = {i: Counter() for i in images}
         self.passed: Counter[int] = Counter()

@@ -21,11 +21,11 @@ def confusion(outcomes: Outcomes, score_threshold: float) -> dict[str, Any]:
             objects that nothing was found for, and the last row detections where there is nothing.}
     """
     records = outcomes.records
-    keep = outcomes.counted & (records.scores >= score_threshold)
+    keep = outcomes.counted & (records.results.scores >= score_threshold)
     matrix = evaluator(records, keep=keep, crowds=False).confusion_matrix(iou_thr=FOREGROUND)["matrix"]
     return {
         "score_threshold": float(score_threshold),
         "iou": FOREGROUND,
-        "names": [*records.class_names, "background"],
+        "names": [*records.index.class_names, "background"],
         "matrix": matrix.astype(int).tolist(),
     }

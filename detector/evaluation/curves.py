@@ -33,7 +33,7 @@ def curves(outcomes: Outcomes) -> dict[str, Any]:
     table = scores.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class): all areas, 100 detections
     exists = table[0, 0] > -1
     mean = table[:, :, exists].mean(axis=2) if exists.any() else None
-    names = outcomes.records.class_names
+    names = outcomes.records.index.class_names
     return {
         "recall": THRESHOLDS.tolist(),
         "precision_50": None if mean is None else mean[0].tolist(),
@@ -47,24 +47,24 @@ def curves(outcomes: Outcomes) -> dict[str, Any]:
 
 def _f1(outcomes: Outcomes) -> dict[str, Any]:
     records = outcomes.records
-    truths = np.bincount(records.truth_label[~records.truth_crowd], minlength=len(records.class_names))
+    truths = np.bincount(records.index.labels[~records.index.crowd], minlength=len(records.index.class_names))
     counts = [
         (_at_least(outcomes, label, outcomes.kind == CORRECT), _at_least(outcomes, label, outcomes.counted))
-        for label in range(len(records.class_names))
+        for label in range(len(records.index.class_names))
     ]
     totals = np.array(counts, np.int64).reshape(-1, 2, len(THRESHOLDS)).sum(axis=0)
     return {
         "thresholds": THRESHOLDS.tolist(),
         "all": _curve(totals[0], totals[1], int(truths.sum())),
         "per_class": {
-            name: _curve(*counts[label], int(truths[label])) for label, name in enumerate(records.class_names)
+            name: _curve(*counts[label], int(truths[label])) for label, name in enumerate(records.index.class_names)
         },
     }
 
 
 def _at_least(outcomes: Outcomes, label: int, which: np.ndarray) -> np.ndarray:
     """How many of the chosen detections of a class have each threshold's score or more, (101,)."""
-    scores = np.sort(outcomes.records.scores[which & (outcomes.records.label == label)])
+    scores = np.sort(outcomes.records.results.scores[which & (outcomes.records.results.labels == label)])
     return len(scores) - np.searchsorted(scores, THRESHOLDS, side="left")
 
 

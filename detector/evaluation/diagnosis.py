@@ -2,66 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from detector.data.annotations import AnnotationIndex
 from detector.data.image_properties import image_properties
+from detector.data.results import Results
 from detector.evaluation.calibration import calibration
 from detector.evaluation.confusion import confusion
 from detector.evaluation.curves import curves
 from detector.evaluation.outcomes import judge
-from detector.evaluation.records import read_records
-from detector.evaluation.subsets import slices
+from detector.evaluation.records import sort_records
+from detector.evaluation.subsets import score_subsets
 from detector.evaluation.tide import tide
 from detector.evaluation.worst import worst
 
-if TYPE_CHECKING:
-    from detector.data.annotations import AnnotationIndex
-
 
 def diagnose(
-    results: Sequence[Mapping[str, Any]] | str | Path,
-    ground_truth: Mapping[str, Any] | str | Path,
+    results: Results,
+    index: AnnotationIndex,
     *,
-    image_ids: Iterable[Any] | None = None,
-    images: AnnotationIndex | None = None,
-    image_limit: int | None = None,
+    properties: int = 0,
     score_threshold: float | None = None,
     worst_count: int = 12,
 ) -> dict[str, Any]:
     """All diagnoses of a set of results; plain types only, ready for JSON.
 
     Args:
-        results, ground_truth, image_ids: as of detector.evaluation.metrics.evaluate.
-        images: where the pictures are, to slice by their properties; None reads no picture.
-        image_limit: read at most this many of them.
-        score_threshold: of the confusion matrix and the worst pictures; None takes the one of the best F1, 0.5 where
+        results, index: as of detector.evaluation.metrics.evaluate.
+        properties: read this many images, to slice by brightness and the like; 0 reads none.
+        score_threshold: of the confusion matrix and the worst images; None takes the one of the best F1, 0.5 where
             there is no object.
-        worst_count: how many of the worst pictures.
+        worst_count: how many of the worst images.
 
     Returns:
         {"images", "truths" (crowd regions left out), "detections" (at most COCO's 100 an image and class): counts,
          "score_threshold": float,
-         "tide", "confusion", "curves", "calibration", "slices", "worst": what the functions of these names return}.
+         "tide", "confusion", "curves", "calibration", "worst": what the functions of these names return,
+         "slices": what score_subsets returns}.
 
     Raises:
-        InputError: as evaluate; hotcoco is not installed, or a picture cannot be read.
+        InputError: hotcoco is not installed, or an image cannot be read.
     """
-    records = read_records(results, ground_truth, image_ids=image_ids)
+    records = sort_records(results, index)
     outcomes = judge(records)
     found = curves(outcomes)
     if score_threshold is None:
         score_threshold = found["f1"]["all"]["best"]["threshold"] if found["f1"]["all"] else 0.5
     return {
-        "images": len(records.image_ids),
-        "truths": int((~records.truth_crowd).sum()),
-        "detections": len(records.scores),
+        "images": len(records.index),
+        "truths": int((~records.index.crowd).sum()),
+        "detections": len(records.results),
         "score_threshold": score_threshold,
         "tide": tide(outcomes),
         "confusion": confusion(outcomes, score_threshold),
         "curves": found,
         "calibration": calibration(outcomes),
-        "slices": slices(outcomes, image_properties(images, image_limit) if images is not None else None),
+        "slices": score_subsets(outcomes, image_properties(index, properties) if properties else None),
         "worst": worst(outcomes, score_threshold, worst_count),
     }

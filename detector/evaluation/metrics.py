@@ -1,9 +1,9 @@
-"""How good detections are, by the figures of COCO, LVIS and Pascal VOC, against the data set's own annotations.
+"""How good detections are, by the metrics of COCO, LVIS and Pascal VOC, against the data set's own annotations.
 
 COCO: Lin et al. 2014 (Microsoft COCO) and https://cocodataset.org/#detection-eval. Crowd regions are ignored, not
-counted; at most 100 detections an image and class; boxes in pixels of the original picture.
+counted; at most 100 detections an image and class; boxes in pixels of the original image.
 
-LVIS: Gupta et al. 2019 (LVIS) and lvis-api. For data sets in which nobody looked for every class in every picture: an
+LVIS: Gupta et al. 2019 (LVIS) and lvis-api. For data sets in which nobody looked for every class in every image: an
 image lists the classes that it certainly lacks, `neg_category_ids`, and those of which some objects are not annotated,
 `not_exhaustive_category_ids`. A detection of a class that is neither annotated there nor listed as lacking does not
 count, nor does an unmatched one of a class that is not exhaustive; at most 300 detections an image, of all classes
@@ -14,16 +14,15 @@ Pascal VOC: see detector.evaluation.voc.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from detector.data.annotations import AnnotationIndex
+from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.backends import Scores, score_with_hotcoco, score_with_pycocotools
-from detector.evaluation.columns import Found, GroundTruth
+from detector.evaluation.records import by_id
 from detector.evaluation.tables import markdown_table
 from detector.evaluation.voc import score_voc
 from detector.files import write_json
@@ -36,26 +35,15 @@ LVIS_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", 
 # What `evaluate` can be asked for.
 PROTOCOLS = ("coco", "pycocotools", "lvis", "voc")
 
-Source = Sequence[Mapping[str, Any]] | str | Path
 
-
-def evaluate(
-    results: Source,
-    ground_truth: Mapping[str, Any] | str | Path,
-    *,
-    image_ids: Iterable[Any] | None = None,
-    metrics: str = "coco",
-) -> dict[str, Any]:
-    """Score detections; prints nothing and changes neither argument.
+def evaluate(results: Results, index: AnnotationIndex, metrics: str = "coco") -> dict[str, Any]:
+    """Score detections. Reads no file, prints nothing and changes neither argument.
 
     Args:
-        results: COCO's results format, {"image_id", "category_id", "bbox", "score"} each, or a JSON file of it;
-            boxes xywh in pixels of the original picture. May be empty.
-        ground_truth: a COCO annotation file or its contents; `info`, `area`, `iscrowd` and annotation ids may be
-            absent.
-        image_ids: score these images only, for example the ones that a limit left; results on others do not count.
-            None scores all images of the ground truth.
-        metrics: "coco"; "pycocotools", the same figures from COCO's own code, slower; "lvis"; "voc".
+        results: what was found on the images of the index.
+        index: the ground truth. Objects without area inside their image count, and can never be found, as in
+            pycocotools.
+        metrics: "coco"; "pycocotools", the same from COCO's own code, slower; "lvis"; "voc".
 
     Returns:
         Each of METRICS (LVIS_METRICS for lvis) in [0, 1], and "per_class": {class name: AP}. None where no object of
@@ -63,129 +51,49 @@ def evaluate(
         detector.evaluation.voc.score_voc.
 
     Raises:
-        InputError: a file is missing or not JSON, a key is absent, a box is not four finite numbers, or an image or
-            category id is not in the ground truth; `metrics` is unknown, or its package is not installed.
+        InputError: `metrics` is unknown, or its package is not installed; for lvis, the ground truth does not say what
+            was looked for.
     """
-    truth, found = _read(results, ground_truth, image_ids, metrics)
-    if metrics == "voc":
-        return score_voc(truth, found)
-    return _figures(_score(truth, found, metrics), truth, metrics)
-
-
-def evaluate_with_curves(
-    results: Source,
-    ground_truth: Mapping[str, Any] | str | Path,
-    *,
-    image_ids: Iterable[Any] | None = None,
-    metrics: str = "coco",
-) -> tuple[dict[str, Any], Curves]:
-    """What `evaluate` returns, and the precision-recall curves behind it; not for voc, which has one IoU threshold.
-
-    Raises:
-        InputError: as `evaluate`.
-    """
-    if metrics == "voc":
-        raise InputError("metrics=voc has no curves over IoU thresholds; take coco, pycocotools or lvis.")
-    truth, found = _read(results, ground_truth, image_ids, metrics)
-    scores = _score(truth, found, metrics)
-    return _figures(scores, truth, metrics), _curves(scores, truth)
-
-
-@dataclass(frozen=True, eq=False)
-class Curves:
-    """Precision over recall of K classes at T IoU thresholds, objects of every size, all detections that count.
-
-    Attributes:
-        class_names: K names.
-        iou_thresholds: (T,) 0.50, 0.55 ... 0.95.
-        recalls: (R,) 0.00, 0.01 ... 1.00.
-        precision: (T, R, K), the best precision at this recall or a higher one, 0 where that is not reached; NaN for
-            a class without objects.
-        scores: (T, R, K), the score that a detection must have for this recall, 0 where that is not reached; NaN
-            likewise.
-        recall: (T, K), the highest recall that is reached; NaN likewise.
-        objects: (K,) int64, how many objects there are to find; crowd regions are not among them.
-    """
-
-    class_names: tuple[str, ...]
-    iou_thresholds: np.ndarray
-    recalls: np.ndarray
-    precision: np.ndarray
-    scores: np.ndarray
-    recall: np.ndarray
-    objects: np.ndarray
-
-    def per_class(self) -> dict[str, dict[str, float | None]]:
-        """For each class AP, AP50, and AR (recall, mean over the thresholds); None without objects."""
-        columns = {
-            "AP": self.precision.mean(axis=(0, 1)),
-            "AP50": self.precision[0].mean(axis=0),
-            "AR": self.recall.mean(axis=0),
-        }
-        return {
-            name: {key: None if np.isnan(values[k]) else float(values[k]) for key, values in columns.items()}
-            for k, name in enumerate(self.class_names)
-        }
-
-
-def _read(results: Any, ground_truth: Any, image_ids: Iterable[Any] | None, metrics: str) -> tuple[GroundTruth, Found]:
     if metrics not in PROTOCOLS:
         raise InputError(f"metrics={metrics}: expected one of {', '.join(PROTOCOLS)}.")
-    truth = GroundTruth(ground_truth, image_ids)
-    return truth, truth.find(results)
-
-
-def _score(truth: GroundTruth, found: Found, metrics: str) -> Scores:
-    if metrics == "pycocotools":
-        return score_with_pycocotools(truth, found)
-    return score_with_hotcoco(truth, found, federated=metrics == "lvis")
-
-
-def _figures(scores: Scores, truth: GroundTruth, metrics: str) -> dict[str, Any]:
+    results, index = by_id(results, index)
+    if metrics == "voc":
+        return score_voc(results, index)
     names = LVIS_METRICS if metrics == "lvis" else METRICS
-    figures: dict[str, Any] = dict(zip(names, map(_figure, scores.stats), strict=True))
+    scores = _score(results, index, metrics)
+    found: dict[str, Any] = dict(zip(names, map(_existing, scores.stats), strict=True))
     precision = scores.precision[:, :, :, 0, -1]  # (IoU, recall, class): all areas, most detections
-    figures["per_class"] = {
-        name: _figure(precision[:, :, place].mean()) for place, name in enumerate(truth.class_names)
+    found["per_class"] = {
+        name: _existing(precision[:, :, place].mean()) for place, name in enumerate(index.class_names)
     }
-    return figures
+    return found
 
 
-def _curves(scores: Scores, truth: GroundTruth) -> Curves:
-    precision, reached, recall = (array[..., 0, -1] for array in (scores.precision, scores.scores, scores.recall))
-    thresholds, recalls, classes = precision.shape
-    objects = np.bincount(truth.classes[~truth.crowd], minlength=classes)
-    absent = recall[0] < 0
-    return Curves(
-        class_names=tuple(truth.class_names),
-        iou_thresholds=np.linspace(0.5, 0.95, thresholds),
-        recalls=np.linspace(0, 1, recalls),
-        precision=np.where(absent, np.nan, precision),
-        scores=np.where(absent, np.nan, reached),
-        recall=np.where(absent, np.nan, recall),
-        objects=objects,
-    )
+def _score(results: Results, index: AnnotationIndex, metrics: str) -> Scores:
+    if metrics == "pycocotools":
+        return score_with_pycocotools(results, index)
+    return score_with_hotcoco(results, index, federated=metrics == "lvis")
 
 
-def _figure(value: float) -> float | None:
+def _existing(value: float) -> float | None:
     """COCO says -1 where there is nothing to find. A mean over one class is -1 or in [0, 1], never a mixture."""
     return None if value < 0 else float(value)
 
 
 def save_metrics(metrics: Mapping[str, Any], path: str | Path) -> None:
-    """Write what `evaluate` returned as JSON; figures that do not exist become null."""
+    """Write what `evaluate` returned as JSON; metrics that do not exist become null."""
     write_json(path, dict(metrics))
 
 
 def format_table(metrics: Mapping[str, Any], title: str) -> str:
-    """The figures and the AP of each class as text for a terminal or a Markdown page, ASCII lines only.
+    """The metrics and the AP of each class as text for a terminal or a Markdown page, ASCII lines only.
 
     Args:
         metrics: what `evaluate` returned.
         title: the first line.
     """
-    figures = [(name, value) for name, value in metrics.items() if not isinstance(value, Mapping)]
-    tables = [_table(figures, ("figure", "value"), columns=2)]
+    numbers = [(name, value) for name, value in metrics.items() if not isinstance(value, Mapping)]
+    tables = [_table(numbers, ("metric", "value"), columns=2)]
     for key, head in (("per_class", "AP"), ("per_class_07", "AP07")):
         if per_class := list(metrics.get(key, {}).items()):
             tables.append(_table(per_class, ("class", head), columns=1 if len(per_class) <= 10 else 3))

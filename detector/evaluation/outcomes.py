@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from detector.data.boxes import box_iou
 from detector.evaluation.records import Records
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
@@ -50,11 +51,11 @@ class Outcomes:
 
     def states(self, score_threshold: float = 0.0) -> np.ndarray:
         """What became of each truth, (G,) int64 index into STATES, by the detections of at least this score."""
-        above = self.records.scores >= score_threshold
-        states = np.full(len(self.records.truth_crowd), MISSED)
+        above = self.records.results.scores >= score_threshold
+        states = np.full(len(self.records.index.crowd), MISSED)
         states[self.truth[above & ((self.kind == LOCALISATION) | (self.kind == CLASSIFICATION))]] = MISTAKEN
         states[self.truth[above & (self.kind == CORRECT)]] = FOUND
-        states[self.records.truth_crowd] = CROWD
+        states[self.records.index.crowd] = CROWD
         return states
 
 
@@ -65,29 +66,25 @@ def judge(records: Records) -> Outcomes:
     best), classification (0.5 with one of another class), duplicate (0.5 with one of its class that a better
     detection has), background (at most 0.1 with anything), both (the rest). Crowd regions are no objects here.
     """
-    kind = np.full(len(records.scores), BACKGROUND_KIND)
-    truth = np.full(len(records.scores), -1)
-    iou = np.zeros(len(records.scores))
+    kind = np.full(len(records.results), BACKGROUND_KIND)
+    truth = np.full(len(records.results), -1)
+    iou = np.zeros(len(records.results))
+    objects, boxes = corners(records.index.xywh), corners(records.results.boxes)
     for truths, found in records.per_image():
         if truths.start == truths.stop or found.start == found.stop:
             continue
         kind[found], index, iou[found] = _judge_image(
-            box_iou(records.boxes[found], records.truth_boxes[truths], records.truth_crowd[truths]),
-            records.label[found, None] == records.truth_label[truths],
-            records.truth_crowd[truths],
+            box_iou(boxes[found], objects[truths], records.index.crowd[truths]),
+            records.results.labels[found, None] == records.index.labels[truths],
+            records.index.crowd[truths],
         )
         truth[found] = np.where(index >= 0, index + truths.start, -1)
     return Outcomes(records, kind, truth, iou)
 
 
-def box_iou(boxes: np.ndarray, truths: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU (D, G) of xywh boxes; with a crowd region (G,), the share of the detection inside it, as in pycocotools."""
-    low = np.maximum(boxes[:, None, :2], truths[None, :, :2])
-    high = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], truths[None, :, :2] + truths[None, :, 2:])
-    intersection = (high - low).clip(min=0).prod(axis=2)
-    area, truth_area = boxes[:, 2:].prod(axis=1), truths[:, 2:].prod(axis=1)
-    union = area[:, None] + np.where(crowd, 0.0, truth_area - intersection)
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+def corners(xywh: np.ndarray) -> np.ndarray:
+    """xyxy (N, 4) of xywh boxes (N, 4)."""
+    return np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
 
 
 def _judge_image(iou: np.ndarray, same: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

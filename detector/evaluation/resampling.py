@@ -7,19 +7,16 @@ images of the draw, so pycocotools matches once, and a draw is a whole number fo
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detector.evaluation.columns import Found, GroundTruth
+from detector.data.annotations import AnnotationIndex
+from detector.data.results import Results
+from detector.evaluation.records import MAX_DETECTIONS, SIZES, by_id
 
-# Areas of objects in square pixels, lowest and highest: pycocotools' own.
-AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
-MAX_DETECTIONS = 100  # of an image and class
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0.0, 1.0, 101)
 # Draws that are accumulated together: few enough that a class's rows stay in the cache.
@@ -46,13 +43,13 @@ class ClassMatches:
 
 
 @dataclass(frozen=True, eq=False)
-class Matches:
+class MatchedDetections:
     """The detections of one detector on M images, matched.
 
     Attributes:
         image_ids: M ids, sorted as pycocotools sorts them.
         class_names: K names by ascending category id.
-        by_class: ClassMatches for each area of AREAS, a list of K.
+        by_class: ClassMatches for each area of SIZES, a list of K.
     """
 
     image_ids: list[Any]
@@ -60,52 +57,48 @@ class Matches:
     by_class: dict[str, list[ClassMatches]]
 
 
-def match_detections(
-    results: Sequence[Mapping[str, Any]] | str | Path,
-    ground_truth: Mapping[str, Any] | str | Path,
-    *,
-    image_ids: Iterable[Any] | None = None,
-) -> Matches:
-    """Match detections to objects as COCO does. Arguments and errors are those of `evaluation.coco.evaluate`."""
-    truth = GroundTruth(ground_truth, image_ids)
-    found = truth.find(results)
-    classes, size = len(truth.class_names), len(truth.scored)
-    pair = found.classes * len(truth.image_ids) + found.images
+def match_detections(results: Results, index: AnnotationIndex) -> MatchedDetections:
+    """Match detections to objects as COCO does."""
+    results, index = by_id(results, index)
+    size = len(index)
+    pair, objects = results.labels * size + results.images, index.labels * size + index.images
     # Most (image, class) pairs of a low score threshold hold no object, and nothing is left to match.
-    contested = np.isin(pair, truth.classes * len(truth.image_ids) + truth.images)
-    evaluator = _evaluator(truth, Found(*(column[contested] for column in found)))
-    false = _FalseAlarms(truth, Found(*(column[~contested] for column in found)))
-    by_class: dict[str, list[ClassMatches]] = {area: [] for area in AREAS}
-    for k in range(classes):
-        images = np.unique(truth.images[truth.classes == k])
-        places = np.searchsorted(truth.scored, images)
-        evaluator.ious = {(image, k): evaluator.computeIoU(image, k) for image in images.tolist()}
-        for area, limits in AREAS.items():
-            outcomes = [evaluator.evaluateImg(image, k, list(limits), MAX_DETECTIONS) for image in images.tolist()]
+    contested = np.isin(pair, objects)
+    evaluator = _evaluator(_chosen(results, contested), index)
+    false = _FalseAlarms(_chosen(results, ~contested), size)
+    by_class: dict[str, list[ClassMatches]] = {area: [] for area in SIZES}
+    for k in range(len(index.class_names)):
+        places = np.unique(index.images[index.labels == k])
+        evaluator.ious = {(image, k): evaluator.computeIoU(image, k) for image in places.tolist()}
+        for area, limits in SIZES.items():
+            outcomes = [evaluator.evaluateImg(image, k, list(limits), MAX_DETECTIONS) for image in places.tolist()]
             by_class[area].append(_gather(places, outcomes, size, false.of_class(k, limits)))
-    return Matches([truth.image_ids[place] for place in truth.scored], list(truth.class_names), by_class)
+    return MatchedDetections(index.image_ids, list(index.class_names), by_class)
+
+
+def _chosen(results: Results, mask: np.ndarray) -> Results:
+    return Results(*(column[mask] for column in vars(results).values()))
 
 
 class _FalseAlarms:
     """Detections on images without an object of their class."""
 
-    def __init__(self, truth: GroundTruth, found: Found) -> None:
-        order = np.lexsort((-found.scores, found.images, found.classes))  # stable: ties stay in the results' order
-        self.classes, self.score = found.classes[order], found.scores[order]
-        self.image = np.searchsorted(truth.scored, found.images[order])
+    def __init__(self, found: Results, size: int) -> None:
+        order = np.lexsort((-found.scores, found.images, found.labels))  # stable: ties stay in the results' order
+        self.labels, self.score, self.image = found.labels[order], found.scores[order], found.images[order]
         self.area = found.boxes[order, 2] * found.boxes[order, 3]
-        pair = self.classes * len(truth.image_ids) + self.image
+        pair = self.labels * size + self.image
         starts = np.searchsorted(pair, pair)  # the first detection of the same image and class
         self.kept = np.arange(len(pair)) - starts < MAX_DETECTIONS
 
     def of_class(self, label: int, area: tuple[float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image, score and whether it counts, (D,) each, by image and there by falling score."""
-        rows = np.flatnonzero((self.classes == label) & self.kept)
+        rows = np.flatnonzero((self.labels == label) & self.kept)
         size = self.area[rows]
         return self.image[rows], self.score[rows], (size >= area[0]) & (size <= area[1])
 
 
-def _evaluator(truth: GroundTruth, found: Found) -> Any:
+def _evaluator(found: Results, truth: AnnotationIndex) -> Any:
     """pycocotools' COCOeval, ready to match one image and class: its own loop would visit all M * K of them."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -116,7 +109,7 @@ def _evaluator(truth: GroundTruth, found: Found) -> Any:
         names = ("image_id", "category_id", "bbox", *columns)
         api = COCO()
         api.dataset = {
-            "images": [{"id": place} for place in truth.scored.tolist()],
+            "images": [{"id": place} for place in range(len(truth))],
             "categories": [{"id": place} for place in range(len(truth.class_names))],
             "annotations": [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows, start=1)],
         }
@@ -126,8 +119,8 @@ def _evaluator(truth: GroundTruth, found: Found) -> Any:
     none = np.zeros(len(found.images), np.int64)
     areas = found.boxes[:, 2] * found.boxes[:, 3]
     with redirect_stdout(io.StringIO()):
-        objects = index(truth.images, truth.classes, truth.boxes, area=truth.areas, iscrowd=truth.crowd.astype(int))
-        results = index(found.images, found.classes, found.boxes, area=areas, iscrowd=none, score=found.scores)
+        objects = index(truth.images, truth.labels, truth.xywh, area=truth.areas, iscrowd=truth.crowd.astype(int))
+        results = index(found.images, found.labels, found.boxes, area=areas, iscrowd=none, score=found.scores)
         evaluator = COCOeval(objects, results, "bbox")
         evaluator._prepare()  # what its evaluate() begins with
     return evaluator

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from detector.evaluation.outcomes import Outcomes, box_iou
-from detector.evaluation.records import Quantity, Records, evaluator, existing_mean
+from detector.data.boxes import box_iou
+from detector.evaluation.outcomes import Outcomes, corners
+from detector.evaluation.records import SIZES, Quantity, Records, evaluator, existing_mean
 
 Bin = tuple[str, float, float]  # name, lowest and highest value; both belong to it
 
-# COCO's own bound for "no bound".
-_NONE = 1e5**2
+_NONE = SIZES["all"][1]  # COCO's own bound for "no bound"
 _SIDES = (0, 8, 16, 32, 64, 96, 128, 256, 512)
-COCO_SIZES: tuple[Bin, ...] = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, _NONE))
+COCO_SIZES: tuple[Bin, ...] = tuple((name, *limits) for name, limits in SIZES.items() if name != "all")
 SIDES: tuple[Bin, ...] = (
     *((f"{low}-{high} px", low**2, high**2) for low, high in pairwise(_SIDES)),
     (f"{_SIDES[-1]} px and more", _SIDES[-1] ** 2, _NONE),
@@ -42,7 +42,7 @@ OVERLAPS: tuple[Bin, ...] = (
 OBJECTS: tuple[Bin, ...] = (("1", 1, 1), ("2-4", 2, 4), ("5-9", 5, 9), ("10-19", 10, 19), ("20 and more", 20, _NONE))
 
 
-def slices(outcomes: Outcomes, properties: Mapping[Any, Mapping[str, float]] | None = None) -> dict[str, Any]:
+def score_subsets(outcomes: Outcomes, properties: Mapping[Any, Mapping[str, float]] | None = None) -> dict[str, Any]:
     """COCO's AP and AP50 for each slice.
 
     Slices of objects; a bin's bounds belong to it, as with COCO's sizes, so that a value on a bound is in two bins:
@@ -64,12 +64,12 @@ def slices(outcomes: Outcomes, properties: Mapping[Any, Mapping[str, float]] | N
         "AP50": in [0, 1], None where no object is}]}.
     """
     records = outcomes.records
-    width_height = records.truth_boxes[:, 2:], records.boxes[:, 2:]
+    width_height = records.index.xywh[:, 2:], records.results.boxes[:, 2:]
     aspect, own_aspect = ((sides[:, 1] / sides[:, 0].clip(min=1e-9)).clip(max=_NONE) for sides in width_height)
     neighbours, overlap = _crowding(records)
-    counts = np.bincount(records.truth_image[~records.truth_crowd], minlength=len(records.image_ids))
+    counts = np.bincount(records.index.images[~records.index.crowd], minlength=len(records.index))
     return {
-        **_by_object(records, {"coco_size": COCO_SIZES, "size": SIDES}, records.truth_area, None),
+        **_by_object(records, {"coco_size": COCO_SIZES, "size": SIDES}, records.index.areas, None),
         **_by_object(records, {"aspect": ASPECTS}, aspect, own_aspect),
         **_by_object(records, {"neighbours": NEIGHBOURS}, neighbours, _of_its_truth(outcomes, neighbours)),
         **_by_object(records, {"overlap": OVERLAPS}, overlap, _of_its_truth(outcomes, overlap)),
@@ -87,7 +87,7 @@ def _by_object(
     precision = scores.eval["precision"][:, :, :, :, -1]  # (IoU, recall, class, bin)
     found: dict[str, list[dict[str, Any]]] = {table: [] for table in tables}
     for place, (table, name, low, high) in enumerate(bins):
-        inside = (values >= low) & (values <= high) & ~records.truth_crowd
+        inside = (values >= low) & (values <= high) & ~records.index.crowd
         found[table].append(
             {"name": name, "low": low, "high": high, "truths": int(inside.sum())}
             | {"AP": existing_mean(precision[:, :, :, place]), "AP50": existing_mean(precision[0, :, :, place])}
@@ -116,12 +116,12 @@ def _by_image(
 
 def _crowding(records: Records) -> tuple[np.ndarray, np.ndarray]:
     """Of each truth, how many others it touches and its largest IoU with one, (G,) each; 0 for crowd regions."""
-    neighbours, overlap = np.zeros(len(records.truth_crowd)), np.zeros(len(records.truth_crowd))
+    neighbours, overlap = np.zeros(len(records.index.crowd)), np.zeros(len(records.index.crowd))
     for truths, _ in records.per_image():
-        real = truths.start + np.flatnonzero(~records.truth_crowd[truths])
+        real = truths.start + np.flatnonzero(~records.index.crowd[truths])
         if len(real) > 1:
-            boxes = records.truth_boxes[real]
-            iou = box_iou(boxes, boxes, np.zeros(len(real), bool))
+            boxes = corners(records.index.xywh[real])
+            iou = box_iou(boxes, boxes)
             np.fill_diagonal(iou, 0.0)
             neighbours[real], overlap[real] = (iou > 0).sum(axis=1), iou.max(axis=1)
     return neighbours, overlap
@@ -138,10 +138,10 @@ def _thirds(
     records: Records, properties: Mapping[Any, Mapping[str, float]]
 ) -> dict[str, tuple[tuple[Bin, ...], np.ndarray]]:
     """Bins of equally many pictures, fewer where many have the same value, and the value of each picture (M,)."""
-    known = [properties[image_id] for image_id in records.image_ids if image_id in properties]
+    known = [properties[image_id] for image_id in records.index.image_ids if image_id in properties]
     tables = {}
     for name in known[0] if known else ():
-        values = np.array([properties.get(image_id, {}).get(name, np.nan) for image_id in records.image_ids])
+        values = np.array([properties.get(image_id, {}).get(name, np.nan) for image_id in records.index.image_ids])
         there = np.sort(values[~np.isnan(values)])
         edges = (-np.inf, *np.quantile(there, [1 / 3, 2 / 3]).tolist(), np.inf)
         groups = [there[(there > low) & (there <= high)] for low, high in pairwise(edges)]

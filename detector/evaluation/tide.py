@@ -55,11 +55,11 @@ def tide(outcomes: Outcomes) -> dict[str, Any]:
 
 def _per_class(outcomes: Outcomes, states: np.ndarray) -> dict[str, dict[str, int]]:
     records = outcomes.records
-    classes = len(records.class_names)
+    classes = len(records.index.class_names)
     table = np.zeros((classes, len(KINDS)), np.int64)
-    np.add.at(table, (records.label, outcomes.kind), 1)
-    missed = np.bincount(records.truth_label[states == MISSED], minlength=classes)
+    np.add.at(table, (records.results.labels, outcomes.kind), 1)
+    missed = np.bincount(records.index.labels[states == MISSED], minlength=classes)
     return {
         name: {kind: int(table[place, KINDS.index(kind)]) if kind in WRONG else int(missed[place]) for kind in _NAMES}
-        for place, name in enumerate(records.class_names)
+        for place, name in enumerate(records.index.class_names)
     }

@@ -26,20 +26,20 @@ def worst(outcomes: Outcomes, score_threshold: float, count: int = 12) -> list[d
         "truths": [{"name": class, "bbox", "state": one of outcomes.STATES}]}].
     """
     records = outcomes.records
-    shown = records.scores >= score_threshold
+    shown = records.results.scores >= score_threshold
     states = outcomes.states(score_threshold)
     wrong = shown & outcomes.wrong
-    unfound = records.truth_image[(states != FOUND) & (states != CROWD)]
-    images = len(records.image_ids)
+    unfound = records.index.images[(states != FOUND) & (states != CROWD)]
+    images = len(records.index)
     badness = np.bincount(unfound, minlength=images) + np.bincount(
-        records.image[wrong], weights=records.scores[wrong], minlength=images
+        records.results.images[wrong], weights=records.results.scores[wrong], minlength=images
     )
     rows = list(records.per_image())
     order = np.argsort(-badness, kind="stable")[:count]
     return [
         {
-            "image_id": records.image_ids[i],
-            "file_name": records.file_names[i],
+            "image_id": records.index.image_ids[i],
+            "file_name": records.index.file_names[i],
             "badness": float(badness[i]),
             "detections": _detections(outcomes, rows[i][1], rows[i][0].start, shown),
             "truths": _truths(outcomes, rows[i][0], states),
@@ -53,9 +53,9 @@ def _detections(outcomes: Outcomes, found: slice, first_truth: int, shown: np.nd
     records = outcomes.records
     return [
         {
-            "name": records.class_names[records.label[d]],
-            "bbox": records.boxes[d].tolist(),
-            "score": float(records.scores[d]),
+            "name": records.index.class_names[records.results.labels[d]],
+            "bbox": records.results.boxes[d].tolist(),
+            "score": float(records.results.scores[d]),
             "kind": KINDS[outcomes.kind[d]],
             "iou": float(outcomes.iou[d]),
             "truth": int(outcomes.truth[d] - first_truth) if outcomes.truth[d] >= 0 else None,
@@ -69,8 +69,8 @@ def _truths(outcomes: Outcomes, truths: slice, states: np.ndarray) -> list[dict[
     records = outcomes.records
     return [
         {
-            "name": records.class_names[records.truth_label[g]],
-            "bbox": records.truth_boxes[g].tolist(),
+            "name": records.index.class_names[records.index.labels[g]],
+            "bbox": records.index.xywh[g].tolist(),
             "state": STATES[states[g]],
         }
         for g in range(truths.start, truths.stop)

@@ -44,7 +44,8 @@ class DetectionTask(lightning.LightningModule):
         self.network = detector.network
         self.optimizer_options, self.schedule = optimizer, schedule
         self.val_index: AnnotationIndex | None = None
-        self.results: list[dict[str, Any]] = []
+        self.results = Results.of([], [])
+        self._found: list[Results] = []
         self.figures: dict[str, Any] = {}
         self._frozen_norms = detector.network.backbone.freeze(freeze_stages, batch_norm=freeze_batch_norm)
 

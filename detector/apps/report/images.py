@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from detector.data.annotations import AnnotationIndex
 from detector.data.preprocess import resize
+from detector.data.results import Results
 from detector.evaluation.outcomes import judge
-from detector.evaluation.records import read_records
+from detector.evaluation.records import sort_records
 from detector.evaluation.worst import worst
 
 # Longest side and JPEG quality, the best first; the last is taken whatever it costs (even noise has under 100 kB).
@@ -22,24 +23,19 @@ _DETECTIONS, _TRUTHS = 80, 300
 
 
 def worst_at_any_threshold(
-    shown: Sequence[Mapping[str, Any]],
-    results: Sequence[Mapping[str, Any]],
-    ground_truth: Mapping[str, Any] | str | Path,
+    shown: Sequence[Mapping[str, Any]], results: Results, index: AnnotationIndex
 ) -> list[dict[str, Any]]:
-    """The pictures of `shown` in its order, with all their detections: the reader chooses the threshold.
+    """The images of `shown` in its order, with all their detections: the reader chooses the threshold.
 
     Args:
         shown: what detector.evaluation.worst.worst returned for one threshold.
-        results, ground_truth: what it was made of.
+        results, index: what it was made of.
     """
-    ids = [picture["image_id"] for picture in shown]
-    if not ids:
-        return []
-    wanted = set(ids)
-    rows = [row for row in results if row["image_id"] in wanted]
-    complete = worst(judge(read_records(rows, ground_truth, image_ids=ids)), 0.0, len(ids))
-    by_id = {picture["image_id"]: picture for picture in complete}
-    # A picture without a mistake at threshold 0 is not among the worst there.
+    place = {image_id: i for i, image_id in enumerate(index.image_ids)}
+    places = [place[row["image_id"]] for row in shown]
+    complete = worst(judge(sort_records(results.select(places), index.select(places))), 0.0, len(places))
+    by_id = {row["image_id"]: row for row in complete}
+    # An image without a mistake at threshold 0 is not among the worst there.
     return [{**by_id.get(old["image_id"], old), "badness": old["badness"]} for old in shown]
 
 
