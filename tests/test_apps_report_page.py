@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_case import CLASSES, FOUND, SIZES, ground_truth, results
-from scored_rows import diagnose, evaluate
+from scored_rows import diagnose, evaluate, index_of
 
 from detector.apps.report import page as report
 from detector.apps.report.images import jpeg_uri, picture_entries, worst_at_any_threshold
 from detector.apps.report.page import SIZE_LIMIT, Report, embed, format_times, short, write_report
 from detector.apps.report.sections import class_section, confusion_section, curve_section, proposal_section
+from detector.data.results import read_results
 from detector.errors import InputError
 
 ODD = CLASSES[8]
@@ -73,7 +74,8 @@ def make(diagnosis: dict[str, Any] | None, **changes: Any) -> Report:
 
 
 def entries(diagnosis: dict[str, Any]) -> list[dict[str, Any]]:
-    shown = worst_at_any_threshold(diagnosis["worst"], results(), ground_truth())
+    index = index_of(ground_truth())
+    shown = worst_at_any_threshold(diagnosis["worst"], read_results(results(), index), index)
     return list(picture_entries(shown, sorted_names(), read, 300_000))
 
 

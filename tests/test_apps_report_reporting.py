@@ -14,23 +14,25 @@ from report_case import write_case
 from scored_data import write_scored_data
 from tool_runner import tool_environment
 
-from detector.apps.report.reporting import _cost, _usual_canvas, evaluate_results
+from detector.apps.evaluate import EvalOptions, evaluate
+from detector.apps.report.reporting import _cost, _usual_canvas
 from detector.data.annotations import load_annotations
 from detector.errors import InputError
 from detector.inference.detector import Detector
 from detector.models.fuse import fuse
 
+FILES = {"results": "dt.json", "annotations": "gt.json", "images": "images"}
 REPORT = {"pictures": 2, "properties": 3, "proposals": 0, "doctor": 0}
 
 
-def config(folder: Path, **changes: Any) -> dict[str, Any]:
-    files = {"results": folder / "dt.json", "annotations": folder / "gt.json", "images": folder / "images"}
-    return files | {"ckpt": None, "max_proposals": None, "out": None, "metrics": "coco", "report": REPORT} | changes
+def options(folder: Path, **changes: Any) -> EvalOptions:
+    files = {key: str(folder / name) for key, name in FILES.items()}
+    return EvalOptions.parse(files | {"report": REPORT} | changes)
 
 
 def test_results_are_scored_and_reported(tmp_path: Path) -> None:
     folder = write_case(tmp_path / "case")
-    figures = evaluate_results(config(folder))
+    figures = evaluate(options(folder))
     assert json.loads((folder / "eval/metrics.json").read_text()) == figures
     diagnosis = json.loads((folder / "eval/diagnosis.json").read_text())
     assert (diagnosis["images"], diagnosis["truths"], len(diagnosis["worst"])) == (3, 6, 2)
@@ -39,16 +41,25 @@ def test_results_are_scored_and_reported(tmp_path: Path) -> None:
     page = (folder / "eval/report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2
     assert {path.name for path in (folder / "eval").iterdir()} == {"metrics.json", "diagnosis.json", "report.html"}
-    assert evaluate_results(config(folder, report=False, out=folder / "bare")) == figures
+    assert evaluate(options(folder, report=False, out=str(folder / "bare"))) == figures
     assert [path.name for path in (folder / "bare").iterdir()] == ["metrics.json"]
-    assert "mAP" in evaluate_results(config(folder, metrics="voc", out=folder / "voc"))
+    assert "mAP" in evaluate(options(folder, metrics="voc", out=str(folder / "voc")))
+
+
+def test_the_annotation_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_case(tmp_path / "case")
+    opened: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path.name) or read_bytes(path))
+    evaluate(options(folder))
+    assert [opened.count(name) for name in ("gt.json", "dt.json")] == [1, 1]
 
 
 def test_results_need_no_torch(tmp_path: Path) -> None:
     folder = write_case(tmp_path / "case")
     code = (
-        "import sys; from detector.apps.report.reporting import evaluate_results; "
-        f"evaluate_results({json.dumps(config(folder), default=str).replace('null', 'None')}); "
+        "import sys; from detector.apps.evaluate import EvalOptions, evaluate; "
+        f"evaluate(EvalOptions.parse({options(folder).to_dict()})); "
         "print(sorted({'torch', 'torchvision', 'lightning', 'albumentations'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=tool_environment(), capture_output=True, text=True)
@@ -65,7 +76,7 @@ def test_results_need_no_torch(tmp_path: Path) -> None:
 )
 def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        evaluate_results(config(tmp_path, **changes))
+        evaluate(options(tmp_path, **changes))
 
 
 def test_cost_is_of_the_network_as_it_was_trained(tmp_path: Path, small_detector: Detector) -> None:
@@ -75,8 +86,7 @@ def test_cost_is_of_the_network_as_it_was_trained(tmp_path: Path, small_detector
     count = sum(parameter.numel() for parameter in small_detector.network.parameters())
     small_detector.network, small_detector.fused = fuse(small_detector.network), True
     assert sum(parameter.numel() for parameter in small_detector.network.parameters()) < count
-    options = {"trainer": {"precision": "32-true"}, "val": {"batch_size": 2}}
-    cost = _cost(small_detector, index, options, [0.25, 0.5, 0.001])
+    cost = _cost(small_detector, index, EvalOptions.parse({"val": {"batch_size": 2}}), [0.25, 0.5, 0.001])
     cards = {name: (value, unit) for name, value, unit in cost["cards"]}
     assert cards["parameters"] == (count / 1e6, "million")
     assert cards["ms"][0] == 250

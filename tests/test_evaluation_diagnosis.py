@@ -7,11 +7,10 @@ import pytest
 from judged_rows import random_rows
 from scored_rows import diagnose, evaluate
 
-from detector.evaluation.diagnosis import diagnose as diagnose_arrays
-
 from detector.data.annotations import load_annotations
 from detector.data.results import read_results
 from detector.errors import InputError
+from detector.evaluation.diagnosis import diagnose as diagnose_arrays
 
 
 def test_everything_is_there_and_fits_into_json(tmp_path: Path):

@@ -74,7 +74,11 @@ def test_the_evaluator_gives_cocos_figures(seed: int):
     own_areas = records.results.boxes[:, 2] * records.results.boxes[:, 3]
     ranges = [(0.0, 1e10), (0.0, 1024.0), (1024.0, 9216.0), (9216.0, 1e10)]
 
-    for quantity in (None, Quantity(records.index.areas, None, ranges), Quantity(records.index.areas, own_areas, ranges)):
+    for quantity in (
+        None,
+        Quantity(records.index.areas, None, ranges),
+        Quantity(records.index.areas, own_areas, ranges),
+    ):
         scores = evaluator(records, quantity=quantity)
         scores.accumulate()
         found = [existing_mean(scores.eval["precision"][:, :, :, place, -1]) for place in range(4)]

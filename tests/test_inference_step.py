@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scored_data import write_scored_data
 
-from detector.apps.evaluate_export import find_all
+from detector.apps.evaluate import find_all
 from detector.apps.report.two_stages import two_stages
 from detector.data import preprocess
 from detector.data.annotations import AnnotationIndex, load_annotations

@@ -12,7 +12,7 @@ from scored_data import write_scored_data
 from scored_rows import evaluate
 from tool_runner import run_tool
 
-from compare import find_side
+from detector.apps.compare import CompareOptions, _find_side
 from detector.inference.detector import Detector
 
 
@@ -43,8 +43,8 @@ def test_two_results_files(tmp_path: Path, tiny_coco: Path, results: dict[str, P
     folder = tmp_path / "as eval.py writes it"
     folder.mkdir()
     results["b"].rename(folder / "detections.json")
-    found = find_side("b", folder, {})
-    assert (found.results, found.annotations) == (folder / "detections.json", None)
+    found = _find_side("b", folder, CompareOptions(a="", b=""))
+    assert (found.results, found.index) == (folder / "detections.json", None)
 
 
 def test_a_checkpoint_and_a_run_that_has_been_scored(

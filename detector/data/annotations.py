@@ -86,6 +86,11 @@ class AnnotationIndex:
         return len(self.image_ids)
 
     @property
+    def place(self) -> dict[Any, int]:
+        """Place of each image id."""
+        return {image_id: i for i, image_id in enumerate(self.image_ids)}
+
+    @property
     def images(self) -> np.ndarray:
         """(B,) int64, the image of each box."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))

@@ -6,9 +6,9 @@ the first detection of an object is right, later ones are wrong; one whose objec
 would let a later detection have the second-best object.
 
 Chosen by this project: boxes are continuous, as everywhere here. The development kit's boxes name the first and last
-pixel, and it adds 1 to each extent; a file converted as x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1, height = ymax - ymin
-+ 1 gives the same overlaps here. The eleven recalls are the decimals 0, 0.1 ... 1: three of ten objects reach 0.3,
-which repeated addition of 0.1 in floating point misses. There is no limit of detections an image.
+pixel, and it adds 1 to each extent; a file converted as x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1,
+height = ymax - ymin + 1 gives the same overlaps here. The eleven recalls are the decimals 0, 0.1 ... 1: three of ten
+objects reach 0.3, which repeated addition of 0.1 in floating point misses. There is no limit of detections an image.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from detector.data.annotations import AnnotationIndex
 from detector.data.collate import Batch, EvaluationBatch
+from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
-from detector.inference.detections import Detections
 from detector.inference.detector import Detector
 from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
 from detector.training.trainer import rank, share_buffers, world_size
@@ -76,27 +76,23 @@ class DetectionTask(lightning.LightningModule):
         return configure(self.trainer, self.network, self.optimizer_options, self.schedule)
 
     def on_validation_epoch_start(self) -> None:
-        self.results = []
+        self._found = []
         share_buffers(self.network)
 
     def validation_step(self, batch: EvaluationBatch, _: int) -> None:
         """Empty where this rank has no image left."""
         assert self.val_index is not None
-        found = self.detector.detect_prepared(batch.prepared)
-        for image_id, one in zip(batch.image_ids, found, strict=True):
-            detections = Detections(*one, self.detector.class_names, (0, 0))  # results hold no image sizes
-            self.results += detections.to_coco(image_id, self.val_index.category_ids)
+        places = [self.val_index.place[image_id] for image_id in batch.image_ids]
+        self._found.append(Results.of(places, self.detector.detect_prepared(batch.prepared)))
 
     def on_validation_epoch_end(self) -> None:
         """Score once, on rank 0, over the detections of every rank; tell the figures to all."""
         assert self.val_index is not None
-        self.results = _gather(self.results)
         # In the data set's order, however many processes shared the work.
-        place = {image_id: i for i, image_id in enumerate(self.val_index.image_ids)}
-        self.results.sort(key=lambda row: place[row["image_id"]])
+        self.results = Results.joined(_gather(self._found))
         outcome: list[Any] = [None]
         if rank() == 0:
-            outcome = [evaluate(self.results, self.val_index.annotation_file, image_ids=self.val_index.image_ids)]
+            outcome = [evaluate(self.results, self.val_index)]
         if world_size() > 1:
             dist.broadcast_object_list(outcome, src=0)
         self.figures = outcome[0]
@@ -131,13 +127,13 @@ def big_enough() -> Iterator[None]:
         ) from error
 
 
-def _gather(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _gather(results: list[Results]) -> list[Results]:
     """All ranks' results on rank 0; on the others their own."""
     if world_size() == 1:
         return results
     parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(results, parts, dst=0)
-    return [row for part in parts for row in part] if parts else results
+    return [found for part in parts for found in part] if parts else results
 
 
 def load_pretrained(detector: Detector, checkpoint: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import lightning
 import torch
@@ -36,6 +36,7 @@ from detector.training.callbacks import (
     ProgressLines,
     RandomStates,
 )
+from detector.training.device_options import DeviceOptions
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
 
 log = logging.getLogger(__name__)
@@ -57,24 +58,6 @@ NOISE = (
     r"`broadcast_buffers` is deprecated",  # torch 2.6 knows no other name for it
     r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the figures are those of all ranks already
 )
-
-
-class DeviceOptions(Options):
-    """Where something runs under Lightning, and how often it says so."""
-
-    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
-    """auto takes the GPUs that torch sees, or else the CPU"""
-    devices: Annotated[
-        Literal["auto"] | Count | Annotated[tuple[Natural, ...], Field(min_length=1)],
-        "auto, a whole number from 1, or a list of device numbers",
-    ] = "auto"
-    """auto: all GPUs, or one CPU process; N: data parallel (DDP) over N; [0, 3]: these"""
-    nodes: Count = 1
-    """machines, each with `devices`"""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """bf16-mixed on GPUs that have it, and on CPUs with AVX-512 BF16"""
-    progress_every: Count = 5
-    """steps between updates of the progress bar"""
 
 
 class TrainerOptions(DeviceOptions):

@@ -16,120 +16,106 @@ import yaml
 import detector as package
 from detector.apps.report.images import picture_entries, worst_at_any_threshold
 from detector.apps.report.page import PICTURE_BUDGET, Report, format_times, write_report
-from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.annotations import AnnotationIndex
 from detector.data.preprocess import canvas_size
-from detector.errors import InputError
+from detector.data.results import Results
 from detector.evaluation.clock import Clock
 from detector.evaluation.diagnosis import diagnose
-from detector.evaluation.metrics import evaluate, format_table, save_metrics
 from detector.files import write_json
-from detector.training.checks import check_values
+from detector.options import Natural, Options
 
 if TYPE_CHECKING:
+    from detector.apps.evaluate import EvalOptions
     from detector.inference.detector import Detector
     from detector.inference.runtime import ExportedDetector
 
 log = logging.getLogger(__name__)
 
-Rows = Sequence[Mapping[str, Any]]
+
+class ReportOptions(Options):
+    """What diagnosis.json and report.html look into."""
+
+    pictures: Natural = 12
+    """show the images with the most errors, at most this many"""
+    properties: Natural = 200
+    """read this many images to slice by brightness, contrast, sharpness and resolution"""
+    proposals: Natural = 100
+    """run the two stages apart on this many images"""
+    doctor: Natural = 1000
+    """examine the data set as tools/doctor.py does if it has at most this many images"""
 
 
-def evaluate_results(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Score results in COCO's format without a model; writes metrics.json, diagnosis.json and report.html.
-
-    Args:
-        config: `results` and `annotations`, files; `images`, the folder of the pictures, or None; `out`, `metrics` and
-            `report` as conf/eval.yaml describes them.
-
-    Returns:
-        What detector.evaluation.evaluate returns.
-
-    Raises:
-        InputError: a file is missing or damaged, or they do not belong together.
-    """
-    clock = Clock()
-    check_values(config)
-    path, annotations = Path(str(config["results"])), config["annotations"]
-    if config["ckpt"]:
-        raise InputError(f"Both ckpt={config['ckpt']} and results={path}: give one of them.")
-    if not annotations:
-        raise InputError(f"results={path} needs the ground truth: add annotations=instances.json.")
-    if config["max_proposals"]:
-        raise InputError(f"max_proposals={config['max_proposals']} needs the detector: give ckpt= instead of results=.")
-    figures = evaluate(path, annotations, metrics=config["metrics"])
-    clock.book("metrics")
-    out = Path(str(config["out"])) if config["out"] else path.parent / "eval"
-    save_metrics(figures, out / "metrics.json")
-    clock.book("files")
-    log.info("\n%s\n", format_table(figures, f"{path} against {annotations}"))
-    if not config["report"]:
-        log.info("metrics.json in %s", out)
-        return figures
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    index = load_annotations(annotations, config["images"]) if config["images"] else None
-    clock.book("load")
-    reporter = _Reporter(out, config, clock, figures, rows, Path(annotations), index)
-    reporter.write(
+def report_on_results(
+    out: Path,
+    options: EvalOptions,
+    clock: Clock,
+    index: AnnotationIndex,
+    results: Results,
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write diagnosis.json and report.html of somebody's results, without a model."""
+    path = Path(str(options.results))
+    _Reporter(out, options, clock, metrics, results, index, has_images=options.images is not None).write(
         title=f"Evaluation of {path.name}",
         cost=None,
         two_stages=None,
-        provenance=[("results", str(path)), ("annotations", str(annotations))],
-        configs=[("Configuration of this evaluation", _yaml(config))],
+        provenance=[("results", str(path)), ("annotations", str(index.annotation_file))],
+        configs=[("Configuration of this evaluation", _yaml(options.to_dict()))],
         left_out={
             "model": "There is no model: results from a file were scored (results=).",
             "proposals": "The two stages can be looked at where there is a model: give ckpt= instead of results=.",
         },
     )
-    return figures
 
 
 def report_on_checkpoint(
     out: Path,
-    config: Mapping[str, Any],
+    options: EvalOptions,
     clock: Clock,
     detector: Detector,
     index: AnnotationIndex,
-    results: Rows,
-    figures: Mapping[str, Any],
+    results: Results,
+    metrics: Mapping[str, Any],
     seconds_per_image: Sequence[float],
 ) -> None:
     """Write diagnosis.json and report.html of a detector that has been scored.
 
     Args:
         out: the folder.
-        config: of the evaluation.
+        options: of the evaluation.
         clock: what the run has taken until here; goes on.
         detector: on the device that it is to be timed on.
         index: the pictures that were scored.
-        results, figures: its detections on them in COCO's format, and the figures.
+        results, metrics: its detections on them, and what detector.evaluation.evaluate made of them.
         seconds_per_image: of network and post-process, for each batch.
     """
     stages, left_out = None, {}
-    if config["report"]["proposals"]:
+    assert options.report
+    if options.report.proposals:
         from detector.apps.report.two_stages import two_stages
 
-        stages = two_stages(detector, index, limit=config["report"]["proposals"])
+        stages = two_stages(detector, index, limit=options.report.proposals)
         clock.book("proposals")
     else:
         left_out["proposals"] = "The two stages were not looked at apart (report.proposals=0)."
-    cost = _cost(detector, index, config, seconds_per_image)
+    cost = _cost(detector, index, options, seconds_per_image)
     clock.book("cost")
-    examined = _examined(detector, index, config)
+    examined = _examined(detector, index, options.report.doctor, options.workers)
     clock.book("doctor")
     made = detector.provenance
-    reporter = _Reporter(out, config, clock, figures, results, index.annotation_file, index)
+    reporter = _Reporter(out, options, clock, metrics, results, index)
     reporter.write(
-        title=f"Evaluation of {Path(str(config['ckpt'])).name}",
+        title=f"Evaluation of {Path(str(options.ckpt)).name}",
         cost=cost,
         two_stages=stages,
         provenance=[
-            ("checkpoint", str(config["ckpt"])),
+            ("checkpoint", str(options.ckpt)),
             *((key, str(made[key])) for key in ("epoch", "step", "created", "torch") if key in made),
             ("annotations", str(index.annotation_file)),
             ("pictures", str(index.image_dir)),
         ],
         configs=[
-            ("Configuration of this evaluation", _yaml(config)),
+            ("Configuration of this evaluation", _yaml(options.to_dict())),
             ("The network", _yaml(detector.describe()["spec"])),
             *([("Configuration of the training run", _yaml(made["config"]))] if made.get("config") else []),
         ],
@@ -140,16 +126,16 @@ def report_on_checkpoint(
 
 def report_on_export(
     out: Path,
-    config: Mapping[str, Any],
+    options: EvalOptions,
     clock: Clock,
     detector: ExportedDetector,
     index: AnnotationIndex,
-    results: Rows,
-    figures: Mapping[str, Any],
+    results: Results,
+    metrics: Mapping[str, Any],
 ) -> None:
     """As `report_on_checkpoint`, for a file of tools/export.py: its stages cannot be looked at apart."""
     checkpoint = "give the checkpoint itself, ckpt=best.ckpt."
-    reporter = _Reporter(out, config, clock, figures, results, index.annotation_file, index)
+    reporter = _Reporter(out, options, clock, metrics, results, index)
     reporter.write(
         title=f"Evaluation of {detector.path.name}",
         cost=None,
@@ -160,7 +146,7 @@ def report_on_export(
             ("annotations", str(index.annotation_file)),
             ("pictures", str(index.image_dir)),
         ],
-        configs=[("Configuration of this evaluation", _yaml(config))],
+        configs=[("Configuration of this evaluation", _yaml(options.to_dict()))],
         left_out={
             "model": f"An export says nothing of its cost: {checkpoint}",
             "proposals": f"An export is one graph: to see the two stages apart, {checkpoint}",
@@ -174,15 +160,16 @@ class _Reporter:
     def __init__(
         self,
         out: Path,
-        config: Mapping[str, Any],
+        options: EvalOptions,
         clock: Clock,
-        figures: Mapping[str, Any],
-        results: Rows,
-        ground_truth: Path,
-        index: AnnotationIndex | None,
+        metrics: Mapping[str, Any],
+        results: Results,
+        index: AnnotationIndex,
+        has_images: bool = True,
     ) -> None:
-        self.out, self.options, self.metrics, self.clock = out, config["report"], config["metrics"], clock
-        self.figures, self.results, self.ground_truth, self.index = figures, results, ground_truth, index
+        assert options.report
+        self.out, self.options, self.protocol, self.clock = out, options.report, options.metrics, clock
+        self.metrics, self.results, self.index, self.has_images = metrics, results, index, has_images
 
     def write(
         self,
@@ -195,30 +182,29 @@ class _Reporter:
         left_out: Mapping[str, str],
         extra: Sequence[tuple[str, Mapping[str, Any]]] = (),
     ) -> None:
-        measured = self.index if self.options["properties"] else None
         diagnosis = diagnose(
             self.results,
-            self.ground_truth,
-            image_ids=self.index.image_ids if self.index else None,
-            images=measured,
-            image_limit=self.options["properties"] or None,
-            worst_count=self.options["pictures"],
+            self.index,
+            properties=self.options.properties if self.has_images else 0,
+            worst_count=self.options.pictures,
         )
         write_json(self.out / "diagnosis.json", diagnosis | {"two_stages": two_stages})
         self.clock.book("diagnosis")
         pictures, reasons = self._pictures(diagnosis)
         now = datetime.now().isoformat(sep=" ", timespec="minutes")
         counts = (("images", "pictures"), ("truths", "objects"), ("detections", "detections"))
-        about = [", ".join(f"{diagnosis[key]:,} {word}" for key, word in counts), f"figures: {self.metrics}", now]
-        if self.metrics == "lvis":
-            about.append("below the figures, what nobody looked for counts as wrong, as in COCO")
+        about = [", ".join(f"{diagnosis[key]:,} {word}" for key, word in counts), f"metrics: {self.protocol}", now]
+        if degenerate := self.index.counts["degenerate"]:
+            about.append(f"{degenerate} objects without area in their image count, and can never be found")
+        if self.protocol == "lvis":
+            about.append("below the metrics, what nobody looked for counts as wrong, as in COCO")
         self.clock.book("report")
         size = write_report(
             self.out / "report.html",
             Report(
                 title=title,
                 about=about,
-                metrics=self.figures,
+                metrics=self.metrics,
                 diagnosis=diagnosis,
                 two_stages=two_stages,
                 pictures=pictures,
@@ -235,19 +221,18 @@ class _Reporter:
         log.info("%s", format_times(self.clock.seconds))
 
     def _pictures(self, diagnosis: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        if self.index is None:
+        if not self.has_images:
             return [], {"pictures": "There are no pictures: give their folder (images=DIR) to see the worst of them."}
-        if not self.options["pictures"]:
+        if not self.options.pictures:
             return [], {"pictures": "No picture was wanted (report.pictures=0)."}
-        shown = worst_at_any_threshold(diagnosis["worst"], self.results, self.ground_truth)
-        place = {image_id: i for i, image_id in enumerate(self.index.image_ids)}
-        index = self.index
+        shown = worst_at_any_threshold(diagnosis["worst"], self.results, self.index)
+        place, index = self.index.place, self.index
         names = diagnosis["confusion"]["names"][:-1]
         return list(picture_entries(shown, names, lambda image: index.read(place[image]), PICTURE_BUDGET)), {}
 
 
 def _cost(
-    detector: Detector, index: AnnotationIndex, config: Mapping[str, Any], seconds_per_image: Sequence[float]
+    detector: Detector, index: AnnotationIndex, options: EvalOptions, seconds_per_image: Sequence[float]
 ) -> dict[str, Any]:
     """Size of the model, its multiply-adds on the canvas that most pictures have, and its speed in this run."""
     import torch
@@ -283,21 +268,20 @@ def _cost(
             "input",
             f"shorter side {detector.preprocessing.short_side}, longer at most {detector.preprocessing.long_side}",
         ),
-        ("device", f"{device}, {config['trainer']['precision']}, {machine()}"),
+        ("device", f"{device}, {options.trainer.precision}, {machine()}"),
     ]
     if seconds_per_image:
         median = 1000 * statistics.median(seconds_per_image)
         cards.append(("ms", median, "a picture, median of the batches"))
-        batch = f"batches of up to {config['val']['batch_size']}"
+        batch = f"batches of up to {options.val.batch_size}"
         pairs.append(
             ("speed", f"{median:.3g} ms a picture, median over {len(seconds_per_image)} {batch}; without reading")
         )
     return {"cards": cards, "pairs": pairs}
 
 
-def _examined(detector: Detector, index: AnnotationIndex, config: Mapping[str, Any]) -> dict[str, Any]:
+def _examined(detector: Detector, index: AnnotationIndex, limit: int, workers: int) -> dict[str, Any]:
     """What the data doctor finds in the split that was scored, as a section; empty where it was not asked."""
-    limit = config["report"]["doctor"]
     if not limit:
         return {}
     if len(index) > limit:
@@ -310,7 +294,7 @@ def _examined(detector: Detector, index: AnnotationIndex, config: Mapping[str, A
         {"scored": (index.annotation_file, index.image_dir)},
         preprocessing=detector.preprocessing,
         anchors=anchors | {"stride": rpn.anchors.stride},
-        workers=max(1, config["workers"]),
+        workers=max(1, workers),
     )
     findings = {
         f"{finding.severity}: {finding.check}": {

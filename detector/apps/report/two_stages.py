@@ -6,7 +6,6 @@ ranked, so that a smaller number is the beginning of the list: what a network wi
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from torch import Tensor
 
 from detector.data.preprocess import Prepared, prepare, restore
 from detector.data.progress import progress
+from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
+from detector.evaluation.records import SIZES
 from detector.inference.detections import Detections
 from detector.inference.detector import Detector
 from detector.models.boxes import pairwise_iou
@@ -32,8 +33,6 @@ RECALL_AT = (10, 50, 100, 300, 1000)
 BUDGETS = (10, 25, 50, 100, 200, 300, 1000)
 IOUS = np.arange(10, 20) / 20  # 0.50:0.95, as COCO
 EDGES = np.arange(21) / 20  # of the histogram of IoUs
-# COCO's sizes, in square pixels of the original picture.
-SIZES = {"all": (0, np.inf), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}
 
 
 def two_stages(
@@ -176,13 +175,10 @@ def _restored(found: tuple[Tensor, Tensor, Tensor], detector: Detector, prepared
 def _by_budget(
     looks: list[_Look], index: AnnotationIndex, places: Sequence[int], numbers: list[int], milliseconds: np.ndarray
 ) -> list[dict[str, Any]]:
-    ground_truth = json.loads(index.annotation_file.read_text(encoding="utf-8"))
-    ids = [index.image_ids[i] for i in places]
+    scored = index.select(places)
     rows = []
     for place, number in enumerate(numbers):
-        found = zip(looks, ids, strict=True)
-        results = [row for look, image_id in found for row in look.found[place].to_coco(image_id, index.category_ids)]
-        figures = evaluate(results, ground_truth, image_ids=ids)
+        figures = evaluate(Results.of(range(len(scored)), [look.found[place] for look in looks]), scored)
         spent = float(np.median(milliseconds[:, 0] + milliseconds[:, place + 1]))
         rows.append({"proposals": number, "AP": figures["AP"], "AP50": figures["AP50"], "ms": spent})
     return rows

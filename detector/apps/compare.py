@@ -1,0 +1,187 @@
+"""Is b better than a, or was it luck? The difference in AP with its 95% interval, and the images that changed.
+
+python tools/compare.py a=RUN_DIR b=RUN_DIR
+python tools/compare.py a=OLD/best.ckpt b=results.json annotations=FILE out=DIR draws=1000
+
+Each side is a run directory, a checkpoint, or a file in COCO's results format. Checkpoints are scored as tools/eval.py
+does; a run that has been scored already (eval/detections.json) is not scored again. Writes compare.json.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from detector.apps.evaluate import EvalOptions, ScoringOptions, evaluate, evaluation_data
+from detector.data.annotations import AnnotationIndex, read_annotations
+from detector.data.json_file import read_json
+from detector.data.results import Results, read_results
+from detector.data.splits import load_split
+from detector.errors import InputError
+from detector.evaluation.compare import compare as compare_results
+from detector.evaluation.compare import format_comparison
+from detector.files import write_json
+from detector.options import Count, Natural, Share
+from detector.training.device_options import DeviceOptions
+
+log = logging.getLogger(__name__)
+
+PathText = Annotated[str, Field(coerce_numbers_to_str=True)]
+
+
+class CompareOptions(ScoringOptions):
+    """Which two, on what, and how."""
+
+    a: PathText
+    """a run directory, a checkpoint, or a COCO results file (.json)"""
+    b: PathText
+    """likewise; the differences are b - a"""
+    annotations: PathText | None = None
+    """COCO annotation file of results files; null: that of the other side's run"""
+    out: PathText = "compare"
+    """a folder; compare.json goes there, and the detections of checkpoints to a/ and b/ in it"""
+    draws: Count = 1000
+    """of the bootstrap over images"""
+    seed: Natural = 0
+    """of the draws"""
+    score_threshold: Share = 0.3
+    """detections below are not named in what changed on an image; AP counts all"""
+    top: Natural = 20
+    """images to name, better and worse"""
+    trainer: DeviceOptions = DeviceOptions(devices=1)  # more would each run the whole command
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: its results file, and the ground truth it belongs to where that is known."""
+
+    results: Path
+    index: AnnotationIndex | None = None
+
+
+def compare(options: CompareOptions) -> None:
+    """Compare two detectors on the same images.
+
+    Raises:
+        InputError: a side cannot be found, or the two do not belong to the same images and objects.
+    """
+    names = {"a": options.a, "b": options.b}
+    sides = {name: _find_side(name, Path(path), options) for name, path in names.items()}
+    index = _common_index(sides, options.annotations)
+    found = {name: _read(name, side.results, index) for name, side in sides.items()}
+    result = compare_results(
+        found["a"],
+        found["b"],
+        index,
+        draws=options.draws,
+        seed=options.seed,
+        score_threshold=options.score_threshold,
+        top=options.top,
+    )
+    for name, side in sides.items():
+        _check_recorded_score(name, side.results, result["figures"]["AP"][name])
+    for row in (*result["better"], *result["worse"]):
+        row["file_name"] = index.file_names[index.place[row["image_id"]]] or None
+    result |= names | {"annotations": str(index.annotation_file)}
+    out = Path(options.out) / "compare.json"
+    write_json(out, result)
+    log.info("%s\n\n%s", format_comparison(result, options.a, options.b), out)
+
+
+def _read(name: str, path: Path, index: AnnotationIndex) -> Results:
+    try:
+        return read_results(path, index)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _find_side(name: str, path: Path, options: CompareOptions) -> Side:
+    """The results of a run directory, a checkpoint or a results file; a checkpoint is scored here."""
+    if path.suffix == ".json":
+        return Side(path)
+    checkpoint, results = path, None
+    if path.is_dir():
+        checkpoint, results = path / "best.ckpt", path / "eval" / "detections.json"
+        if not checkpoint.is_file():
+            if (path / "detections.json").is_file():  # what tools/eval.py wrote
+                return Side(path / "detections.json")
+            raise InputError(
+                f"{name}={path}: no best.ckpt in this folder; give a run directory that training wrote, or the folder "
+                "that tools/eval.py wrote to."
+            )
+        if not results.is_file() or results.stat().st_mtime < checkpoint.stat().st_mtime:
+            results = None
+    from detector.inference.detector import Detector  # results files are compared without torch
+
+    detector = Detector.load(checkpoint, device="cpu")
+    index = load_split(evaluation_data(options.to_dict(), detector), "val", class_names=detector.class_names)
+    if results is None:
+        folder = Path(options.out) / name
+        shared = {key: getattr(options, key) for key in ScoringOptions.model_fields}
+        evaluate(EvalOptions(**shared, ckpt=str(checkpoint), out=str(folder), report=False))
+        results = folder / "detections.json"
+    return Side(results, index)
+
+
+def _common_index(sides: Mapping[str, Side], given: str | None) -> AnnotationIndex:
+    """The one ground truth of both sides.
+
+    Raises:
+        InputError: there is none, or there are two that differ.
+    """
+    known = {name: side.index for name, side in sides.items() if side.index is not None}
+    if given:
+        index = read_annotations(given).check()
+        images = next(iter(known.values())).image_ids if known else index.image_ids
+        missing = [image_id for image_id in images if image_id not in index.place] if known else []
+        if not missing:
+            index = index.select([index.place[image_id] for image_id in images])
+        known["annotations"] = index
+    if not known:
+        raise InputError("a and b are results files: say what they are scored against, annotations=FILE.")
+    (first, index), *others = known.items()
+    for name, other in others:
+        if index.annotation_file.resolve() != other.annotation_file.resolve() and not _same_objects(index, other):
+            raise InputError(
+                f"{first} belongs to {index.annotation_file} and {name} to {other.annotation_file}, which differ: "
+                "detectors can only be compared on the same images and objects. Score both on one data set: "
+                "data.root=DIR, or annotations=FILE with results files made on it."
+            )
+        if set(index.image_ids) != set(other.image_ids):
+            raise InputError(
+                f"a and b were scored on different images of {index.annotation_file} (data.val.limit differs); "
+                "give data.root=DIR, and data.val.limit=N if only some are wanted."
+            )
+    return index
+
+
+def _same_objects(one: AnnotationIndex, other: AnnotationIndex) -> bool:
+    """Whether ids and names of images and classes, and the objects, are the same, in any order."""
+    return _content(one) == _content(other)
+
+
+def _content(index: AnnotationIndex) -> list[object]:
+    columns = (index.images, index.labels, *index.xywh.T, index.crowd)
+    place = np.argsort(np.argsort([repr(image_id) for image_id in index.image_ids]))  # by id, not by order
+    rows = np.column_stack([place[index.images], *columns[1:]]).astype(np.float64)
+    images = sorted(zip(map(repr, index.image_ids), index.file_names, strict=True))
+    return [images, index.class_names, index.category_ids, sorted(map(tuple, rows.tolist()))]
+
+
+def _check_recorded_score(name: str, results: Path, ap: float | None) -> None:
+    """Say so where the metrics beside a results file are not those of this ground truth."""
+    path = results.parent / "metrics.json"
+    recorded = read_json(path, "metrics file") if path.is_file() else {}
+    if not isinstance(recorded, dict) or "AP" not in recorded:
+        return
+    if recorded["AP"] is None or ap is None or abs(recorded["AP"] - ap) > 1e-6:
+        log.warning(
+            "%s: AP is %s here, but %s in the metrics.json beside %s: were these detections made on another data set, "
+            "or another part of it? Remove them to have them made again.", name, ap, recorded["AP"], results,
+        )  # fmt: skip
