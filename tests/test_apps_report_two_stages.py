@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def test_ap_with_each_number_is_that_of_a_detector_with_this_limit(
     assert [row["proposals"] for row in found["budgets"]] == [5, 12, 20]
     rpn = small_detector.network.rpn
     for row in found["budgets"]:
-        rpn.test_limits = dataclasses.replace(rpn.test_limits, after_nms=row["proposals"])
+        rpn.test_limits = rpn.test_limits.model_copy(update={"after_nms": row["proposals"]})
         results: list[dict[str, Any]] = []
         for i, image_id in enumerate(index.image_ids):
             detections = small_detector.predict(index.path(i), score_threshold=0)[0]

@@ -90,7 +90,7 @@ def test_two_that_do_not_belong_together(
     message = run_tool("compare", *pair, other, cwd=tmp_path).error()
     assert "which differ" in message
     assert str(root) in message
-    assert "b: results" in run_tool("compare", *pair, cwd=tmp_path).error()
+    assert "error: b: " in run_tool("compare", *pair, cwd=tmp_path).error()
 
 
 def test_mistakes_of_the_command_line(tmp_path: Path, tiny_coco: Path, results: dict[str, Path]) -> None:
