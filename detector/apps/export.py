@@ -32,6 +32,7 @@ from detector.apps.evaluate import evaluation_data
 from detector.data.annotations import AnnotationIndex
 from detector.data.images import list_images, read_image
 from detector.data.progress import progress
+from detector.data.results import Results
 from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
@@ -48,7 +49,7 @@ from detector.export.parity import (
 )
 from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx, import_nncf, import_quantization
 from detector.files import write_json
-from detector.inference.detections import Detections, Found
+from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.inference.predictor import Predictor
 from detector.inference.runtime import ExportedDetector
@@ -255,30 +256,7 @@ def accuracy_on(index: AnnotationIndex, count: int, max_drop: float) -> Accuracy
 def average_precision(found: Sequence[Found], index: AnnotationIndex, places: Sequence[int]) -> float | None:
     """AP of what was found in these images of an index; None where they hold no object."""
     part = index.select(places)
-    columns = zip(part.images, part.labels, part.xywh.tolist(), part.areas.tolist(), part.crowd.tolist(), strict=True)
-    annotations = [
-        {
-            "id": number,
-            "image_id": part.image_ids[image],
-            "category_id": part.category_ids[label],
-            "bbox": box,
-            "area": area,
-            "iscrowd": int(crowd),
-        }
-        for number, (image, label, box, area, crowd) in enumerate(columns, 1)
-    ]
-    categories = zip(part.category_ids, part.class_names, strict=True)
-    ground_truth = {
-        "images": [{"id": image} for image in part.image_ids],
-        "annotations": annotations,
-        "categories": [{"id": category, "name": name} for category, name in categories],
-    }
-    results = [
-        row
-        for image, one in zip(part.image_ids, found, strict=True)
-        for row in Detections(*one, part.class_names, (0, 0)).to_coco(image, part.category_ids)
-    ]
-    ap: float | None = evaluate(results, ground_truth)["AP"]
+    ap: float | None = evaluate(Results.of(range(len(part)), found), part)["AP"]
     return ap
 
 
