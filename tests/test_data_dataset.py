@@ -81,7 +81,7 @@ def test_cache_stops_at_its_bound(
     monkeypatch.setattr(dataset_module, "CACHE_BYTES", (48 * 64 + 60 * 40) * 3)
     with caplog.at_level(logging.INFO):
         data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=24, long_side=100)), cache=True)
-    assert "2 of 4 pictures" in caplog.text
+    assert "2 of 4 images" in caplog.text
     assert "decoded each time" in caplog.text
     assert [data[i]["image_id"] for i in range(4)] == [10, 7, 42, 99]
 

@@ -132,7 +132,7 @@ def test_too_few_pictures_for_the_processes(tmp_path: Path, small_detector: Dete
     root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1])
     outcome = run_two("torchrun", "train", *training(root, small_detector), cwd=tmp_path)
     assert outcome.code != 0
-    assert outcome.err.count("error: The training split has 1 pictures, fewer than one batch on each of 2 devices") == 1
+    assert outcome.err.count("error: The training split has 1 images, fewer than one batch on each of 2 devices") == 1
 
 
 def test_two_numbers_of_processes(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_more_pictures_a_step_than_there_are(tiny_coco: Path) -> None:
     assert data.train_batch_size == 4
     assert [len(batch) for batch in data.train_dataloader()] == [4]
     data.trainer = SimpleNamespace(world_size=2, global_rank=0)  # type: ignore[assignment]
-    with pytest.raises(InputError, match=r"4 pictures, fewer than .* lower train\.batch_size"):
+    with pytest.raises(InputError, match=r"4 images, fewer than .* lower train\.batch_size"):
         data.train_dataloader()
 
 
@@ -162,5 +162,5 @@ def test_classified_pictures_and_their_views_depend_on_epoch_and_seed_alone(tmp_
 
 def test_too_few_classified_pictures(tmp_path: Path) -> None:
     data = classified(write_classified_data(tmp_path, train=1), world=2, train_batch_size=64)
-    with pytest.raises(InputError, match=r"has 3 pictures, fewer than one batch on each of 2 devices \(3 x 2\)"):
+    with pytest.raises(InputError, match=r"has 3 images, fewer than one batch on each of 2 devices \(3 x 2\)"):
         data.train_dataloader()

@@ -219,7 +219,7 @@ def test_starting_from_weights(
         if not name.startswith(("conv5", "fc")):
             assert torch.equal(seen[f"backbone.{name}"], value), name
     assert not torch.equal(seen["conv5.0.weight"], start["conv5.0.weight"])
-    assert "12 training and 12 validation pictures of 3 classes, 1 epochs" in caplog.text
+    assert "12 training and 12 validation images of 3 classes, 1 epochs" in caplog.text
     assert caplog.messages[-1].endswith(
         "\npython tools/train.py recipe=finetune backbone=v2_0.5x "
         f"backbone.weights={tmp_path}/run/best.pth data.root=DIR"

@@ -14,7 +14,7 @@ from detector.errors import InputError
 from detector.inference.detector import Detector
 from detector.models.build import NetworkOptions
 from detector.training.schedule import OptimizerOptions, build_optimizer
-from detector.training.task import DetectionTask, load_pretrained
+from detector.training.task import DetectionTask, FreezeOptions, load_pretrained
 
 SGD = OptimizerOptions(lr=0.1, base_batch=None, weight_decay=0.1, lr_scales=None)
 STAGES = {"conv1": 1, "stage2": 2, "stage3": 3, "stage4": 4}
@@ -40,7 +40,7 @@ def batch(make_batch: Callable[..., Batch]) -> Batch:
 @pytest.mark.parametrize("stages", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_freezing(small_detector: Detector, batch: Batch, stages: int, batch_norm: bool) -> None:
-    task = DetectionTask(small_detector, freeze_stages=stages, freeze_batch_norm=batch_norm)
+    task = DetectionTask(small_detector, freeze=FreezeOptions(stages=stages, batch_norm=batch_norm))
     norms = {
         f"{name}.{part}"
         for name, module in task.network.named_modules()
@@ -56,7 +56,7 @@ def test_freezing(small_detector: Detector, batch: Batch, stages: int, batch_nor
 def test_extra_layers_of_v2star_are_never_frozen(small_spec: dict[str, Any], batch: Batch) -> None:
     """They begin as the identity: frozen there, V2* could not differ from V2."""
     small_spec["backbone"]["extra_depthwise"] = True
-    task = DetectionTask(other(small_spec), freeze_stages=4, freeze_batch_norm=True)
+    task = DetectionTask(other(small_spec), freeze=FreezeOptions(stages=4, batch_norm=True))
     learnt = {name: changed for name, changed in changed_by_a_step(task, batch).items() if ".extra." in name}
     parameters = dict(task.network.named_parameters())
     assert any(name.startswith("backbone.stage2.") for name in learnt)
@@ -66,7 +66,7 @@ def test_extra_layers_of_v2star_are_never_frozen(small_spec: dict[str, Any], bat
 
 
 def test_evaluation_in_between_does_not_thaw(small_detector: Detector, batch: Batch) -> None:
-    task = DetectionTask(small_detector, freeze_batch_norm=True)
+    task = DetectionTask(small_detector, freeze=FreezeOptions(stages=0))
     task.eval()
     task.train()
     training = {name for name, module in task.network.backbone.named_modules() if module.training}

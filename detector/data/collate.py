@@ -19,12 +19,12 @@ class Batch:
 
     Attributes:
         images: uint8 RGB, (N, 3, H, W); H and W are multiples of the padding stride.
-        image_sizes: (N, 2) int64, height and width of the picture inside the padding (top left corner).
+        image_sizes: (N, 2) int64, height and width of the image inside the padding (top left corner).
         boxes: (N, G, 4) float32.
         labels: (N, G) int64 index into class_names; -1 marks a padded place.
         crowd: (N, G) bool; a crowd region is never matched, and what lies inside it is never background.
         scales: (N, 2) float64, input pixels per original pixel, (x, y).
-        original_sizes: (N, 2) int64, height and width of the picture as decoded.
+        original_sizes: (N, 2) int64, height and width of the image as decoded.
         image_ids: the data set's own ids, for results and for messages.
     """
 
@@ -54,7 +54,7 @@ class Batch:
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Pad the pictures (top left corner) to one canvas, and their objects to one count G >= 1.
+    """Pad the images (top left corner) to one canvas, and their objects to one count G >= 1.
 
     Padded places have label -1, a box of zeros and no crowd flag.
     """

@@ -15,12 +15,12 @@ from detector.data.transforms import Transform
 
 logger = logging.getLogger(__name__)
 
-# Per process; loader workers that are forked share it. About 2,300 pictures of COCO's size, 30,000 of 152 x 152.
+# Per process; loader workers that are forked share it. About 2,300 images of COCO's size, 30,000 of 152 x 152.
 CACHE_BYTES = 2 * 1024**3
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
-    """The pictures of an index with their objects, transformed: `collate` makes batches of them.
+    """The images of an index with their objects, transformed: `collate` makes batches of them.
 
     A sample is a dict: image uint8 RGB (h, w, 3); boxes (G, 4) float32, xyxy in pixels of the image; labels (G,) int64;
     crowd (G,) bool; scale (2,) float64, input pixels per original pixel (x, y); original_size (2,) int64, height and
@@ -30,17 +30,17 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     def __init__(self, index: AnnotationIndex, transform: Transform | None, cache: bool = False) -> None:
         """
         Args:
-            index: the pictures and their objects.
-            transform: applied to each picture each time; None, for evaluation: a sample is image and image_id alone.
-            cache: decode the pictures once, here, and keep them in memory, so that workers forked later share them.
+            index: the images and their objects.
+            transform: applied to each image each time; None, for evaluation: a sample is image and image_id alone.
+            cache: decode the images once, here, and keep them in memory, so that workers forked later share them.
                 Up to CACHE_BYTES: what does not fit is decoded each time, as without a cache.
 
         Raises:
-            InputError: with a cache, a picture cannot be read; otherwise that comes when the sample is asked for.
+            InputError: with a cache, an image cannot be read; otherwise that comes when the sample is asked for.
         """
         self.index = index
         self.transform = transform
-        self._pictures: list[np.ndarray] = _decode(index) if cache else []
+        self._images: list[np.ndarray] = _decode(index) if cache else []
 
     def __len__(self) -> int:
         return len(self.index)
@@ -48,7 +48,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        image = self._pictures[i] if i < len(self._pictures) else self.index.read(i)
+        image = self._images[i] if i < len(self._images) else self.index.read(i)
         if self.transform is None:
             return {"image": image, "image_id": self.index.image_ids[i]}
         result = self.transform(image, *self.index.objects(i))
@@ -79,21 +79,21 @@ def seed_worker(worker_id: int) -> None:
 
 
 def _decode(index: AnnotationIndex) -> list[np.ndarray]:
-    """The first pictures of an index, as many as CACHE_BYTES hold; not writable, because they are used again."""
-    pictures: list[np.ndarray] = []
+    """The first images of an index, as many as CACHE_BYTES hold; not writable, because they are used again."""
+    images: list[np.ndarray] = []
     used = 0
     for i in progress(range(len(index)), "decode"):
-        picture = index.read(i)
-        if used + picture.nbytes > CACHE_BYTES:
+        image = index.read(i)
+        if used + image.nbytes > CACHE_BYTES:
             logger.warning(
-                "cache: %d of %d pictures fill %.1f GiB; the others are decoded each time",
-                len(pictures),
+                "cache: %d of %d images fill %.1f GiB; the others are decoded each time",
+                len(images),
                 len(index),
                 CACHE_BYTES / 1024**3,
             )
             break
-        picture.setflags(write=False)
-        pictures.append(picture)
-        used += picture.nbytes
-    logger.info("cache: %d of %d pictures, %.0f MiB", len(pictures), len(index), used / 1024**2)
-    return pictures
+        image.setflags(write=False)
+        images.append(image)
+        used += image.nbytes
+    logger.info("cache: %d of %d images, %.0f MiB", len(images), len(index), used / 1024**2)
+    return images

@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: the table of its history, curves, a picture of what the network saw."""
+"""What a run writes besides checkpoints: the table of its history, curves, an image of what the network saw."""
 
 from __future__ import annotations
 
@@ -110,10 +110,8 @@ class History(lightning.Callback):
         if any(row["loss"] or row[self.monitor] for row in self._read()):
             plot_curves(self.path, self.run_dir / "curves.png")
         shown = ", ".join(f"{name} {figures[name]:.3f}" for name in self.shown if name in figures)
-        log.info(
-            "after epoch %d of %d: %s",
-            trainer.current_epoch + 1, trainer.max_epochs, shown or "no AP, the validation split has no objects",
-        )  # fmt: skip
+        shown = shown or "no AP, the validation split has no objects"
+        log.info("after epoch %d of %d: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -123,12 +121,12 @@ class History(lightning.Callback):
             self.best = state_dict["best"]
 
 
-class FirstBatchPicture(lightning.Callback):
+class FirstBatchImage(lightning.Callback):
     """Draws the first training batch as the network sees it: what most mistakes in data and augmentation show on.
 
     Args:
         run_dir: becomes run_dir/train_batch.png.
-        draw: makes a picture of a batch.
+        draw: makes an image of a batch.
     """
 
     def __init__(self, run_dir: Path, draw: Callable[[Any], Image]) -> None:
@@ -175,11 +173,9 @@ class ProgressLines(lightning.Callback):
             return
         total = int(trainer.estimated_stepping_batches)
         rate = steps / (time.monotonic() - self.start)
-        log.info(
-            "epoch %d of %d, step %d of %d, loss %.3f, %.2f steps/s, %.0f min left",
-            trainer.current_epoch + 1, trainer.max_epochs, trainer.global_step, total,
-            trainer.callback_metrics["loss"].item(), rate, (total - trainer.global_step) / rate / 60,
-        )  # fmt: skip
+        loss, left = trainer.callback_metrics["loss"].item(), (total - trainer.global_step) / rate / 60
+        where = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, step {trainer.global_step} of {total}"
+        log.info("%s, loss %.3f, %.2f steps/s, %.0f min left", where, loss, rate, left)
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, _: lightning.LightningModule, __: Any, ___: Any, index: int, ____: int = 0

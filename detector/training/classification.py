@@ -96,12 +96,12 @@ class ClassificationTask(lightning.LightningModule):
         share_buffers(self.network)
 
     def validation_step(self, batch: ImageBatch, _: int) -> None:
-        """An empty batch where this rank has no picture left."""
+        """An empty batch where this rank has no image left."""
         if len(batch.labels):
             self.sums += score(self(batch.images).float(), batch.labels)
 
     def on_validation_epoch_end(self) -> None:
-        """The same figures on every rank, over the pictures of all."""
+        """The same figures on every rank, over the images of all."""
         if world_size() > 1:
             dist.all_reduce(self.sums)
         count, top1, top5, loss = self.sums.tolist()
@@ -110,14 +110,12 @@ class ClassificationTask(lightning.LightningModule):
             self.log(name, self.figures[name], prog_bar=name == "top1")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        provenance = self.about["provenance"] | {
-            "epoch": int(self.current_epoch), "step": int(self.global_step), "metrics": dict(self.figures)
-        }  # fmt: skip
-        checkpoint["classifier"] = self.about | {"provenance": provenance}
+        now = {"epoch": int(self.current_epoch), "step": int(self.global_step), "metrics": dict(self.figures)}
+        checkpoint["classifier"] = self.about | {"provenance": self.about["provenance"] | now}
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over a batch: pictures, right at the first guess, right among five guesses, cross-entropy; (4,) float64.
+    """Sums over a batch: images, right at the first guess, right among five guesses, cross-entropy; (4,) float64.
 
     Of fewer than five classes all are guessed. Classes that are exactly as likely come in torch's order.
 
@@ -133,10 +131,10 @@ def score(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def draw_images(batch: ImageBatch, class_names: Sequence[str]) -> Image:
-    """A grid of training pictures, as the network sees them, each with the name of its class."""
+    """A grid of training images, as the network sees them, each with the name of its class."""
     count, _, height, width = batch.images.shape
     sizes = torch.tensor([[height, width]] * count)
-    whole = torch.tensor([[[0.0, 0.0, width, height]]] * count)  # a box around each picture carries the name
+    whole = torch.tensor([[[0.0, 0.0, width, height]]] * count)  # a box around each image carries the name
     crowd, scales = torch.zeros(count, 1, dtype=torch.bool), torch.ones(count, 2, dtype=torch.float64)
     labels = batch.labels[:, None]
     return draw_batch(Batch(batch.images, sizes, whole, labels, crowd, scales, sizes, batch.paths), class_names)

@@ -21,10 +21,10 @@ from detector.errors import InputError
 
 
 def share(order: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """This rank's batches of the pictures, each picture exactly once over all ranks.
+    """This rank's batches of the images, each image exactly once over all ranks.
 
-    Lightning's and torch's distributed samplers pad the last round with repeated pictures, which changes the figures;
-    this does not. A rank without pictures gets one empty batch, because Lightning skips the end-of-epoch hook, and with
+    Lightning's and torch's distributed samplers pad the last round with repeated images, which changes the figures;
+    this does not. A rank without images gets one empty batch, because Lightning skips the end-of-epoch hook, and with
     it the gathering that the other ranks wait for, on a rank without batches.
     """
     ours = order[rank::world]
@@ -32,7 +32,7 @@ def share(order: Sequence[int], batch_size: int, rank: int, world: int) -> list[
 
 
 class EvaluationBatches(Sampler[list[int]]):
-    """This rank's share of the pictures, each exactly once over all ranks, pictures of one canvas side by side."""
+    """This rank's share of the images, each exactly once over all ranks, images of one canvas side by side."""
 
     def __init__(
         self, index: AnnotationIndex, preprocessing: Preprocessing, batch_size: int, rank: int, world: int
@@ -56,11 +56,11 @@ class DetectionData(lightning.LightningDataModule):
     Args:
         train, val: indices; train is None for evaluation alone.
         preprocessing: of the detector.
-        transform: random changes of training pictures.
-        train_batch_size, val_batch_size: pictures per step and device.
+        transform: random changes of training images.
+        train_batch_size, val_batch_size: images per step and device.
         workers: loader processes per device; 0 loads in the training process.
-        cache: keep decoded training pictures in memory.
-        seed: of the order of the training pictures.
+        cache: keep decoded training images in memory.
+        seed: of the order of the training images.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class ClassificationData(lightning.LightningDataModule):
     """Training and validation split of an image classification data set.
 
     Args:
-        train, val: the pictures, with their transforms.
-        train_batch_size, val_batch_size: pictures per step and device.
+        train, val: the images, with their transforms.
+        train_batch_size, val_batch_size: images per step and device.
         workers: loader processes per device; 0 loads in the training process.
-        seed: of the order of the training pictures.
+        seed: of the order of the training images.
     """
 
     def __init__(
@@ -137,10 +137,8 @@ class ClassificationData(lightning.LightningDataModule):
         world, rank = _world(self)
         check_enough(len(self.train_split), self.train_batch_size, world)
         sampler = EpochSampler(self.train_split, world, rank, shuffle=True, seed=self.seed)
-        return loader(
-            self.train_split, self.workers, world,
-            batch_size=self.train_batch_size, sampler=sampler, drop_last=True, collate_fn=collate_images,
-        )  # fmt: skip
+        arguments: Any = {"batch_size": self.train_batch_size, "sampler": sampler, "drop_last": True}
+        return loader(self.train_split, self.workers, world, collate_fn=collate_images, **arguments)
 
     def val_dataloader(self) -> DataLoader[Any]:
         world, rank = _world(self)
@@ -158,14 +156,14 @@ class EpochSampler(DistributedSampler[Any]):
         return ((index, self.epoch) for index in super().__iter__())
 
 
-def check_enough(pictures: int, batch_size: int, world: int) -> None:
+def check_enough(images: int, batch_size: int, world: int) -> None:
     """
     Raises:
         InputError: the training split does not fill one step.
     """
-    if pictures < batch_size * world:
+    if images < batch_size * world:
         raise InputError(
-            f"The training split has {pictures} pictures, fewer than one batch on each of {world} devices "
+            f"The training split has {images} images, fewer than one batch on each of {world} devices "
             f"({batch_size} x {world}); lower train.batch_size."
         )
 

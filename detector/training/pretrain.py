@@ -21,7 +21,6 @@ import lightning
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detector.data import crops
 from detector.data.image_folder import LAYOUT, ImageFolder, check_same_classes, eval_view, train_view
@@ -34,7 +33,7 @@ from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
 from detector.options import BelowOne, Count, Natural, Options, Positive, Share
-from detector.training.callbacks import FirstBatchPicture, History
+from detector.training.callbacks import FirstBatchImage, History
 from detector.training.classification import LOSSES, METRICS, ClassificationTask, draw_images
 from detector.training.data_module import ClassificationData
 from detector.training.resume import check_can_go_on, with_checkpoint
@@ -47,7 +46,7 @@ from detector.training.trainer import (
     build_trainer,
     check_free,
     devices,
-    ranks_end_together,
+    fit,
     run_directory,
     say_what_was_written,
     without_traces,
@@ -193,17 +192,12 @@ def pretrain(options: PretrainOptions) -> Path:
         epochs=epochs,
         best=BestWeights(run_dir),
         history=History(run_dir, every=options.trainer.log_every, losses=LOSSES, metrics=METRICS, shown=METRICS[:2]),
-        picture=FirstBatchPicture(run_dir, lambda batch: draw_images(batch, train.classes)),
+        first_batch=FirstBatchImage(run_dir, lambda batch: draw_images(batch, train.classes)),
     )
     if trainer.is_global_zero:
-        log.info(
-            "%d training and %d validation pictures of %d classes, %d epochs",
-            len(train), len(val), len(train.classes), epochs,
-        )  # fmt: skip
-    with ranks_end_together(trainer), logging_redirect_tqdm():
-        trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        counts = len(train), len(val), len(train.classes), epochs
+        log.info("%d training and %d validation images of %d classes, %d epochs", *counts)
+    fit(trainer, task, data, options.ckpt if checkpoint else None)
     if trainer.is_global_zero:
         log.info("last epoch: top-1 %.4f, top-5 %.4f", task.figures["top1"], task.figures["top5"])
         say_what_was_written(run_dir)
@@ -294,11 +288,8 @@ def next_command(options: RunOptions, run_dir: Path) -> str:
         if override.startswith("backbone.")
         and override.split(".")[1].partition("=")[0] not in ("weights", "classifier")
     ]
-    words = (
-        "python tools/train.py recipe=finetune", f"backbone={options.backbone_name}", *changes,
-        f"backbone.weights={run_dir / 'best.pth'}", "data.root=DIR",
-    )  # fmt: skip
-    return " ".join(words)
+    words = [f"backbone={options.backbone_name}", *changes, f"backbone.weights={run_dir / 'best.pth'}"]
+    return f"python tools/train.py recipe=finetune {' '.join(words)} data.root=DIR"
 
 
 def _describe(options: PretrainOptions, class_names: list[str]) -> dict[str, Any]:

@@ -13,11 +13,9 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
 
 import lightning
 import torch
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detector.data.preprocess import Preprocessing
 from detector.data.splits import DataOptions, load_split
@@ -27,34 +25,24 @@ from detector.evaluation.metrics import format_table
 from detector.inference.detector import Detector, read_checkpoint
 from detector.models.backbones.pretrained import load_weights
 from detector.models.build import NetworkOptions
-from detector.options import Flag, Options
-from detector.training.callbacks import FirstBatchPicture, History
+from detector.training.callbacks import FirstBatchImage, History
 from detector.training.data_module import DetectionData
 from detector.training.plots import draw_batch
 from detector.training.resume import check_can_go_on, with_checkpoint
-from detector.training.task import DetectionTask, load_pretrained
+from detector.training.task import DetectionTask, FreezeOptions, load_pretrained
 from detector.training.trainer import (
     KeptCheckpoint,
     RunOptions,
     build_trainer,
     check_free,
     devices,
-    ranks_end_together,
+    fit,
     run_directory,
     say_what_was_written,
     without_traces,
 )
 
 log = logging.getLogger(__name__)
-
-
-class FreezeOptions(Options):
-    """What of the backbone stays as it is."""
-
-    stages: Literal[0, 1, 2, 3, 4] = 1
-    """stages: 1 to stride 4, 2 to stride 8, 3 to 16, 4 all (Li et al. 2017: ResNet's conv1 and block1, to stride 4)"""
-    batch_norm: Flag = True
-    """normalisation keeps its statistics and weights (Li et al. 2017, section 4.1: "all batch normalisation fixed")"""
 
 
 class TrainOptions(NetworkOptions, RunOptions):
@@ -100,8 +88,7 @@ def train(options: TrainOptions) -> Path:
         detector,
         optimizer=options.optimizer,
         schedule=options.schedule,
-        freeze_stages=options.freeze.stages,
-        freeze_batch_norm=options.freeze.batch_norm,
+        freeze=options.freeze,
     )
     task.val_index = val_index
     epochs = options.schedule.epochs_for(len(train_index))
@@ -115,12 +102,9 @@ def train(options: TrainOptions) -> Path:
         epochs=epochs,
         best=KeptCheckpoint(run_dir, "AP"),
         history=History(run_dir, every=options.trainer.log_every),
-        picture=FirstBatchPicture(run_dir, lambda batch: draw_batch(batch, detector.class_names)),
+        first_batch=FirstBatchImage(run_dir, lambda batch: draw_batch(batch, detector.class_names)),
     )
-    with ranks_end_together(trainer), logging_redirect_tqdm():
-        trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, task, data, options.ckpt if checkpoint else None)
     if trainer.is_global_zero:
         log.info("\n%s\n", format_table(task.figures, f"{val_index.annotation_file}, last epoch"))
         say_what_was_written(run_dir)

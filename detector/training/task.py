@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -17,8 +17,18 @@ from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
 from detector.inference.detector import Detector
+from detector.options import Flag, Options
 from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
 from detector.training.trainer import rank, share_buffers, world_size
+
+
+class FreezeOptions(Options):
+    """What of the backbone stays as it is."""
+
+    stages: Literal[0, 1, 2, 3, 4] = 1
+    """stages: 1 to stride 4, 2 to stride 8, 3 to 16, 4 all (Li et al. 2017: ResNet's conv1 and block1, to stride 4)"""
+    batch_norm: Flag = True
+    """normalisation keeps its statistics and weights (Li et al. 2017, section 4.1: "all batch normalisation fixed")"""
 
 
 class DetectionTask(lightning.LightningModule):
@@ -27,7 +37,7 @@ class DetectionTask(lightning.LightningModule):
     Args:
         detector: what is trained; its network is the only child, so that checkpoint keys read `network....`.
         optimizer, schedule: see their classes; None for evaluation alone.
-        freeze_stages, freeze_batch_norm: what of the backbone stays as it is, see `Backbone.freeze`.
+        freeze: what of the backbone stays as it is, see `Backbone.freeze`; None: nothing.
     """
 
     def __init__(
@@ -36,8 +46,7 @@ class DetectionTask(lightning.LightningModule):
         *,
         optimizer: OptimizerOptions | None = None,
         schedule: ScheduleOptions | None = None,
-        freeze_stages: int = 0,
-        freeze_batch_norm: bool = False,
+        freeze: FreezeOptions | None = None,
     ) -> None:
         super().__init__()
         self.detector = detector
@@ -47,7 +56,8 @@ class DetectionTask(lightning.LightningModule):
         self.results = Results.of([], [])
         self._found: list[Results] = []
         self.figures: dict[str, Any] = {}
-        self._frozen_norms = detector.network.backbone.freeze(freeze_stages, batch_norm=freeze_batch_norm)
+        freeze = freeze or FreezeOptions(stages=0, batch_norm=False)
+        self._frozen_norms = detector.network.backbone.freeze(freeze.stages, batch_norm=freeze.batch_norm)
 
     def train(self, mode: bool = True) -> DetectionTask:
         super().train(mode)

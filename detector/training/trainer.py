@@ -23,13 +23,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field
 from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detector.errors import InputError
 from detector.files import replacing
 from detector.options import BelowOne, Count, Flag, Natural, Options
 from detector.training.callbacks import (
     EMA,
-    FirstBatchPicture,
+    FirstBatchImage,
     History,
     LastEpochScored,
     ProgressBar,
@@ -156,7 +157,7 @@ def build_trainer(
     epochs: int,
     best: KeptCheckpoint,
     history: History,
-    picture: FirstBatchPicture,
+    first_batch: FirstBatchImage,
 ) -> lightning.Trainer:
     """Lightning's trainer for one run.
 
@@ -166,14 +167,14 @@ def build_trainer(
         run_dir: where everything is written.
         epochs: after which the run ends.
         best: what keeps the best checkpoint; the last one is kept here.
-        history, picture: see their classes. A resumed run has its picture already.
+        history, first_batch: see their classes. A resumed run has its image already.
     """
     callbacks: list[lightning.Callback] = [
         best,
         KeptCheckpoint(run_dir),
         history,
         LearningRateMonitor("step"),
-        *([picture] if not options.resume else []),
+        *([first_batch] if not options.resume else []),
         *([EMA(options.ema)] if options.ema else []),
         LastEpochScored(),
         RandomStates(),
@@ -245,6 +246,23 @@ def ranks_end_together(trainer: lightning.Trainer) -> Iterator[None]:
         for process in getattr(trainer.strategy.launcher, "procs", []):
             process.kill()
         raise
+
+
+def fit(
+    trainer: lightning.Trainer,
+    task: lightning.LightningModule,
+    data: lightning.LightningDataModule,
+    resumed: str | None,
+) -> None:
+    """Train to the end, from the checkpoint `resumed` where there is one.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; Lightning has ended the run in order.
+    """
+    with ranks_end_together(trainer), logging_redirect_tqdm():
+        trainer.fit(task, data, ckpt_path=resumed, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
 
 
 def _launched(devices: Any) -> tuple[int, int]:
