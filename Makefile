@@ -17,7 +17,7 @@ help: ## Show the targets
 
 setup: $(STAMP) ## Create .venv and install the project, with everything for training and development
 
-demo: $(STAMP) ## Train on generated pictures, evaluate, predict: minutes on a laptop
+demo: $(STAMP) ## Train on generated images, evaluate, predict: minutes on a laptop
 	$(PY) tools/demo.py
 
 test: $(STAMP) ## The fast tests

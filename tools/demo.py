@@ -27,7 +27,7 @@ def step(*arguments: str) -> float:
 
 
 def held_out_pictures(source: Path, target: Path) -> None:
-    """Copies of a few validation pictures: what `source=FOLDER` is shown with."""
+    """Copies of a few validation images: what `source=FOLDER` is shown with."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for path in sorted(source.glob("val_*"))[:PICTURES]:
@@ -45,11 +45,11 @@ def main() -> None:
         "  best.ckpt, last.ckpt       the detector\n"
         "  eval/report.html           why it errs: open it in a browser\n"
         "  eval/metrics.json          the table above; eval/detections.json in COCO's results format\n"
-        "  predictions/*.png          held-out pictures with boxes\n"
+        "  predictions/*.png          held-out images with boxes\n"
         "  curves.png, metrics.csv    how training went; train_batch.png: what it saw\n"
         "\nYour own data, a folder with images/ and annotations/{train,val}.json:\n"
         "  .venv/bin/python tools/train.py recipe=finetune data.root=DIR\n"
-        "Your own pictures:\n"
+        "Your own images:\n"
         f"  .venv/bin/python tools/predict.py ckpt={RUN_DIR}/best.ckpt source=FOLDER"
     )
 

@@ -1,4 +1,4 @@
-"""Find objects in pictures, videos and streams: annotated copies and one JSON file, or other forms.
+"""Find objects in images, videos and streams: annotated copies and one JSON file, or other forms.
 
 python tools/predict.py ckpt=RUN_DIR/best.ckpt source=street.jpg
 python tools/predict.py ckpt=RUN_DIR/best.ckpt source=FOLDER out=DIR score_threshold=0.5 'classes=[car,person]'
@@ -106,7 +106,7 @@ class Stop:
 
     @contextmanager
     def waits(self) -> Iterator[None]:
-        """The block is finished first: a picture is in all results or in none."""
+        """The block is finished first: an image is in all results or in none."""
         self.waiting = True
         try:
             yield

@@ -81,7 +81,7 @@ class Proposals:
     """P boxes per image, best first.
 
     Attributes:
-        boxes: (N, P, 4) xyxy in pixels of the padded input, inside the picture; zeros where not valid.
+        boxes: (N, P, 4) xyxy in pixels of the padded input, inside the image; zeros where not valid.
         valid: (N, P) bool; an image with fewer boxes is filled up.
         scores: (N, P) objectness in [0, 1].
     """
