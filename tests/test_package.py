@@ -89,6 +89,10 @@ def test_exports_are_opened_without_torch() -> None:
     assert "torch" not in modules_after("import detector; detector.load; detector.predict; detector.Detections")
 
 
+def test_exporting_needs_no_lightning() -> None:
+    assert "lightning" not in modules_after("import detector.apps.export")
+
+
 def test_public_names() -> None:
     assert set(detector.__all__) <= set(dir(detector))
     assert [name for name in detector.__all__ if not hasattr(detector, name)] == []

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from pydantic import Field, Strict, field_validator
 
-from detector.apps.evaluate import evaluation_data
+from detector.apps.evaluate import GivenDataOptions, evaluation_data
 from detector.data.annotations import AnnotationIndex
 from detector.data.images import list_images, read_image
 from detector.data.progress import progress
@@ -83,25 +83,6 @@ FORMATS = {
     "int8": Format(".int8.xml", export_int8, (import_onnx, import_openvino, import_nncf), "int8"),
     "int8_onnx": Format(".int8.onnx", export_int8_onnx, (import_onnx, import_quantization), "int8"),
 }
-
-
-class GivenSplitOptions(Options):
-    """Instead of the split that the checkpoint was validated with."""
-
-    annotations: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """relative to data.root, for example annotations/test.json"""
-    images: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """folder of the images, relative to data.root"""
-    limit: Count | None = None
-    """only the first N images"""
-
-
-class GivenDataOptions(Options):
-    """null: the data that the checkpoint was trained with."""
-
-    root: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """folder of the data set"""
-    val: GivenSplitOptions = GivenSplitOptions()
 
 
 class MaxDropOptions(Options):
