@@ -167,7 +167,7 @@ def _length(value: Any) -> int:
     return length
 
 
-def _flag(value: Any) -> bool:
+def read_flag(value: Any) -> bool:
     words = {"false": False, "true": True}
     text = value.strip().lower() if isinstance(value, str) else value
     return words[text] if text in words else bool(_number(value))
@@ -203,7 +203,7 @@ KEYS: tuple[Key, ...] = (
     Key("annotations", "category_id", True, (int,), _category_id, "an id, an integer or a text"),
     Key("annotations", "bbox", True, (), read_box, "4 finite numbers"),
     Key("annotations", "area", False, (), _number, "a finite number"),
-    Key("annotations", "iscrowd", False, (int, bool), _flag, "0 or 1"),
-    Key("annotations", "difficult", False, (int, bool), _flag, "0 or 1"),
-    Key("annotations", "ignore", False, (int, bool), _flag, "0 or 1"),
+    Key("annotations", "iscrowd", False, (int, bool), read_flag, "0 or 1"),
+    Key("annotations", "difficult", False, (int, bool), read_flag, "0 or 1"),
+    Key("annotations", "ignore", False, (int, bool), read_flag, "0 or 1"),
 )

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from detector.data.rules import read_flag
+
 ERROR, WARNING, INFO = "error", "warning", "info"
 EXAMPLES = 5
 
@@ -137,9 +139,16 @@ def known_boxes(split: Split) -> Boxes:
         rows=np.array([rows[a["image_id"]] for a in kept], np.int64),
         names=np.array([names[a["category_id"]] for a in kept], dtype=object),
         xywh=np.array([a["bbox"] for a in kept], np.float64).reshape(-1, 4),
-        crowd=np.array([bool(a.get("iscrowd")) for a in kept], bool),
+        crowd=np.array([_is_crowd(a.get("iscrowd")) for a in kept], bool),
         where=[describe(split, a) for a in kept],
     )
+
+
+def _is_crowd(value: Any) -> bool:
+    try:
+        return value is not None and bool(read_flag(value))
+    except (ValueError, TypeError):  # the reader refuses it
+        return False
 
 
 def describe(split: Split, annotation: dict[str, Any]) -> str:
