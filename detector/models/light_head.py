@@ -51,7 +51,7 @@ class LargeSeparableConv(nn.Module):
         ]
         for conv in convs:
             # The released code draws from N(0, 0.01), made for 2048 input channels and a learning rate of its own;
-            # ours: keep the variance, so that the thin map of a small backbone is not born at zero.
+            # chosen here: keep the variance, so that the thin map of a small backbone is not born at zero.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)

@@ -76,8 +76,9 @@ class ContextEnhancement(Neck):
 
     1x1 of C4 + upsampled 1x1 of C5 + 1x1 of the global average + strided 3x3 of C3, then a 5x5 depthwise and a 1x1.
 
-    Source: Qin et al. 2019 (ThunderNet), section 3.2. Ours: C3, which carries the small objects, and the depthwise
-    convolution that mixes the sum; each branch has a batch normalisation, so that none drowns the others.
+    Source: Qin et al. 2019 (ThunderNet), section 3.2. Chosen by this project: C3, which carries the small
+    objects, and the depthwise convolution that mixes the sum; each branch has a batch normalisation, so that none
+    drowns the others.
 
     Args:
         channels, strides: of the backbone.
