@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from tool_runner import ROOT
 
 from detector import cli
 from detector.errors import InputError
+from detector.options import sets_in, type_of
 
 JOB = '''"""Says what it was given.
 
@@ -326,6 +328,57 @@ def test_from_python(tool: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         cli.train("demo", optimizer={"lrr": 3})
     with pytest.raises(InputError, match="recipe=finetune does not exist"):
         cli.train()
+
+
+EXTRA = ("hydra", "omegaconf", "lightning", "rich", "tqdm", "albumentations", "hotcoco", "matplotlib", "yaml")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "doctor", "benchmark"])
+def test_without_the_extra_a_command_says_what_to_install(command: str, tmp_path: Path) -> None:
+    blocked = f"import runpy, sys; sys.modules |= dict.fromkeys({EXTRA}); sys.argv = ['x.py', 'ckpt=a', 'workers=0']"
+    code = f"{blocked}; runpy.run_path({str(ROOT / 'tools' / f'{command}.py')!r}, run_name='__main__')"
+    if command == "predict":  # needs the extra for values that are no texts
+        code = code.replace("'workers=0'", "'source=b', 'every=2'")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.endswith(
+        " is not installed; the command needs it: pip install 'light-head-detector[train]'.\n"
+    )
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_a_tool_and_says_what_its_keys_are(command: str) -> None:
+    module, options_class, _ = cli.COMMANDS[command]
+    assert f'main("{command}")' in (ROOT / "tools" / f"{command}.py").read_text()
+    assert cli.docstring(module).partition("\n")[0].endswith((".", ":"))
+    options = getattr(importlib.import_module(module), options_class)
+    undocumented = [
+        name
+        for name, field in options.model_fields.items()
+        if not (field.description or sets_in(type_of(options, name)))
+    ]
+    assert undocumented == []
+
+
+def test_the_console_script_names_its_commands(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["light-head"])
+    cli.light_head()
+    shown = capsys.readouterr().out
+    assert [name for name in cli.COMMANDS if f"\n  {name} " not in shown] == []
+    monkeypatch.setattr(sys, "argv", ["light-head", "trian"])
+    with pytest.raises(SystemExit, match="there is no command 'trian'; did you mean train"):
+        cli.light_head()
+    monkeypatch.setattr(sys, "argv", ["light-head", "predict", "--help"])
+    cli.light_head()
+    shown = capsys.readouterr().out
+    assert "Usage: light-head predict [key=value ...] [--help]" in shown
+    assert "  source: ???  " in shown
 
 
 def test_other_ranks_leave_shared_mistakes_to_rank_0(tool: Path) -> None:

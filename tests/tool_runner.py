@@ -149,8 +149,6 @@ def _become(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     # What the tools import, at the start or on their way; nothing here may start a thread.
     sys.path.insert(0, str(ROOT / "tools"))
-    import launch  # noqa: F401
-
     import albumentations  # noqa: F401
     import hydra  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
