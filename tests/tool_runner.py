@@ -148,7 +148,6 @@ def _become(job: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     # What the tools import, at the start or on their way; nothing here may start a thread.
-    sys.path.insert(0, str(ROOT / "tools"))
     import albumentations  # noqa: F401
     import hydra  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
@@ -158,5 +157,4 @@ if __name__ == "__main__":
     import detector.training.pretrain
     import detector.training.run  # noqa: F401
 
-    del sys.path[0]
     _serve(sys.stdin)
