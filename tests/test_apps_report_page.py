@@ -1,4 +1,4 @@
-"""The page is one safe file that says what the figures say."""
+"""The page is one safe file that says what the metrics say."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_case import CLASSES, FOUND, SIZES, ground_truth, results
-from scored_rows import diagnose, evaluate, index_of
+from scored_rows import diagnose, evaluate
 
 from detector.apps.report import page as report
-from detector.apps.report.images import jpeg_uri, picture_entries, worst_at_any_threshold
+from detector.apps.report.images import jpeg_uri, worst_images
 from detector.apps.report.page import SIZE_LIMIT, Report, embed, format_times, short, write_report
 from detector.apps.report.sections import class_section, confusion_section, curve_section, proposal_section
+from detector.data.annotations import read_annotations
 from detector.data.results import read_results
 from detector.errors import InputError
 
@@ -58,34 +59,38 @@ class Page(HTMLParser):
         return loaded
 
 
-def read(image_id: Any) -> np.ndarray:
-    width, height = SIZES[image_id]
-    return np.full((height, width, 3), 90, np.uint8)
-
-
 @pytest.fixture(scope="module")
 def diagnosis() -> dict[str, Any]:
     return diagnose(results(), ground_truth())
 
 
-def make(diagnosis: dict[str, Any] | None, **changes: Any) -> Report:
+def make(diagnosis: dict[str, Any], **changes: Any) -> Report:
     metrics = evaluate(results(), ground_truth())
     return Report(f"About {ODD}", ["nine & more"], metrics, diagnosis=diagnosis, **changes)
 
 
-def entries(diagnosis: dict[str, Any]) -> list[dict[str, Any]]:
-    index = index_of(ground_truth())
-    shown = worst_at_any_threshold(diagnosis["worst"], read_results(results(), index), index)
-    return list(picture_entries(shown, sorted_names(), read, 300_000))
+def entries(diagnosis: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """What the page has of the worst images, all of one grey."""
+    for image_id, (width, height) in SIZES.items():
+        Image.new("RGB", (width, height), (90, 90, 90)).save(folder / f"{image_id}.png")
+    index = read_annotations(ground_truth(), folder)
+    return worst_images(diagnosis["worst"], read_results(results(), index), index, 300_000)
 
 
 def sorted_names() -> list[str]:
     return [CLASSES[key] for key in sorted(CLASSES)]
 
 
-def test_the_page_is_safe_and_whole(tmp_path: Path, diagnosis: dict[str, Any]) -> None:
+def test_the_page_is_safe_and_whole(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, diagnosis: dict[str, Any]
+) -> None:
     extra = [(ODD, {"<i>": ["&amp;", "]]>", "<!--", None, 3.0]})]
-    whole = make(diagnosis, pictures=entries(diagnosis), extra=extra, configs=[("a", f"name: {ODD}")])
+    whole = make(
+        diagnosis,
+        images=entries(diagnosis, tmp_path_factory.mktemp("images")),
+        extra=extra,
+        configs=[("a", f"name: {ODD}")],
+    )
     size = write_report(tmp_path / "report.html", whole)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert size == (tmp_path / "report.html").stat().st_size
@@ -140,16 +145,11 @@ def test_short_numbers() -> None:
     assert f"{short(51 / 202):.3f}" == "0.252"  # and not 0.253, by way of 0.2525
 
 
-def test_sections_that_are_left_out_say_why(tmp_path: Path) -> None:
-    write_report(tmp_path / "report.html", make(None, left_out={"model": "Because."}))
+def test_sections_that_are_left_out_say_why(tmp_path: Path, diagnosis: dict[str, Any]) -> None:
+    write_report(tmp_path / "report.html", make(diagnosis, left_out={"model": "Because."}))
     data = Page((tmp_path / "report.html").read_text()).data
-    assert set(data["left_out"]) == {
-        "curves", "errors", "confusion", "calibration", "slices", "proposals", "pictures", "model"
-    }  # fmt: skip
-    assert data["left_out"]["model"] == "Because."
-    assert all(sentence.endswith(".") for sentence in data["left_out"].values())
-    assert data["classes"]["columns"] == ["class", "AP"]
-    assert "curves" not in data
+    assert data["left_out"] == {"model": "Because.", "pictures": "There is no image with an error to show."}
+    assert data["proposals"] is None
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_nothing_to_find(tmp_path: Path) -> None:
     assert write_report(tmp_path / "report.html", nothing) > 0
 
 
-def test_pictures_hold_every_detection_in_the_original_frame() -> None:
+def test_images_hold_every_detection_in_the_original_frame(tmp_path: Path) -> None:
     diagnosis = diagnose(results(), ground_truth(), score_threshold=0.65)
     assert sum(len(picture["detections"]) for picture in diagnosis["worst"]) == 5  # it lists those above
-    shown = entries(diagnosis)
+    shown = entries(diagnosis, tmp_path)
     assert [entry["name"] for entry in shown] == [picture["file_name"] for picture in diagnosis["worst"]]
     for entry in shown:
         image_id = int(entry["name"].removesuffix(".png"))
@@ -194,13 +194,13 @@ def test_a_jpeg_keeps_to_its_budget(shape: tuple[int, int]) -> None:
         assert picture.size == pytest.approx((max(1, shape[1] * scale), max(1, shape[0] * scale)), abs=1)
 
 
-def test_many_large_pictures_stay_within_the_limit(tmp_path: Path, diagnosis: dict[str, Any]) -> None:
+def test_many_large_images_stay_within_the_limit(tmp_path: Path, diagnosis: dict[str, Any]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), np.uint8)
-    names = sorted_names()
-    worst = [dict(diagnosis["worst"][0], image_id=i) for i in range(12)]
-    pictures = list(picture_entries(worst, names, lambda _: noise, report.PICTURE_BUDGET))
-    assert sum(len(entry["jpeg"]) for entry in pictures) <= report.PICTURE_BUDGET
-    size = write_report(tmp_path / "report.html", make(diagnosis, pictures=pictures * 4))
+    budget = report.IMAGE_BUDGET // 12
+    one = {"name": "a", "words": "", "width": 1600, "height": 1200, "detections": [], "objects": []}
+    images = [one | {"jpeg": jpeg_uri(noise, budget)}] * 12
+    assert sum(len(entry["jpeg"]) for entry in images) <= report.IMAGE_BUDGET
+    size = write_report(tmp_path / "report.html", make(diagnosis, images=images * 4))
     assert 2_000_000 < size <= SIZE_LIMIT
     data = Page((tmp_path / "report.html").read_text()).data
     kept = len(data["pictures"]["list"])
@@ -208,8 +208,8 @@ def test_many_large_pictures_stay_within_the_limit(tmp_path: Path, diagnosis: di
     assert f"{48 - kept} more would have made this file too large" in data["pictures"]["text"]
 
 
-def test_a_page_that_is_too_large_is_not_written(tmp_path: Path) -> None:
-    huge = make(None, configs=[("a", "x" * SIZE_LIMIT)])
+def test_a_page_that_is_too_large_is_not_written(tmp_path: Path, diagnosis: dict[str, Any]) -> None:
+    huge = make(diagnosis, configs=[("a", "x" * SIZE_LIMIT)])
     with pytest.raises(InputError, match="more than 5,000,000"):
         write_report(tmp_path / "report.html", huge)
     assert not list(tmp_path.iterdir())

@@ -270,7 +270,7 @@ def test_a_large_data_set_is_left_to_the_doctor_itself(tmp_path: Path, small_det
     options = ("report.proposals=0", "report.doctor=2")
     run_tool("eval", "ckpt=start.ckpt", f"data.root={root}", *options, cwd=tmp_path).ok()
     page = (tmp_path / "eval/report.html").read_text()
-    assert "5 pictures are more than report.doctor=2: run tools/doctor.py." in page
+    assert "5 images are more than report.doctor=2: run tools/doctor.py." in page
 
 
 def test_a_report_can_be_left_out(tmp_path: Path, small_detector: Detector) -> None:

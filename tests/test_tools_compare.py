@@ -12,7 +12,7 @@ from scored_data import write_scored_data
 from scored_rows import evaluate
 from tool_runner import run_tool
 
-from detector.apps.compare import CompareOptions, _find_side
+from detector.apps.compare import CompareOptions, _find_side, compare
 from detector.inference.detector import Detector
 
 
@@ -69,6 +69,22 @@ def test_a_checkpoint_and_a_run_that_has_been_scored(
     assert row["b"] == row["a"] == pytest.approx(expected, abs=1e-9)
     # A results file beside a checkpoint is scored on the checkpoint's data.
     run_tool("compare", f"a={tmp_path / 'out/a/detections.json'}", *command[1:], cwd=tmp_path).ok()
+
+
+def test_the_annotation_file_is_parsed_once(
+    tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector)
+    for name in ("a.ckpt", "b.ckpt"):
+        small_detector.save(tmp_path / name)
+    opened: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path.name) or read_bytes(path))
+    sides = {side: str(tmp_path / f"{side}.ckpt") for side in ("a", "b")}
+    given = {"data": {"root": str(root)}, "annotations": str(root / "annotations/val.json"), "workers": 0, "draws": 5}
+    compare(CompareOptions.parse(sides | given | {"out": str(tmp_path / "out")}))
+    assert opened.count("val.json") == 1
+    assert opened.count("detections.json") == 2
 
 
 def test_detections_that_were_made_on_other_data_are_noticed(

@@ -10,20 +10,22 @@ does; a run that has been scored already (eval/detections.json) is not scored ag
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from detector.apps.evaluate import EvalOptions, ScoringOptions, evaluate, evaluation_data
+from detector.apps.evaluate import EvalOptions, ScoringOptions, evaluation_data, score
 from detector.data.annotations import AnnotationIndex, read_annotations
 from detector.data.json_file import read_json
 from detector.data.results import Results, read_results
 from detector.data.splits import load_split
 from detector.errors import InputError
+from detector.evaluation.clock import Clock
 from detector.evaluation.compare import compare as compare_results
 from detector.evaluation.compare import format_comparison
 from detector.files import write_json
@@ -72,7 +74,8 @@ def compare(options: CompareOptions) -> None:
         InputError: a side cannot be found, or the two do not belong to the same images and objects.
     """
     names = {"a": options.a, "b": options.b}
-    sides = {name: _find_side(name, Path(path), options) for name, path in names.items()}
+    load = cache(load_split)  # two runs on one data set: its file is parsed once
+    sides = {name: _find_side(name, Path(path), options, load) for name, path in names.items()}
     index = _common_index(sides, options.annotations)
     found = {name: _read(name, side.results, index) for name, side in sides.items()}
     result = compare_results(
@@ -101,7 +104,9 @@ def _read(name: str, path: Path, index: AnnotationIndex) -> Results:
         raise InputError(f"{name}: {error}") from error
 
 
-def _find_side(name: str, path: Path, options: CompareOptions) -> Side:
+def _find_side(
+    name: str, path: Path, options: CompareOptions, load: Callable[..., AnnotationIndex] = load_split
+) -> Side:
     """The results of a run directory, a checkpoint or a results file; a checkpoint is scored here."""
     if path.suffix == ".json":
         return Side(path)
@@ -120,11 +125,12 @@ def _find_side(name: str, path: Path, options: CompareOptions) -> Side:
     from detector.inference.detector import Detector  # results files are compared without torch
 
     detector = Detector.load(checkpoint, device="cpu")
-    index = load_split(evaluation_data(options.to_dict(), detector), "val", class_names=detector.class_names)
+    index = load(evaluation_data(options.data, detector), "val", class_names=detector.class_names)
     if results is None:
         folder = Path(options.out) / name
         shared = {key: getattr(options, key) for key in ScoringOptions.model_fields}
-        evaluate(EvalOptions(**shared, ckpt=str(checkpoint), out=str(folder), report=False))
+        scoring = EvalOptions(**shared, ckpt=str(checkpoint), out=str(folder), report=False)
+        score(scoring, detector, index, Clock())
         results = folder / "detections.json"
     return Side(results, index)
 
@@ -136,11 +142,10 @@ def _common_index(sides: Mapping[str, Side], given: str | None) -> AnnotationInd
         InputError: there is none, or there are two that differ.
     """
     known = {name: side.index for name, side in sides.items() if side.index is not None}
-    if given:
+    if given and all(index.annotation_file.resolve() != Path(given).resolve() for index in known.values()):
         index = read_annotations(given).check()
         images = next(iter(known.values())).image_ids if known else index.image_ids
-        missing = [image_id for image_id in images if image_id not in index.place] if known else []
-        if not missing:
+        if index.place.keys() >= set(images):
             index = index.select([index.place[image_id] for image_id in images])
         known["annotations"] = index
     if not known:
@@ -167,11 +172,10 @@ def _same_objects(one: AnnotationIndex, other: AnnotationIndex) -> bool:
 
 
 def _content(index: AnnotationIndex) -> list[object]:
-    columns = (index.images, index.labels, *index.xywh.T, index.crowd)
-    place = np.argsort(np.argsort([repr(image_id) for image_id in index.image_ids]))  # by id, not by order
-    rows = np.column_stack([place[index.images], *columns[1:]]).astype(np.float64)
-    images = sorted(zip(map(repr, index.image_ids), index.file_names, strict=True))
-    return [images, index.class_names, index.category_ids, sorted(map(tuple, rows.tolist()))]
+    index = index.select(sorted(range(len(index)), key=lambda i: repr(index.image_ids[i])))
+    objects = np.column_stack((index.images, index.labels, index.xywh, index.crowd))
+    images = list(zip(map(repr, index.image_ids), index.file_names, strict=True))
+    return [images, index.class_names, index.category_ids, sorted(map(tuple, objects.tolist()))]
 
 
 def _check_recorded_score(name: str, results: Path, ap: float | None) -> None:

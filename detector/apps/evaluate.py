@@ -11,28 +11,29 @@ report.html.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from detector.apps.report.reporting import ReportOptions, report_on_checkpoint, report_on_export, report_on_results
-from detector.data import progress as bars
+from detector.apps.report.reporting import ReportOptions, write_evaluation_report
 from detector.data.annotations import AnnotationIndex, read_annotations
+from detector.data.progress import progress
 from detector.data.results import Results, read_results, write_results
-from detector.data.splits import load_split
+from detector.data.splits import DataOptions, load_split
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
-from detector.evaluation.metrics import evaluate as score
+from detector.evaluation.metrics import evaluate as evaluate_results
 from detector.evaluation.metrics import format_table, save_metrics
+from detector.inference.runtime import ExportedDetector, is_export
 from detector.options import Count, Natural, Options
 from detector.training.device_options import DeviceOptions
 
 if TYPE_CHECKING:
     from detector.inference.detector import Detector
     from detector.inference.predictor import Predictor
-    from detector.inference.runtime import ExportedDetector
+    from detector.training.task import DetectionTask
 
 log = logging.getLogger(__name__)
 
@@ -103,78 +104,97 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     Raises:
         InputError: an option is missing or contradicts another, or a file is wrong.
     """
-    if options.results:
-        return _evaluate_results(options)
-    from detector.inference.runtime import is_export  # results are scored without torch
+    clock = Clock()
+    detector = _load(options)
+    if detector is None:
+        index = read_annotations(str(options.annotations), options.images).check()
+    else:
+        index = load_split(evaluation_data(options.data, detector), "val", class_names=detector.class_names)
+    return score(options, detector, index, clock)
 
-    if not options.ckpt:
+
+def _load(options: EvalOptions) -> Detector | ExportedDetector | None:
+    """What is to be scored; None for a results file, which is scored without torch."""
+    ckpt, results, limit = options.ckpt, options.results, options.max_proposals
+    if results:
+        if ckpt:
+            raise InputError(f"Both ckpt={ckpt} and results={results}: give one of them.")
+        if not options.annotations:
+            raise InputError(f"results={results} needs the ground truth: add annotations=instances.json.")
+        if limit:
+            raise InputError(f"max_proposals={limit} needs the detector: give ckpt= instead of results=.")
+        return None
+    if not ckpt:
         raise InputError(
             "ckpt is missing: add ckpt=RUN_DIR/best.ckpt; or results=detections.json annotations=instances.json to "
             "score what another detector found."
         )
-    return (_evaluate_export if is_export(options.ckpt) else _evaluate_checkpoint)(options, options.ckpt)
+    if is_export(ckpt):
+        if limit:
+            raise InputError(f"max_proposals={limit}: an export's number of proposals is fixed; score the checkpoint.")
+        return ExportedDetector.load(ckpt)
+    from detector.inference.detector import Detector
+
+    detector = Detector.load(ckpt, device="cpu")  # Lightning moves it to this process's device
+    if limit:
+        rpn = detector.network.rpn
+        rpn.test_limits = rpn.test_limits.model_copy(update={"after_nms": min(limit, rpn.test_limits.after_nms)})
+    return detector
 
 
-def _evaluate_results(options: EvalOptions) -> dict[str, Any]:
-    clock = Clock()
-    path = Path(str(options.results))
-    if options.ckpt:
-        raise InputError(f"Both ckpt={options.ckpt} and results={path}: give one of them.")
-    if not options.annotations:
-        raise InputError(f"results={path} needs the ground truth: add annotations=instances.json.")
-    if options.max_proposals:
-        raise InputError(f"max_proposals={options.max_proposals} needs the detector: give ckpt= instead of results=.")
-    index = read_annotations(options.annotations, options.images).check()
-    results = read_results(path, index)
-    clock.book("load")
-    out = Path(options.out) if options.out else path.parent / "eval"
-    metrics = _score(out, options, clock, index, results, f"{path} against {options.annotations}")
+def score(
+    options: EvalOptions, detector: Detector | ExportedDetector | None, index: AnnotationIndex, clock: Clock
+) -> dict[str, Any]:
+    """As `evaluate`, of a detector and a ground truth that are in memory already.
+
+    Args:
+        options: of the evaluation.
+        detector: a detector on the CPU, or an export; None: `options.results`.
+        index: the images to score it on.
+        clock: what has been spent until here counts as loading.
+    """
+    # With fewer proposals, not where other tools look for the detector's metrics.
+    name = f"eval_{options.max_proposals}_proposals" if options.max_proposals else "eval"
+    out = Path(options.out or Path(str(options.ckpt or options.results)).parent / name)
+    coco: dict[str, Any] | None = None
+    seconds_per_image: Sequence[float] = ()
+    if detector is None:
+        results = read_results(str(options.results), index)
+        clock.book("load")
+    elif isinstance(detector, ExportedDetector):
+        clock.book("load")
+        results = find_all(detector, index, options.val.batch_size)
+        clock.book("predict")
+    else:
+        task, seconds_per_image = _validate(options, detector, index, clock, out)
+        results, coco = task.results, task.figures
+        if not task.trainer.is_global_zero:
+            return coco
+    if coco is not None and options.metrics == "coco":
+        metrics = coco
+    else:
+        metrics = evaluate_results(results, index, options.metrics)
+        clock.book("metrics")
+    _write(options, index, results, metrics, out)
+    clock.book("files")
     if options.report:
-        report_on_results(out, options, clock, index, results, metrics)
-    return metrics
+        write_evaluation_report(out, options, clock, index, results, metrics, detector, seconds_per_image)
+    return coco if coco is not None else metrics
 
 
-def _evaluate_export(options: EvalOptions, ckpt: str) -> dict[str, Any]:
-    if options.max_proposals:
-        raise InputError(
-            f"max_proposals={options.max_proposals}: an export's number of proposals is fixed; score the checkpoint."
-        )
-    from detector.inference.runtime import ExportedDetector
-
-    clock = Clock()
-    detector = ExportedDetector.load(ckpt)
-    index = load_split(evaluation_data(options.to_dict(), detector), "val", class_names=detector.class_names)
-    out = Path(options.out) if options.out else Path(ckpt).parent / "eval"
-    clock.book("load")
-    results = find_all(detector, index, options.val.batch_size)
-    clock.book("predict")
-    metrics = _score(out, options, clock, index, results)
-    if options.report:
-        report_on_export(out, options, clock, detector, index, results, metrics)
-    return metrics
-
-
-def _evaluate_checkpoint(options: EvalOptions, ckpt: str) -> dict[str, Any]:
+def _validate(
+    options: EvalOptions, detector: Detector, index: AnnotationIndex, clock: Clock, out: Path
+) -> tuple[DetectionTask, list[float]]:
+    """Score under Lightning, on whatever devices it has; and the seconds of network and post-process an image."""
     import lightning
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from detector.inference.detector import Detector
     from detector.training.data_module import DetectionData
     from detector.training.task import DetectionTask
     from detector.training.timing import PartTimes
-    from detector.training.trainer import check_writable, devices, is_first_process, progress, ranks_end_together
+    from detector.training.trainer import check_writable, devices, is_first_process, ranks_end_together
+    from detector.training.trainer import progress as progress_arguments
 
-    clock = Clock()
-    device_arguments = devices(options.trainer)
-    detector = Detector.load(ckpt, device="cpu")  # Lightning moves it to this process's device
-    if options.max_proposals:
-        rpn = detector.network.rpn
-        budget = min(options.max_proposals, rpn.test_limits.after_nms)
-        rpn.test_limits = rpn.test_limits.model_copy(update={"after_nms": budget})
-    index = load_split(evaluation_data(options.to_dict(), detector), "val", class_names=detector.class_names)
-    # Not where other tools look for the detector's metrics.
-    name = f"eval_{options.max_proposals}_proposals" if options.max_proposals else "eval"
-    out = Path(options.out) if options.out else Path(ckpt).parent / name
     if is_first_process():
         check_writable(out)
     data = DetectionData(
@@ -187,64 +207,60 @@ def _evaluate_checkpoint(options: EvalOptions, ckpt: str) -> dict[str, Any]:
     task.val_index = index
     times = PartTimes(clock)
     trainer = lightning.Trainer(
-        **device_arguments, **progress(options.trainer, [times]), logger=False, enable_checkpointing=False,
-        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=out,
-    )  # fmt: skip
+        **devices(options.trainer),
+        **progress_arguments(options.trainer, [times]),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # it pads
+        default_root_dir=out,
+    )
     with ranks_end_together(trainer), logging_redirect_tqdm():
         trainer.validate(task, data, verbose=False)
-    if trainer.is_global_zero:
-        known = task.figures if options.metrics == "coco" else None
-        metrics = _score(out, options, clock, index, task.results, known=known)
-        if options.report:
-            detector.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
-            report_on_checkpoint(out, options, clock, detector, index, task.results, metrics, times.seconds_per_image)
-    return task.figures
+    detector.to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
+    return task, times.seconds_per_image
 
 
-def _score(
-    out: Path,
-    options: EvalOptions,
-    clock: Clock,
-    index: AnnotationIndex,
-    results: Results,
-    title: str | None = None,
-    known: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Metrics, those that are known already or new ones, written and logged, with detections that were made here."""
-    metrics = known if known is not None else score(results, index, options.metrics)
-    if known is None:
-        clock.book("metrics")
+def _write(
+    options: EvalOptions, index: AnnotationIndex, results: Results, metrics: Mapping[str, Any], out: Path
+) -> None:
+    """Write and log the metrics; write detections that were made here."""
+    names = ["metrics.json"]
     save_metrics(metrics, out / "metrics.json")
-    names = "metrics.json"
+    title = f"{options.results} against {index.annotation_file}" if options.results else str(index.annotation_file)
     if not options.results:
         write_results(out / "detections.json", results, index)
-        names += ", detections.json"
-    clock.book("files")
-    log.info("\n%s\n", format_table(metrics, title or str(index.annotation_file)))
+        names.append("detections.json")
+    log.info("\n%s\n", format_table(metrics, title))
     if degenerate := index.counts["degenerate"]:
         log.info("%d objects without area in their image count, and can never be found", degenerate)
-    log.info("%s in %s", names, out)
-    return metrics
+    log.info("%s in %s", ", ".join(names), out)
 
 
 def find_all(detector: Predictor, index: AnnotationIndex, batch_size: int) -> Results:
     """What is found on every image of an index."""
     parts = []
-    for start in bars.progress(range(0, len(index), batch_size), "predict", unit="batch"):
+    for start in progress(range(0, len(index), batch_size), "predict", unit="batch"):
         places = range(start, min(start + batch_size, len(index)))
         parts.append(Results.of(places, detector.detect_images([index.read(i) for i in places])))
     return Results.joined(parts)
 
 
-def evaluation_data(config: Mapping[str, Any], detector: Detector | ExportedDetector) -> dict[str, Any]:
-    """The data of the checkpoint's recipe, with what the command line gives instead."""
+def recorded_data(detector: Detector | ExportedDetector) -> DataOptions | None:
+    """The data that a detector was trained on; None where it does not say."""
     recorded = detector.provenance.get("config", {}).get("data")
-    given = config["data"]
-    if recorded is None and not given["root"]:
+    return None if recorded is None else DataOptions.parse_recorded(recorded, "data")
+
+
+def evaluation_data(given: GivenDataOptions, detector: Detector | ExportedDetector) -> DataOptions:
+    """The data that a detector was trained on, with what the command line gives instead.
+
+    Raises:
+        InputError: neither says which data.
+    """
+    data = recorded_data(detector)
+    if data is None and not given.root:
         raise InputError("This checkpoint does not say which data it was trained on; give data.root=DIR.")
-    data = dict(recorded or {"generate": None, "missing": None, "keep_empty": True})
-    if given["root"] and given["root"] != data.get("root"):
-        data |= {"root": given["root"], "generate": None, "missing": None}
-    val = {"annotations": "annotations/val.json", "images": "images", "limit": None} | dict(data.get("val", {}))
-    data["val"] = val | {key: value for key, value in given["val"].items() if value is not None}
-    return data
+    if data is None or (given.root and given.root != data.root):
+        data = (data or DataOptions()).model_copy(update={"root": given.root, "generate": None, "missing": None})
+    return data.model_copy(update={"val": data.val.model_copy(update=given.val.model_dump(exclude_none=True))})

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from pydantic import Field, Strict, field_validator
 
-from detector.apps.evaluate import GivenDataOptions, evaluation_data
+from detector.apps.evaluate import GivenDataOptions, evaluation_data, recorded_data
 from detector.data.annotations import AnnotationIndex
 from detector.data.images import list_images, read_image
 from detector.data.progress import progress
@@ -213,8 +213,8 @@ def accuracy_control(options: ExportOptions, detector: Detector) -> AccuracyCont
     if not options.check:
         log.info("accuracy control is off: check=null sets no limit.")
         return None
-    data = evaluation_data(options.to_dict(), detector)
-    if "train" not in data:
+    data = evaluation_data(options.data, detector)
+    if recorded_data(detector) is None:
         log.info("accuracy control is off: this checkpoint does not say what it was trained on.")
         return None
     with way_out("Or give accuracy_control=false."):
@@ -245,8 +245,9 @@ def validation_images(options: ExportOptions, detector: Detector) -> AnnotationI
     """The first of the validation split."""
     assert options.check is not None
     with way_out("Or give check=null: nothing is compared then."):
-        data = evaluation_data(options.to_dict(), detector)
-        data["val"] = data["val"] | {"limit": options.check.images}
+        data = evaluation_data(options.data, detector)
+        val = data.val.model_copy(update={"limit": options.check.images})
+        data = data.model_copy(update={"val": val})
         return load_split(data, "val", class_names=detector.class_names)
 
 
@@ -268,8 +269,8 @@ def calibration_images(options: ExportOptions, detector: Detector) -> Callable[[
         paths = spread(list_images(options.calibration), options.calibration_images)
         return partial(map, read_image, paths)
     with way_out("Or give calibration=FOLDER of images."):
-        data = evaluation_data(options.to_dict(), detector)
-        if "train" not in data:
+        data = evaluation_data(options.data, detector)
+        if recorded_data(detector) is None:
             raise InputError("This checkpoint does not say what it was trained on.")
         index = load_split(data, "train", class_names=detector.class_names)
     return partial(map, index.read, spread(range(len(index)), options.calibration_images))

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class AnnotationIndex:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    @property
+    @cached_property
     def place(self) -> dict[Any, int]:
         """Place of each image id."""
         return {image_id: i for i, image_id in enumerate(self.image_ids)}

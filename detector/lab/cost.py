@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from detector.models.light_head_rcnn import LightHeadRCNN
 
 
 def parameters(module: nn.Module) -> int:
@@ -28,6 +31,22 @@ def multiply_adds(module: nn.Module, *inputs: Any) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     return counter.get_total_flops() // 2
+
+
+def detection_multiply_adds(network: LightHeadRCNN, height: int, width: int) -> int:
+    """Multiply-adds of a whole detection, from an image on a canvas of this size to boxes."""
+
+    class Detect(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> object:
+            return self.network.detect(images, sizes)
+
+    device = network.mean.device
+    image = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=device)
+    return multiply_adds(Detect(), image, torch.tensor([[height, width]], device=device))
 
 
 def memory_access(module: nn.Module, *inputs: Any) -> int:

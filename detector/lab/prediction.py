@@ -27,7 +27,7 @@ from detector.export.quantize import import_nncf, quiet
 from detector.inference.detector import Detector
 from detector.inference.loading import load
 from detector.inference.runtime import OFTEN, openvino_options
-from detector.lab.cost import multiply_adds
+from detector.lab.cost import detection_multiply_adds, multiply_adds
 from detector.lab.latency import WARM_UP
 from detector.lab.processes import Maker, take_turns_apart
 
@@ -184,17 +184,8 @@ def parts(detector: Detector, image: np.ndarray, turns: int) -> dict[str, float]
 
 def network_multiply_adds(detector: Detector, image: np.ndarray, canvas: tuple[int, int] | None = None) -> int:
     """Multiply-adds of the network on this canvas (height, width), or on the one of this image."""
-
-    class Detect(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = detector.network
-
-        def forward(self, images: Tensor, sizes: Tensor) -> object:
-            return self.network.detect(images, sizes)
-
     height, width = canvas or canvas_size([detector.preprocessing.target_size(*image.shape[:2])])
-    return multiply_adds(Detect(), torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([[height, width]]))
+    return detection_multiply_adds(detector.network, height, width)
 
 
 def peer_multiply_adds(name: str, image: np.ndarray) -> int:

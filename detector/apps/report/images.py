@@ -1,10 +1,10 @@
-"""The worst pictures as a report shows them: small JPEGs within a budget, and the boxes to draw over them."""
+"""The worst images as a report shows them: small JPEGs within a budget, and the boxes to draw over them."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,82 +18,70 @@ from detector.evaluation.worst import worst
 
 # Longest side and JPEG quality, the best first; the last is taken whatever it costs (even noise has under 100 kB).
 _SIZES = ((800, 82), (720, 75), (600, 70), (480, 65), (360, 55), (280, 40))
-# The rest of a picture's hundreds of detections are faint and lie over each other.
-_DETECTIONS, _TRUTHS = 80, 300
+# The rest of an image's hundreds of detections are faint and lie over each other.
+_DETECTIONS, _OBJECTS = 80, 300
 
 
-def worst_at_any_threshold(
-    shown: Sequence[Mapping[str, Any]], results: Results, index: AnnotationIndex
+def worst_images(
+    shown: Sequence[Mapping[str, Any]], results: Results, index: AnnotationIndex, budget: int
 ) -> list[dict[str, Any]]:
-    """The images of `shown` in its order, with all their detections: the reader chooses the threshold.
+    """The worst images as the page needs them, with all their detections: the reader chooses the threshold.
 
     Args:
         shown: what detector.evaluation.worst.worst returned for one threshold.
         results, index: what it was made of.
-    """
-    place = {image_id: i for i, image_id in enumerate(index.image_ids)}
-    places = [place[row["image_id"]] for row in shown]
-    complete = worst(judge(sort_records(results.select(places), index.select(places))), 0.0, len(places))
-    by_id = {row["image_id"]: row for row in complete}
-    # An image without a mistake at threshold 0 is not among the worst there.
-    return [{**by_id.get(old["image_id"], old), "badness": old["badness"]} for old in shown]
+        budget: bytes for all images together, as text.
 
-
-def picture_entries(
-    pictures: Sequence[Mapping[str, Any]],
-    class_names: Sequence[str],
-    read: Callable[[Any], np.ndarray],
-    budget: int,
-) -> Iterator[dict[str, Any]]:
-    """What the page needs of each picture.
-
-    Args:
-        pictures: as `worst` returns them.
-        class_names: boxes name their class by its place here.
-        read: uint8 RGB (h, w, 3) of an image id, in the frame of its boxes.
-        budget: bytes for all pictures together, as text.
-
-    Yields:
+    Returns:
         {"name", "words", "width", "height": of the original, "jpeg": data URI,
          "detections": [{"b": xywh in pixels of the original, "c": class, "s": score, "k": kind,
             "o": place in "objects" of the object that it found or is wrong about, -1 without one}], best first,
-         "objects": [{"b", "c", "crowd"}]}.
+         "objects": [{"b", "c", "crowd"}]} of each, in the order of `shown`.
+
+    Raises:
+        InputError: an image cannot be read.
     """
-    place = {name: i for i, name in enumerate(class_names)}
-    for picture in pictures:
-        image = read(picture["image_id"])
-        height, width = image.shape[:2]
-        truths = picture["truths"][:_TRUTHS]
-        name = picture["file_name"] or f"image {picture['image_id']}"
-        yield {
-            "name": name,
-            "words": f"{len(picture['truths'])} objects, badness {picture['badness']:.3g}",
-            "width": width,
-            "height": height,
-            "jpeg": jpeg_uri(image, budget // len(pictures)),
-            "detections": [
-                {
-                    "b": [round(side, 1) for side in row["bbox"]],
-                    "c": place[row["name"]],
-                    "s": round(row["score"], 4),
-                    "k": row["kind"],
-                    "o": -1 if row["truth"] is None or row["truth"] >= len(truths) else row["truth"],
-                }
-                for row in picture["detections"][:_DETECTIONS]
-            ],
-            "objects": [
-                {
-                    "b": [round(side, 1) for side in row["bbox"]],
-                    "c": place[row["name"]],
-                    "crowd": row["state"] == "crowd",
-                }
-                for row in truths
-            ],
-        }
+    place = index.place
+    places = [place[row["image_id"]] for row in shown]
+    complete = worst(judge(sort_records(results.select(places), index.select(places))), 0.0, len(places))
+    by_id = {row["image_id"]: row for row in complete}
+    return [
+        # An image without a mistake at threshold 0 is not among the worst there.
+        _entry({**by_id.get(old["image_id"], old), "badness": old["badness"]}, index, i, budget // len(shown))
+        for old, i in zip(shown, places, strict=True)
+    ]
+
+
+def _entry(row: Mapping[str, Any], index: AnnotationIndex, i: int, budget: int) -> dict[str, Any]:
+    label = {name: number for number, name in enumerate(index.class_names)}
+    image = index.read(i)
+    height, width = image.shape[:2]
+    objects = row["truths"][:_OBJECTS]
+    return {
+        "name": row["file_name"] or f"image {row['image_id']}",
+        "words": f"{len(row['truths'])} objects, badness {row['badness']:.3g}",
+        "width": width,
+        "height": height,
+        "jpeg": jpeg_uri(image, budget),
+        "detections": [
+            _box(found, label)
+            | {
+                "s": round(found["score"], 4),
+                "k": found["kind"],
+                "o": -1 if found["truth"] is None or found["truth"] >= len(objects) else found["truth"],
+            }
+            for found in row["detections"][:_DETECTIONS]
+        ],
+        "objects": [_box(one, label) | {"crowd": one["state"] == "crowd"} for one in objects],
+    }
+
+
+def _box(row: Mapping[str, Any], label: Mapping[str, int]) -> dict[str, Any]:
+    return {"b": [round(side, 1) for side in row["bbox"]], "c": label[row["name"]]}
 
 
 def jpeg_uri(image: np.ndarray, budget: int) -> str:
-    """A picture, uint8 RGB (h, w, 3), as a JPEG data URI: as large and as good as `budget` characters allow."""
+    """An image, uint8 RGB (h, w, 3), as a JPEG data URI: as large and as good as `budget` characters allow."""
     from PIL import Image
 
     uri = ""

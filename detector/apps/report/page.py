@@ -1,4 +1,4 @@
-"""One HTML file that shows an evaluation: figures, curves, errors, worst pictures; it needs no network and no server.
+"""One HTML file that shows an evaluation: metrics, curves, errors, worst images; it needs no network and no server.
 
 Python chooses and rounds what is shown and puts it into the page as JSON; the page (page.html, beside this file)
 turns it into tables and drawings. It only ever adds text as text, so that no name of a class or file can become markup.
@@ -28,26 +28,26 @@ from detector.files import replacing
 
 # Mail and code hosts show attachments up to some megabytes; a browser opens this at once.
 SIZE_LIMIT = 5_000_000
-# For the pictures, of SIZE_LIMIT; what has the other half are curves and boxes.
-PICTURE_BUDGET = 2_800_000
+# For the images, of SIZE_LIMIT; what has the other half are curves and boxes.
+IMAGE_BUDGET = 2_800_000
 
 WHAT_PARTS_ARE = {
     "load": "checkpoint or results, annotations, start of the loader",
-    "decode": "waiting for pictures: reading, decoding, resizing; loader processes work ahead meanwhile",
+    "decode": "waiting for images: reading, decoding, resizing; loader processes work ahead meanwhile",
     "network": "backbone, neck, RPN with its NMS, light head",
     "post-process": "decoding boxes, NMS by class, boxes in original pixels",
     "metrics": "gathering and scoring",
     "files": "detections.json and metrics.json",
     "diagnosis": "kinds of error, curves, calibration, slices",
-    "proposals": "the two stages apart, on some pictures",
+    "proposals": "the two stages apart, on some images",
     "cost": "counting parameters and multiply-adds",
-    "report": "the worst pictures, read and made small, and this page",
+    "report": "the worst images, read and made small, and this page",
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows. Of a section whose part is None, the reason in `left_out` is shown.
+    """What a page shows. Where a part is None, the reason in `left_out` is shown in its place.
 
     Attributes:
         title: of the page.
@@ -55,7 +55,7 @@ class Report:
         metrics: what detector.evaluation.evaluate returned; it is in the page as it is.
         diagnosis: what detector.evaluation.diagnosis.diagnose returned.
         two_stages: what detector.apps.report.two_stages.two_stages returned.
-        pictures: what report_pictures.picture_entries gave.
+        images: what detector.apps.report.images.worst_images gave.
         cost: {"cards": [(name, number, unit)], "pairs": [(name, text)]} of the model and its speed.
         seconds: of each part of the run.
         provenance: (name, text) pairs.
@@ -67,9 +67,9 @@ class Report:
     title: str
     about: Sequence[str]
     metrics: Mapping[str, Any]
-    diagnosis: Mapping[str, Any] | None = None
+    diagnosis: Mapping[str, Any]
     two_stages: Mapping[str, Any] | None = None
-    pictures: Sequence[Mapping[str, Any]] = ()
+    images: Sequence[Mapping[str, Any]] = ()
     cost: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     provenance: Sequence[tuple[str, str]] = ()
@@ -81,22 +81,20 @@ class Report:
 def write_report(path: str | Path, report: Report) -> int:
     """Write the page, complete or not at all. Returns its size in bytes, at most SIZE_LIMIT.
 
-    Pictures are left out from the end where the page would be larger.
+    Images are left out from the end where the page would be larger.
 
     Raises:
-        InputError: it is too large even without pictures.
+        InputError: it is too large even without images.
     """
-    pictures = list(report.pictures)
-    while True:
-        page = render(report_data(report, pictures), report.title).encode()
+    for count in range(len(report.images), -1, -1):
+        page = render(report_data(report, count), report.title).encode()
         if len(page) <= SIZE_LIMIT:
             break
-        if not pictures:
-            raise InputError(
-                f"{path}: the report would have {len(page):,} bytes, more than {SIZE_LIMIT:,}; leave something out, or "
-                "look into diagnosis.json."
-            )
-        pictures.pop()
+    else:
+        raise InputError(
+            f"{path}: the report would have {len(page):,} bytes, more than {SIZE_LIMIT:,}; leave something out, or "
+            "look into diagnosis.json."
+        )
     with replacing(path) as partial:
         partial.write_bytes(page)
     return len(page)
@@ -122,41 +120,28 @@ def embed(data: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def report_data(report: Report, pictures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def report_data(report: Report, image_count: int) -> dict[str, Any]:
     """What the page's script reads; floats in seven digits but those of `metrics`, which are whole."""
     diagnosis = report.diagnosis
     left_out = dict(report.left_out)
-    sections: dict[str, Any] = {}
-    if diagnosis is not None:
-        makers = {
-            "curves": curve_section,
-            "tide": tide_section,
-            "confusion": confusion_section,
-            "calibration": calibration_section,
-            "slices": slice_section,
-        }
-        sections = {name: make(diagnosis[name]) for name, make in makers.items() if diagnosis.get(name)}
-        if sections.get("curves") is None:
-            left_out["curves"] = "There is no object to find in the annotations, so there is no curve."
-    for name, section in (("curves", "curves"), ("tide", "errors"), ("confusion", "confusion"),
-                          ("calibration", "calibration"), ("slices", "slices")):  # fmt: skip
-        if sections.get(name) is None:
-            left_out.setdefault(section, "The diagnosis was not made, so this is not known.")
-    sections["proposals"] = proposal_section(report.two_stages) if report.two_stages else None
-    if report.two_stages is None:
-        left_out.setdefault("proposals", "The two stages were not looked at apart.")
-    if not pictures:
-        left_out.setdefault("pictures", "There is no picture with an error to show.")
-    if report.cost is None:
-        left_out.setdefault("model", "There is no model: somebody's results were scored.")
-    best = (diagnosis or {}).get("curves", {}).get("f1", {}).get("all")
+    curves = curve_section(diagnosis["curves"])
+    if curves is None:
+        left_out["curves"] = "There is no object to find in the annotations, so there is no curve."
+    if not image_count:
+        left_out.setdefault("pictures", "There is no image with an error to show.")
+    best = diagnosis["curves"]["f1"]["all"]
     data = {
-        "about": list(report.about),
+        "about": report.about,
         "best": best["best"] if best else None,
         "classes": class_section(report.metrics, diagnosis),
-        "names": _names(report),
-        **sections,
-        "pictures": _picture_section(report, pictures),
+        "names": list(report.metrics.get("per_class", {})),
+        "curves": curves,
+        "tide": tide_section(diagnosis["tide"]),
+        "confusion": confusion_section(diagnosis["confusion"]),
+        "calibration": calibration_section(diagnosis["calibration"]),
+        "slices": slice_section(diagnosis["slices"]),
+        "proposals": proposal_section(report.two_stages) if report.two_stages else None,
+        "pictures": _image_section(report, image_count),
         "cost": report.cost,
         "times": _time_section(report.seconds),
         "extra": [
@@ -188,20 +173,15 @@ def format_times(seconds: Mapping[str, float]) -> str:
     return f"{sum(seconds.values()):.1f} s: {parts}"
 
 
-def _names(report: Report) -> list[str]:
-    return list(report.metrics.get("per_class", {}))
-
-
-def _picture_section(report: Report, pictures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    threshold = (report.diagnosis or {}).get("score_threshold", 0.5)
-    left = len(report.pictures) - len(pictures)
+def _image_section(report: Report, count: int) -> dict[str, Any]:
+    threshold = report.diagnosis["score_threshold"]
     text = (
-        f"The {len(pictures)} pictures with the most errors at scores from {threshold:.2f}: one for each object that "
+        f"The {count} images with the most errors at scores from {threshold:.2f}: one for each object that "
         "was not found, and the score of each wrong detection. Move the threshold to see which boxes it leaves."
     )
-    if left:
+    if left := len(report.images) - count:
         text += f" {left} more would have made this file too large."
-    return {"text": text, "threshold": round(float(threshold), 2), "list": list(pictures)}
+    return {"text": text, "threshold": round(float(threshold), 2), "list": report.images[:count]}
 
 
 def _time_section(seconds: Mapping[str, float]) -> dict[str, Any]:

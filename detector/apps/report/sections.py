@@ -24,25 +24,22 @@ _SLICES = {
     "aspect": ("Shape of the box", "width to height"),
     "neighbours": ("Objects that it touches", "neighbours"),
     "overlap": ("Largest overlap with another object", "IoU"),
-    "objects": ("Objects in the picture", "objects"),
-    "brightness": ("Brightness of the picture, thirds", "mean grey, 0 to 1"),
-    "contrast": ("Contrast of the picture, thirds", "deviation of grey"),
-    "sharpness": ("Sharpness of the picture, thirds", "variance of the Laplacian"),
-    "resolution": ("Resolution of the picture, thirds", "root of the pixels"),
+    "objects": ("Objects in the image", "objects"),
+    "brightness": ("Brightness of the image, thirds", "mean grey, 0 to 1"),
+    "contrast": ("Contrast of the image, thirds", "deviation of grey"),
+    "sharpness": ("Sharpness of the image, thirds", "variance of the Laplacian"),
+    "resolution": ("Resolution of the image, thirds", "root of the pixels"),
 }
 _SIZES = ("all", "small", "medium", "large")
 
 
-def class_section(metrics: Mapping[str, Any], diagnosis: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A row for each class; what the diagnosis knows of it where there is one."""
-    per_class = metrics.get("per_class", {})
-    if diagnosis is None:
-        return {"columns": ["class", "AP"], "rows": [[name, value] for name, value in per_class.items()]}
+def class_section(metrics: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each class, with what the diagnosis knows of it."""
     curves = diagnosis["curves"]
     confusion = diagnosis["confusion"]
     objects = {name: sum(row) for name, row in zip(confusion["names"], confusion["matrix"], strict=True)}
     rows = []
-    for name, value in per_class.items():
+    for name, value in metrics.get("per_class", {}).items():
         precision = curves["precision_50_per_class"].get(name)
         best = (curves["f1"]["per_class"].get(name) or {}).get("best", {})
         rows.append(
@@ -127,7 +124,7 @@ def confusion_section(confusion: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def calibration_section(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """All but the figures of each class, which are in the table of classes."""
+    """All but the values of each class, which are in the table of classes."""
     return {key: value for key, value in calibration.items() if key != "per_class"}
 
 
@@ -136,17 +133,15 @@ def slice_section(slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
     tables = []
     for key, rows in slices.items():
         title, by = _SLICES.get(key, (key.replace("_", " "), key))
-        counted = "images" if rows and "images" in rows[0] else "truths"
-        shown = [[row["name"], row["AP"], row["AP50"], row[counted]] for row in rows]
-        tables.append(
-            {"title": title, "by": by, "counted": "pictures" if counted == "images" else "objects", "rows": shown}
-        )
+        key, counted = ("images", "images") if rows and "images" in rows[0] else ("truths", "objects")
+        shown = [[row["name"], row["AP"], row["AP50"], row[key]] for row in rows]
+        tables.append({"title": title, "by": by, "counted": counted, "rows": shown})
     text = (
         "AP on parts of the data. Objects outside a part are ignored, not missed, and so are detections outside it "
         "that match nothing."
     )
     if "brightness" not in slices:
-        text += " No picture was read for this, so there is nothing by brightness, contrast, sharpness or resolution."
+        text += " No image was read for this, so there is nothing by brightness, contrast, sharpness or resolution."
     return {"text": text, "tables": tables}
 
 
@@ -182,8 +177,8 @@ def proposal_section(stages: Mapping[str, Any]) -> dict[str, Any]:
     known = [row for row in budgets if row["AP"] is not None]
     return {
         "text": (
-            f"The two stages apart, on {stages['images']} pictures, one at a time. The network proposes at most "
-            f"{stages['limit']} boxes a picture; {stages['ms_shared']:.3g} ms are spent before the head, whatever "
+            f"The two stages apart, on {stages['images']} images, one at a time. The network proposes at most "
+            f"{stages['limit']} boxes an image; {stages['ms_shared']:.3g} ms are spent before the head, whatever "
             "their number."
         ),
         "tradeoff": {
