@@ -289,8 +289,16 @@ def test_mobilenet_v2_is_torchvision_s(monkeypatch: pytest.MonkeyPatch) -> None:
         load_weights(build_backbone(parse_backbone(narrow)), "imagenet")
 
 
-@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small", "regnet_y_400mf", "densenet121"])
-def test_torchvision_s_models_load_whole(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "trunk"),
+    [
+        ("resnet18", "layer4"),
+        ("mobilenet_v3_small", "features"),
+        ("regnet_y_400mf", "trunk_output"),
+        ("densenet121", "features"),
+    ],
+)
+def test_torchvision_s_models_load_whole(model: str, trunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     theirs = randomise(torchvision.models.get_model(model, weights=None))
     content = theirs.state_dict()
@@ -306,7 +314,7 @@ def test_torchvision_s_models_load_whole(model: str, monkeypatch: pytest.MonkeyP
     assert len(report.matched) + len(report.ignored) == len(content)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     seen: list[Tensor] = []
-    theirs.get_submodule(backbone.path[-1]).register_forward_hook(lambda *args: seen.append(args[-1].relu()))
+    theirs.get_submodule(trunk).register_forward_hook(lambda *args: seen.append(args[-1].relu()))
     with torch.no_grad():
         theirs.double()(images)
         got = backbone.double()(images)["c5"]
