@@ -84,7 +84,7 @@ def test_random_results_are_judged_as_by_a_plain_loop(seed: int):
     row_of = {tuple(row["bbox"]): place for place, row in enumerate(results)}
     places = [row_of[tuple(box)] for box in records.results.boxes.tolist()]
     assert [KINDS[kind] for kind in outcomes.kind] == [kinds[place] for place in places]
-    boxes = [tuple(records.index.xywh[g]) if g >= 0 else None for g in outcomes.truth]
+    boxes = [tuple(records.index.xywh[g]) if g >= 0 else None for g in outcomes.about]
     truths = [ground_truth["annotations"][about[p]]["bbox"] if about[p] is not None else None for p in places]
     assert boxes == [tuple(box) if box else None for box in truths]
     wanted = [naive_iou(results[p]["bbox"], box) if box else 0.0 for p, box in zip(places, truths, strict=True)]

@@ -9,7 +9,8 @@ from judged_rows import random_rows
 from scored_rows import evaluate, read_records
 
 from detector.errors import InputError
-from detector.evaluation.records import Quantity, evaluator, existing_mean
+from detector.evaluation.backends import hotcoco_evaluation
+from detector.evaluation.records import evaluator, existing_mean
 
 
 def test_rows_come_by_image_and_by_score_with_the_ids_of_the_data_set():
@@ -67,19 +68,20 @@ def test_the_hundred_best_of_an_image_and_class_are_kept():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_evaluator_gives_cocos_figures(seed: int):
+def test_the_evaluator_gives_cocos_metrics(seed: int):
     ground_truth, results = random_rows(seed, images=20)
     wanted = evaluate(results, ground_truth, metrics="pycocotools")
     records = read_records(results, ground_truth)
     own_areas = records.results.boxes[:, 2] * records.results.boxes[:, 3]
     ranges = [(0.0, 1e10), (0.0, 1024.0), (1024.0, 9216.0), (9216.0, 1e10)]
 
-    for quantity in (
-        None,
-        Quantity(records.index.areas, None, ranges),
-        Quantity(records.index.areas, own_areas, ranges),
-    ):
-        scores = evaluator(records, quantity=quantity)
+    areas = records.index.areas
+    for given in ({}, {"areas": areas}, {"areas": areas, "detection_areas": own_areas}):
+        scores = hotcoco_evaluation(records.results, records.index, **given)
+        if given:
+            scores.params.areaRng = [list(limits) for limits in ranges]
+            scores.params.areaRngLbl = list("abcd")
+        scores.evaluate()
         scores.accumulate()
         found = [existing_mean(scores.eval["precision"][:, :, :, place, -1]) for place in range(4)]
         assert found == [pytest.approx(wanted[name]) for name in ("AP", "APs", "APm", "APl")]

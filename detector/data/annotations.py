@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def id_order(value: Any) -> tuple[bool, Any]:
 
 def look_up(ids: Sequence[Hashable], known: Mapping[Any, int]) -> tuple[np.ndarray, np.ndarray]:
     """Numbers (N,) int64 of ids, -1 for unknown ones; and (N,) bool, which were only found as text or as number."""
-    found = np.fromiter((known.get(value, -1) for value in ids), np.int64, len(ids))
+    found = np.fromiter(map(known.get, ids, repeat(-1)), np.int64, len(ids))
     other_type = np.zeros(len(ids), bool)
     for place in np.flatnonzero(found < 0).tolist():
         found[place] = known.get(_other_type(ids[place]), -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,8 +71,11 @@ class Results:
         """All detections, in the order of the images; within one, in the order given."""
         listed = [cls.of([], []), *parts]
         columns = [np.concatenate([getattr(part, name) for part in listed]) for name in vars(listed[0])]
-        order = np.argsort(columns[0], kind="stable")
-        return cls(*(column[order] for column in columns))
+        return cls(*columns).rows(np.argsort(columns[0], kind="stable"))
+
+    def rows(self, which: np.ndarray) -> Results:
+        """These detections only: a mask (D,), or numbers of rows in their new order."""
+        return Results(*(column[which] for column in vars(self).values()))
 
     def select(self, places: Sequence[int] | np.ndarray) -> Results:
         """Those on these images, in the order given, with places in `index.select(places)`."""
@@ -80,9 +83,8 @@ class Results:
         size = 1 + max(self.images.max(initial=-1), chosen.max(initial=-1))
         new = np.full(size, -1)
         new[chosen] = np.arange(len(chosen))
-        images = new[self.images]
-        kept = images >= 0
-        return Results(images[kept], self.labels[kept], self.boxes[kept], self.scores[kept])
+        moved = replace(self, images=new[self.images])
+        return moved.rows(moved.images >= 0)
 
 
 def read_results(source: str | Path | Sequence[Mapping[str, Any]], index: AnnotationIndex) -> Results:
@@ -107,9 +109,8 @@ def read_results(source: str | Path | Sequence[Mapping[str, Any]], index: Annota
     known = dict.fromkeys(index.other_ids, len(index)) | {number: i for i, number in enumerate(index.image_ids)}
     images = _numbers_of(image_ids, known, where, "image")
     labels = _numbers_of(category_ids, {n: i for i, n in enumerate(index.category_ids)}, where, "category")
-    kept = images < len(index)
-    xywh, confidence = _finite(boxes, "bbox", (4,), where), _finite(scores, "score", (), where)
-    return Results(images[kept], labels[kept], xywh[kept], confidence[kept])
+    found = Results(images, labels, _finite(boxes, "bbox", (4,), where), _finite(scores, "score", (), where))
+    return found.rows(images < len(index)) if index.other_ids else found
 
 
 def write_results(path: str | Path, results: Results, index: AnnotationIndex) -> None:

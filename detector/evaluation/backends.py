@@ -1,7 +1,7 @@
 """Two packages that match detections with objects as COCO does: hotcoco, which is fast, and pycocotools, the original.
 
 Why hotcoco. 5,000 images, 36,000 objects and 500,000 detections of 80 classes, two CPU cores, arrays in memory to
-figures (the slow test of tests/test_evaluation_backends.py prints the first and the last column again):
+metrics (the slow test of tests/test_evaluation_backends.py prints the first and the last column again):
 
                                 pycocotools 2.0.11    faster-coco-eval 1.8.0    hotcoco 1.3.0
     seconds                     48                    7.4                       0.42
@@ -10,7 +10,7 @@ figures (the slow test of tests/test_evaluation_backends.py prints the first and
 
 It is under MIT, needs numpy alone, and has one 3 MB wheel for all versions of Python on each of Linux (x86-64,
 ARM64; glibc), macOS (both) and Windows (x86-64). It is young and has one author: pycocotools stays a choice, and
-the oracle of the tests. hotcoco also knows LVIS's protocol; its figures are those of lvis-api 0.5.3.
+the oracle of the tests. hotcoco also knows LVIS's protocol; its metrics are those of lvis-api 0.5.3.
 """
 
 from __future__ import annotations
@@ -43,20 +43,7 @@ def score_with_hotcoco(results: Results, index: AnnotationIndex, *, federated: b
     Raises:
         InputError: hotcoco is not installed; federated, and the ground truth does not say what was looked for.
     """
-    try:
-        import hotcoco
-    except ImportError as error:
-        raise InputError(
-            "Scoring needs the package hotcoco: pip install '.[train]'. Where it cannot be had, "
-            "detector.evaluation.evaluate(..., metrics='pycocotools') gives the same figures."
-        ) from error
-    images = [{"id": place} | (_looked_for(index, place) if federated else {}) for place in range(len(index))]
-    objects = hotcoco.COCO.from_arrays(
-        images, _categories(index), index.images, index.labels, index.xywh,
-        ids=np.arange(1, len(index.labels) + 1), area=index.areas, iscrowd=index.crowd.astype(np.int64),
-    )  # fmt: skip
-    rows = np.column_stack((results.images, results.boxes, results.scores, results.labels))
-    return _run(hotcoco.COCOeval(objects, objects.load_res(rows), "bbox", lvis_style=federated))
+    return _run(hotcoco_evaluation(results, index, federated=federated))
 
 
 def score_with_pycocotools(results: Results, index: AnnotationIndex) -> Scores:
@@ -65,11 +52,69 @@ def score_with_pycocotools(results: Results, index: AnnotationIndex) -> Scores:
     Raises:
         InputError: pycocotools is not installed.
     """
+    return _run(pycocotools_evaluation(results, index))
+
+
+def hotcoco_evaluation(
+    results: Results,
+    index: AnnotationIndex,
+    *,
+    federated: bool = False,
+    crowds: bool = True,
+    areas: np.ndarray | None = None,
+    detection_areas: np.ndarray | None = None,
+) -> Any:
+    """A hotcoco COCOeval before it matches; its image ids are places in the index, its category ids are labels.
+
+    Args:
+        results, index: what is scored, and against what.
+        federated: by LVIS's rules.
+        crowds: with crowd regions.
+        areas: (B,) float64, what takes the place of the objects' areas; None: their areas.
+        detection_areas: (D,) float64, the same of the detections; None: the areas of their boxes.
+
+    Raises:
+        InputError: as `score_with_hotcoco`.
+    """
+    try:
+        import hotcoco
+    except ImportError as error:
+        raise InputError(
+            "Scoring needs the package hotcoco: pip install '.[train]'. Where it cannot be had, "
+            "detector.evaluation.evaluate(..., metrics='pycocotools') gives the same metrics."
+        ) from error
+    images = [{"id": place} | (_looked_for(index, place) if federated else {}) for place in range(len(index))]
+    categories = _categories(index)
+    kept = np.flatnonzero(~index.crowd | crowds)
+    objects = hotcoco.COCO.from_arrays(
+        images,
+        categories,
+        index.images[kept],
+        index.labels[kept],
+        index.xywh[kept],
+        ids=np.arange(1, len(kept) + 1),
+        area=(index.areas if areas is None else areas)[kept],
+        iscrowd=index.crowd[kept].astype(np.int64),
+    )
+    if detection_areas is None:
+        found = objects.load_res(np.column_stack((results.images, results.boxes, results.scores, results.labels)))
+    else:  # not load_res: it would put the areas of the boxes in their place
+        rows = _rows(results.images, results.labels, results.boxes, area=detection_areas, score=results.scores)
+        found = hotcoco.COCO({"images": images, "categories": categories, "annotations": rows})
+    return hotcoco.COCOeval(objects, found, "bbox", lvis_style=federated)
+
+
+def pycocotools_evaluation(results: Results, index: AnnotationIndex) -> Any:
+    """A pycocotools COCOeval before it matches, with ids as in `hotcoco_evaluation`.
+
+    Raises:
+        InputError: pycocotools is not installed.
+    """
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise InputError("metrics=pycocotools needs the package pycocotools: pip install '.[train]'.") from error
+        raise InputError("This needs the package pycocotools: pip install '.[train]'.") from error
 
     def api_of(annotations: list[dict[str, Any]]) -> Any:
         # Not COCO.loadRes: it fails on an empty list and on a ground truth without `info`.
@@ -83,7 +128,7 @@ def score_with_pycocotools(results: Results, index: AnnotationIndex) -> Scores:
     areas = results.boxes[:, 2] * results.boxes[:, 3]
     detections = _rows(results.images, results.labels, results.boxes, area=areas, score=results.scores)
     with redirect_stdout(io.StringIO()):
-        return _run(COCOeval(api_of(objects), api_of(detections), "bbox"))
+        return COCOeval(api_of(objects), api_of(detections), "bbox")
 
 
 def _run(evaluation: Any) -> Scores:

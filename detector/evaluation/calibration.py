@@ -25,14 +25,14 @@ def calibration(outcomes: Outcomes, bins: int = 10) -> dict[str, Any]:
          "per_class": {class name: ECE, None for a class without detections}.}
     """
     records = outcomes.records
-    figures = evaluator(records, keep=outcomes.counted, crowds=False).calibration(bins, FOREGROUND)
+    measured = evaluator(records, outcomes.counted).calibration(bins, FOREGROUND)
     return {
         "iou": FOREGROUND,
-        "count": int(figures["num_detections"]),
-        "ece": float(figures["ece"]),
-        "mce": float(figures["mce"]),
-        "bins": [_bin(row) for row in figures["bins"]],
-        "per_class": {name: figures["per_category"].get(name) for name in records.index.class_names},
+        "count": int(measured["num_detections"]),
+        "ece": float(measured["ece"]),
+        "mce": float(measured["mce"]),
+        "bins": [_bin(row) for row in measured["bins"]],
+        "per_class": {name: measured["per_category"].get(name) for name in records.index.class_names},
     }
 
 

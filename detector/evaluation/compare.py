@@ -26,7 +26,7 @@ from detector.evaluation.resampling import (
 )
 from detector.evaluation.tables import markdown_table
 
-# The range of areas, and the IoU thresholds of 0.50:0.95, that a figure is the mean of.
+# The range of areas, and the IoU thresholds of 0.50:0.95, that a metric is the mean of.
 METRICS: dict[str, tuple[str, slice]] = {
     "AP": ("all", slice(None)),
     "AP50": ("all", slice(0, 1)),
@@ -108,9 +108,9 @@ def mean_precision(precision: np.ndarray) -> np.ndarray:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
-    """b - a with its percentile interval; a, b: (1 + S,), the figure itself and then that of each draw.
+    """b - a with its percentile interval; a, b: (1 + S,), the metric itself and then that of each draw.
 
-    Draws in which the figure does not exist (no object of a rare class was drawn) are left out.
+    Draws in which the metric does not exist (no object of a rare class was drawn) are left out.
     """
     if np.isnan(a[0]) or np.isnan(b[0]):
         return dict.fromkeys(("a", "b", "difference", "low", "high", "b_better"))
@@ -235,7 +235,7 @@ def format_comparison(result: Mapping[str, Any], a: str, b: str, images: int = 5
         rows.append(
             [name, _number(row["a"]), _number(row["b"]), _number(row["difference"], sign=True), interval, share]
         )
-    table = markdown_table(("figure", "a", "b", "b - a", "95% interval", "b better"), rows)
+    table = markdown_table(("metric", "a", "b", "b - a", "95% interval", "b better"), rows)
     lines = [f"a: {a}", f"b: {b}", f"{result['images']} images, {result['draws']} draws", "", table]
     for key in ("better", "worse"):
         if rows := [

@@ -17,12 +17,12 @@ def confusion(outcomes: Outcomes, score_threshold: float) -> dict[str, Any]:
     Returns:
         {"score_threshold": float, "iou": 0.5,
          "names": K class names and "background",
-         "matrix": (K + 1, K + 1) counts; rows are the truth, columns the detection, so that the last column holds
-            objects that nothing was found for, and the last row detections where there is nothing.}
+         "matrix": (K + 1, K + 1) counts; rows are the ground truth, columns the detections, so that the last column
+            holds objects that nothing was found for, and the last row detections where there is nothing.}
     """
     records = outcomes.records
     keep = outcomes.counted & (records.results.scores >= score_threshold)
-    matrix = evaluator(records, keep=keep, crowds=False).confusion_matrix(iou_thr=FOREGROUND)["matrix"]
+    matrix = evaluator(records, keep).confusion_matrix(iou_thr=FOREGROUND)["matrix"]
     return {
         "score_threshold": float(score_threshold),
         "iou": FOREGROUND,

@@ -15,18 +15,19 @@ THRESHOLDS = np.arange(101) / 100
 def curves(outcomes: Outcomes) -> dict[str, Any]:
     """The curves as plain lists.
 
-    Precision and recall are COCO's: interpolated at 101 points of recall, the mean over the classes that have truths,
+    Precision and recall are COCO's: interpolated at 101 points of recall, the mean over the classes that have objects,
     so that the mean of a curve is AP50 or AP. F1 is at IoU 0.5 and not interpolated; that over all classes pools the
-    detections and truths of all.
+    detections and objects of all.
 
     Returns:
         {"recall": 101 values from 0 to 1,
-         "precision_50": 101 values at IoU 0.5, "precision": their mean over IoU 0.50:0.95; None without truths,
-         "precision_50_per_class": {class name: 101 values, or None without truths},
+         "precision_50": 101 values at IoU 0.5, "precision": their mean over IoU 0.50:0.95; None without objects,
+         "precision_50_per_class": {class name: 101 values, or None without objects},
          "f1": {"thresholds": 101 values from 0 to 1,
-                "all": CURVE, "per_class": {class name: CURVE, or None without truths}}}
+                "all": CURVE, "per_class": {class name: CURVE, or None without objects}}}
         with CURVE {"f1", "precision", "recall": 101 values each; precision is None where nothing is left,
-        "best": {"threshold", "f1", "precision", "recall"}, of equally good thresholds the lowest}, None without truths.
+        "best": {"threshold", "f1", "precision", "recall"}, of equally good thresholds the lowest}, None without
+        objects.
     """
     scores = evaluator(outcomes.records)
     scores.accumulate()
@@ -47,7 +48,7 @@ def curves(outcomes: Outcomes) -> dict[str, Any]:
 
 def _f1(outcomes: Outcomes) -> dict[str, Any]:
     records = outcomes.records
-    truths = np.bincount(records.index.labels[~records.index.crowd], minlength=len(records.index.class_names))
+    objects = np.bincount(records.index.labels[~records.index.crowd], minlength=len(records.index.class_names))
     counts = [
         (_at_least(outcomes, label, outcomes.kind == CORRECT), _at_least(outcomes, label, outcomes.counted))
         for label in range(len(records.index.class_names))
@@ -55,9 +56,9 @@ def _f1(outcomes: Outcomes) -> dict[str, Any]:
     totals = np.array(counts, np.int64).reshape(-1, 2, len(THRESHOLDS)).sum(axis=0)
     return {
         "thresholds": THRESHOLDS.tolist(),
-        "all": _curve(totals[0], totals[1], int(truths.sum())),
+        "all": _curve(totals[0], totals[1], int(objects.sum())),
         "per_class": {
-            name: _curve(*counts[label], int(truths[label])) for label, name in enumerate(records.index.class_names)
+            name: _curve(*counts[label], int(objects[label])) for label, name in enumerate(records.index.class_names)
         },
     }
 
@@ -68,12 +69,12 @@ def _at_least(outcomes: Outcomes, label: int, which: np.ndarray) -> np.ndarray:
     return len(scores) - np.searchsorted(scores, THRESHOLDS, side="left")
 
 
-def _curve(correct: np.ndarray, found: np.ndarray, truths: int) -> dict[str, Any] | None:
-    if not truths:
+def _curve(correct: np.ndarray, found: np.ndarray, objects: int) -> dict[str, Any] | None:
+    if not objects:
         return None
     precision = np.divide(correct, found, out=np.full(len(found), np.nan), where=found > 0)
-    recall = correct / truths
-    f1 = 2 * correct / (found + truths)
+    recall = correct / objects
+    f1 = 2 * correct / (found + objects)
     best = int(f1.argmax())
     values = {"f1": f1.tolist(), "precision": _listed(precision), "recall": recall.tolist()}
     return values | {"best": {"threshold": float(THRESHOLDS[best])} | {name: row[best] for name, row in values.items()}}

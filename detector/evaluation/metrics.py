@@ -21,7 +21,7 @@ from typing import Any
 from detector.data.annotations import AnnotationIndex
 from detector.data.results import Results
 from detector.errors import InputError
-from detector.evaluation.backends import Scores, score_with_hotcoco, score_with_pycocotools
+from detector.evaluation.backends import score_with_hotcoco, score_with_pycocotools
 from detector.evaluation.records import by_id
 from detector.evaluation.tables import markdown_table
 from detector.evaluation.voc import score_voc
@@ -60,19 +60,16 @@ def evaluate(results: Results, index: AnnotationIndex, metrics: str = "coco") ->
     if metrics == "voc":
         return score_voc(results, index)
     names = LVIS_METRICS if metrics == "lvis" else METRICS
-    scores = _score(results, index, metrics)
+    if metrics == "pycocotools":
+        scores = score_with_pycocotools(results, index)
+    else:
+        scores = score_with_hotcoco(results, index, federated=metrics == "lvis")
     found: dict[str, Any] = dict(zip(names, map(_existing, scores.stats), strict=True))
     precision = scores.precision[:, :, :, 0, -1]  # (IoU, recall, class): all areas, most detections
     found["per_class"] = {
         name: _existing(precision[:, :, place].mean()) for place, name in enumerate(index.class_names)
     }
     return found
-
-
-def _score(results: Results, index: AnnotationIndex, metrics: str) -> Scores:
-    if metrics == "pycocotools":
-        return score_with_pycocotools(results, index)
-    return score_with_hotcoco(results, index, federated=metrics == "lvis")
 
 
 def _existing(value: float) -> float | None:

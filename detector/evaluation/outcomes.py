@@ -14,11 +14,11 @@ from detector.data.boxes import box_iou
 from detector.evaluation.records import Records
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
-# Of a detection. ignored: inside a crowd region of its class, which COCO does not count.
+# Kinds of detection. ignored: inside a crowd region of its class, which COCO does not count.
 KINDS = ("correct", "ignored", "localisation", "classification", "duplicate", "background", "both")
 CORRECT, IGNORED, LOCALISATION, CLASSIFICATION, DUPLICATE, BACKGROUND_KIND, BOTH = range(len(KINDS))
 WRONG = KINDS[2:]
-# Of a truth. mistaken: not found, but a localisation or classification error is about it; missed: neither.
+# States of an object. mistaken: not found, but a localisation or classification error is about it; missed: neither.
 STATES = ("found", "mistaken", "missed", "crowd")
 FOUND, MISTAKEN, MISSED, CROWD = range(len(STATES))
 
@@ -30,13 +30,14 @@ class Outcomes:
     Attributes:
         records: what was judged.
         kind: (D,) int64 index into KINDS.
-        truth: (D,) int64, the truth that the detection found, or is wrong about; -1 for ignored and background.
-        iou: (D,) float64, with that truth; 0 without one.
+        about: (D,) int64, the object (row of the index) that the detection found, or is wrong about; -1 for ignored
+            and background.
+        iou: (D,) float64, with that object; 0 without one.
     """
 
     records: Records
     kind: np.ndarray
-    truth: np.ndarray
+    about: np.ndarray
     iou: np.ndarray
 
     @property
@@ -50,11 +51,11 @@ class Outcomes:
         return self.counted & (self.kind != CORRECT)
 
     def states(self, score_threshold: float = 0.0) -> np.ndarray:
-        """What became of each truth, (G,) int64 index into STATES, by the detections of at least this score."""
+        """What became of each object, (G,) int64 index into STATES, by the detections of at least this score."""
         above = self.records.results.scores >= score_threshold
         states = np.full(len(self.records.index.crowd), MISSED)
-        states[self.truth[above & ((self.kind == LOCALISATION) | (self.kind == CLASSIFICATION))]] = MISTAKEN
-        states[self.truth[above & (self.kind == CORRECT)]] = FOUND
+        states[self.about[above & ((self.kind == LOCALISATION) | (self.kind == CLASSIFICATION))]] = MISTAKEN
+        states[self.about[above & (self.kind == CORRECT)]] = FOUND
         states[self.records.index.crowd] = CROWD
         return states
 
@@ -67,19 +68,19 @@ def judge(records: Records) -> Outcomes:
     detection has), background (at most 0.1 with anything), both (the rest). Crowd regions are no objects here.
     """
     kind = np.full(len(records.results), BACKGROUND_KIND)
-    truth = np.full(len(records.results), -1)
+    about = np.full(len(records.results), -1)
     iou = np.zeros(len(records.results))
-    objects, boxes = corners(records.index.xywh), corners(records.results.boxes)
-    for truths, found in records.per_image():
-        if truths.start == truths.stop or found.start == found.stop:
+    annotated, boxes = corners(records.index.xywh), corners(records.results.boxes)
+    for objects, found in records.per_image():
+        if objects.start == objects.stop or found.start == found.stop:
             continue
         kind[found], index, iou[found] = _judge_image(
-            box_iou(boxes[found], objects[truths], records.index.crowd[truths]),
-            records.results.labels[found, None] == records.index.labels[truths],
-            records.index.crowd[truths],
+            box_iou(boxes[found], annotated[objects], records.index.crowd[objects]),
+            records.results.labels[found, None] == records.index.labels[objects],
+            records.index.crowd[objects],
         )
-        truth[found] = np.where(index >= 0, index + truths.start, -1)
-    return Outcomes(records, kind, truth, iou)
+        about[found] = np.where(index >= 0, index + objects.start, -1)
+    return Outcomes(records, kind, about, iou)
 
 
 def corners(xywh: np.ndarray) -> np.ndarray:
@@ -88,7 +89,7 @@ def corners(xywh: np.ndarray) -> np.ndarray:
 
 
 def _judge_image(iou: np.ndarray, same: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kind, truth and IoU (D,) each, of the detections of one image, best first; IoU (D, G), same class (D, G)."""
+    """Kind, object and IoU (D,) each, of the detections of one image, best first; IoU (D, G), same class (D, G)."""
     matched = _match(np.where(same & ~crowd, iou, 0.0))
     own, other = np.where(same & ~crowd, iou, 0.0), np.where(same | crowd, 0.0, iou)
     best_own, best_other = own.max(axis=1), other.max(axis=1)
@@ -102,12 +103,12 @@ def _judge_image(iou: np.ndarray, same: np.ndarray, crowd: np.ndarray) -> tuple[
     )
     conditions = [condition for condition, _, _ in choices]
     kind = np.select(conditions, [kind for _, kind, _ in choices], BOTH)
-    truth = np.select(conditions, [truth for _, _, truth in choices], other.argmax(axis=1))
-    return kind, truth, np.where(truth >= 0, iou[np.arange(len(iou)), truth], 0.0)
+    about = np.select(conditions, [place for _, _, place in choices], other.argmax(axis=1))
+    return kind, about, np.where(about >= 0, iou[np.arange(len(iou)), about], 0.0)
 
 
 def _match(iou: np.ndarray) -> np.ndarray:
-    """COCO's greedy matching: the truth (D,) of each detection, best first, or -1. IoU (D, G), 0 where none may be."""
+    """COCO's greedy matching: the object (D,) of each detection, best first, or -1. IoU (D, G), 0 where none may be."""
     matched = np.full(len(iou), -1)
     free = iou.copy()
     for row in np.flatnonzero((iou >= FOREGROUND).any(axis=1)):

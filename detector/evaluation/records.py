@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from detector.data.annotations import AnnotationIndex, id_order
 from detector.data.results import Results
-from detector.errors import InputError
+from detector.evaluation.backends import hotcoco_evaluation
 
 # COCO scores this many detections an image and class.
 MAX_DETECTIONS = 100
@@ -49,8 +49,7 @@ class Records:
 def sort_records(results: Results, index: AnnotationIndex) -> Records:
     """In order. Detections beyond COCO's 100 an image and class are left out: they never count."""
     results, index = by_id(results, index)
-    best = _best(results)
-    return Records(index, Results(*(column[best] for column in vars(results).values())))
+    return Records(index, results.rows(_best(results)))
 
 
 def _best(found: Results) -> np.ndarray:
@@ -63,55 +62,17 @@ def _best(found: Results) -> np.ndarray:
     return kept[np.lexsort((-found.scores[kept], found.images[kept]))]
 
 
-@dataclass(frozen=True, eq=False)
-class Quantity:
-    """What to slice by in the place of COCO's area.
-
-    Attributes:
-        objects: (G,) float64, of each object.
-        detections: (D,) float64, of each detection; None: its area.
-        ranges: closed ranges of it. As with COCO's sizes, objects outside a range are ignored, and so are detections
-            outside it that match nothing.
-    """
-
-    objects: np.ndarray
-    detections: np.ndarray | None
-    ranges: Sequence[tuple[float, float]]
-
-
-def evaluator(
-    records: Records, *, keep: np.ndarray | None = None, crowds: bool = True, quantity: Quantity | None = None
-) -> Any:
+def evaluator(records: Records, keep: np.ndarray | None = None) -> Any:
     """A hotcoco COCOeval that has matched everything (evaluate); its image and category ids are our numbers.
 
     Args:
-        keep: (D,) bool, the detections to take; None takes all.
-        crowds: take crowd regions too.
-        quantity: slice by this; None slices by COCO's areas.
+        keep: (D,) bool; only these detections, and no crowd regions. None takes all of both.
 
     Raises:
         InputError: hotcoco is not installed.
     """
-    hotcoco = _hotcoco()
-    kept = np.ones(len(records.results), bool) if keep is None else keep
-    wanted = np.ones(len(records.index.crowd), bool) if crowds else ~records.index.crowd
-    areas = records.index.areas if quantity is None else quantity.objects
-    images = [{"id": number} for number in range(len(records.index))]
-    categories = [{"id": number, "name": name} for number, name in enumerate(records.index.class_names)]
-    truths = hotcoco.COCO.from_arrays(
-        images, categories, records.index.images[wanted], records.index.labels[wanted], records.index.xywh[wanted],
-        area=areas[wanted], iscrowd=records.index.crowd[wanted].astype(np.int64),
-    )  # fmt: skip
-    if quantity is None or quantity.detections is None:
-        columns = (records.results.images, records.results.boxes, records.results.scores, records.results.labels)
-        found = truths.load_res(np.column_stack([column[kept] for column in columns]))
-    else:  # not load_res: it would put the box's area in the quantity's place
-        rows = _rows(records, quantity.detections, kept)
-        found = hotcoco.COCO({"images": images, "categories": categories, "annotations": rows})
-    scores = hotcoco.COCOeval(truths, found, "bbox")
-    if quantity is not None:
-        scores.params.areaRng = [list(limits) for limits in quantity.ranges]
-        scores.params.areaRngLbl = [str(place) for place in range(len(quantity.ranges))]
+    results = records.results if keep is None else records.results.rows(keep)
+    scores = hotcoco_evaluation(results, records.index, crowds=keep is None)
     scores.evaluate()
     return scores
 
@@ -120,21 +81,3 @@ def existing_mean(precision: np.ndarray) -> float | None:
     """The mean of the part of hotcoco's precision table that exists, as COCO takes it; None where nothing does."""
     exists = precision > -1
     return float(precision[exists].mean()) if exists.any() else None
-
-
-def _hotcoco() -> Any:
-    try:
-        import hotcoco
-    except ImportError as error:
-        raise InputError("A diagnosis needs the package hotcoco: pip install '.[train]'.") from error
-    return hotcoco
-
-
-def _rows(records: Records, areas: np.ndarray, kept: np.ndarray) -> list[dict[str, Any]]:
-    columns = (records.results.images, records.results.labels, records.results.boxes, records.results.scores, areas)
-    return [
-        {"id": place, "image_id": image, "category_id": label, "bbox": box, "score": score, "area": area}
-        for place, (image, label, box, score, area) in enumerate(
-            zip(*(column[kept].tolist() for column in columns), strict=True), start=1
-        )
-    ]

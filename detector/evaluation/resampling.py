@@ -6,8 +6,6 @@ images of the draw, so pycocotools matches once, and a draw is a whole number fo
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from detector.data.annotations import AnnotationIndex
 from detector.data.results import Results
+from detector.evaluation.backends import pycocotools_evaluation
 from detector.evaluation.records import MAX_DETECTIONS, SIZES, by_id
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -64,8 +63,10 @@ def match_detections(results: Results, index: AnnotationIndex) -> MatchedDetecti
     pair, objects = results.labels * size + results.images, index.labels * size + index.images
     # Most (image, class) pairs of a low score threshold hold no object, and nothing is left to match.
     contested = np.isin(pair, objects)
-    evaluator = _evaluator(_chosen(results, contested), index)
-    false = _FalseAlarms(_chosen(results, ~contested), size)
+    # Ready to match one image and class: pycocotools' own loop would visit all M * K of them.
+    evaluator = pycocotools_evaluation(results.rows(contested), index)
+    evaluator._prepare()  # what its evaluate() begins with
+    false = _FalseAlarms(results.rows(~contested), size)
     by_class: dict[str, list[ClassMatches]] = {area: [] for area in SIZES}
     for k in range(len(index.class_names)):
         places = np.unique(index.images[index.labels == k])
@@ -74,10 +75,6 @@ def match_detections(results: Results, index: AnnotationIndex) -> MatchedDetecti
             outcomes = [evaluator.evaluateImg(image, k, list(limits), MAX_DETECTIONS) for image in places.tolist()]
             by_class[area].append(_gather(places, outcomes, size, false.of_class(k, limits)))
     return MatchedDetections(index.image_ids, list(index.class_names), by_class)
-
-
-def _chosen(results: Results, mask: np.ndarray) -> Results:
-    return Results(*(column[mask] for column in vars(results).values()))
 
 
 class _FalseAlarms:
@@ -96,34 +93,6 @@ class _FalseAlarms:
         rows = np.flatnonzero((self.labels == label) & self.kept)
         size = self.area[rows]
         return self.image[rows], self.score[rows], (size >= area[0]) & (size <= area[1])
-
-
-def _evaluator(found: Results, truth: AnnotationIndex) -> Any:
-    """pycocotools' COCOeval, ready to match one image and class: its own loop would visit all M * K of them."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    def index(images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, **columns: np.ndarray) -> Any:
-        # Not COCO.loadRes: it fails on an empty list. Ids from 1: it takes a match with id 0 for no match.
-        rows = zip(*(column.tolist() for column in (images, classes, boxes, *columns.values())), strict=True)
-        names = ("image_id", "category_id", "bbox", *columns)
-        api = COCO()
-        api.dataset = {
-            "images": [{"id": place} for place in range(len(truth))],
-            "categories": [{"id": place} for place in range(len(truth.class_names))],
-            "annotations": [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows, start=1)],
-        }
-        api.createIndex()
-        return api
-
-    none = np.zeros(len(found.images), np.int64)
-    areas = found.boxes[:, 2] * found.boxes[:, 3]
-    with redirect_stdout(io.StringIO()):
-        objects = index(truth.images, truth.labels, truth.xywh, area=truth.areas, iscrowd=truth.crowd.astype(int))
-        results = index(found.images, found.labels, found.boxes, area=areas, iscrowd=none, score=found.scores)
-        evaluator = COCOeval(objects, results, "bbox")
-        evaluator._prepare()  # what its evaluate() begins with
-    return evaluator
 
 
 def _gather(

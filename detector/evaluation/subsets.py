@@ -1,4 +1,4 @@
-"""AP on parts of a data set: by size, shape and crowding of the objects, and by properties of the pictures.
+"""AP on parts of a data set: by size, shape and crowding of the objects, and by properties of the images.
 
 As with COCO's sizes, objects outside a slice are ignored, not missed, and so are unmatched detections outside it.
 """
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from detector.data.boxes import box_iou
+from detector.evaluation.backends import hotcoco_evaluation
 from detector.evaluation.outcomes import Outcomes, corners
-from detector.evaluation.records import SIZES, Quantity, Records, evaluator, existing_mean
+from detector.evaluation.records import SIZES, Records, evaluator, existing_mean
 
 Bin = tuple[str, float, float]  # name, lowest and highest value; both belong to it
 
@@ -50,14 +51,14 @@ def score_subsets(outcomes: Outcomes, properties: Mapping[Any, Mapping[str, floa
         aspect: height / width of the box.
         neighbours: how many other objects of any class the box touches.
         overlap: its largest IoU with one of them.
-        A detection has the neighbours and the overlap of the object that it found or is wrong about (Outcomes.truth),
+        A detection has the neighbours and the overlap of the object that it found or is wrong about (Outcomes.about),
         none where there is no such object.
-    Slices of pictures, all of their objects and detections in:
-        objects: how many a picture has, crowd regions left out.
-        brightness, contrast, sharpness, resolution: thirds of the pictures, if `properties` are given.
+    Slices of images, all of their objects and detections in:
+        objects: how many an image has, crowd regions left out.
+        brightness, contrast, sharpness, resolution: thirds of the images, if `properties` are given.
 
     Args:
-        properties: what image_properties returned; pictures that it lacks are in none of its slices.
+        properties: what image_properties returned; images that it lacks are in none of its slices.
 
     Returns:
         {slice: [{"name", "low", "high": bounds, "images" or "truths": how many (crowd regions left out), "AP",
@@ -71,8 +72,8 @@ def score_subsets(outcomes: Outcomes, properties: Mapping[Any, Mapping[str, floa
     return {
         **_by_object(records, {"coco_size": COCO_SIZES, "size": SIDES}, records.index.areas, None),
         **_by_object(records, {"aspect": ASPECTS}, aspect, own_aspect),
-        **_by_object(records, {"neighbours": NEIGHBOURS}, neighbours, _of_its_truth(outcomes, neighbours)),
-        **_by_object(records, {"overlap": OVERLAPS}, overlap, _of_its_truth(outcomes, overlap)),
+        **_by_object(records, {"neighbours": NEIGHBOURS}, neighbours, _of_its_object(outcomes, neighbours)),
+        **_by_object(records, {"overlap": OVERLAPS}, overlap, _of_its_object(outcomes, overlap)),
         **_by_image(records, {"objects": (OBJECTS, counts.astype(float))} | _thirds(records, properties or {})),
     }
 
@@ -82,7 +83,10 @@ def _by_object(
 ) -> dict[str, list[dict[str, Any]]]:
     """One evaluation for all bins of all tables of a quantity."""
     bins = [(table, *bin_) for table, rows in tables.items() for bin_ in rows]
-    scores = evaluator(records, quantity=Quantity(values, own, [(low, high) for _, _, low, high in bins]))
+    scores = hotcoco_evaluation(records.results, records.index, areas=values, detection_areas=own)
+    scores.params.areaRng = [[low, high] for _, _, low, high in bins]
+    scores.params.areaRngLbl = [str(place) for place in range(len(bins))]
+    scores.evaluate()
     scores.accumulate()
     precision = scores.eval["precision"][:, :, :, :, -1]  # (IoU, recall, class, bin)
     found: dict[str, list[dict[str, Any]]] = {table: [] for table in tables}
@@ -103,10 +107,10 @@ def _by_image(
         for table, (bins, values) in tables.items()
         for name, low, high in bins
     }
-    figures = evaluator(records).slice_by({str(place): ids for place, ids in enumerate(members.values())})
+    metrics = evaluator(records).slice_by({str(place): ids for place, ids in enumerate(members.values())})
     found: dict[str, list[dict[str, Any]]] = {table: [] for table in tables}
     for place, ((table, name, low, high), ids) in enumerate(members.items()):
-        scores = {key: figures[str(place)][key] for key in ("AP", "AP50")}
+        scores = {key: metrics[str(place)][key] for key in ("AP", "AP50")}
         found[table].append(
             {"name": name, "low": low, "high": high, "images": len(ids)}
             | {key: None if value < 0 else float(value) for key, value in scores.items()}
@@ -115,10 +119,10 @@ def _by_image(
 
 
 def _crowding(records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """Of each truth, how many others it touches and its largest IoU with one, (G,) each; 0 for crowd regions."""
+    """For each object: how many others it touches and its largest IoU with one, (G,) each; 0 for crowd regions."""
     neighbours, overlap = np.zeros(len(records.index.crowd)), np.zeros(len(records.index.crowd))
-    for truths, _ in records.per_image():
-        real = truths.start + np.flatnonzero(~records.index.crowd[truths])
+    for objects, _ in records.per_image():
+        real = objects.start + np.flatnonzero(~records.index.crowd[objects])
         if len(real) > 1:
             boxes = corners(records.index.xywh[real])
             iou = box_iou(boxes, boxes)
@@ -127,17 +131,17 @@ def _crowding(records: Records) -> tuple[np.ndarray, np.ndarray]:
     return neighbours, overlap
 
 
-def _of_its_truth(outcomes: Outcomes, values: np.ndarray) -> np.ndarray:
-    known = outcomes.truth >= 0
+def _of_its_object(outcomes: Outcomes, values: np.ndarray) -> np.ndarray:
+    known = outcomes.about >= 0
     own = np.zeros(len(known))
-    own[known] = values[outcomes.truth[known]]
+    own[known] = values[outcomes.about[known]]
     return own
 
 
 def _thirds(
     records: Records, properties: Mapping[Any, Mapping[str, float]]
 ) -> dict[str, tuple[tuple[Bin, ...], np.ndarray]]:
-    """Bins of equally many pictures, fewer where many have the same value, and the value of each picture (M,)."""
+    """Bins of equally many images, fewer where many have the same value, and the value of each image (M,)."""
     known = [properties[image_id] for image_id in records.index.image_ids if image_id in properties]
     tables = {}
     for name in known[0] if known else ():

@@ -20,29 +20,29 @@ _NAMES = {
 
 
 def tide(outcomes: Outcomes) -> dict[str, Any]:
-    """The six kinds of error; all figures as the released code defines them (dbolya/tide), but AP50 is COCO's.
+    """The six kinds of error; all as the released code defines them (dbolya/tide), but AP50 is COCO's.
 
     dAP of a kind: by how many points AP50 would rise if this kind alone were mended. They do not add up to
-    100 - AP50. A class of which nothing at all was found gains nothing from mending "missed": no truth is left of it.
+    100 - AP50. A class of which nothing at all was found gains nothing from mending "missed": no object is left of it.
 
     Returns:
         {"foreground_iou": 0.5, "background_iou": 0.1,
-         "AP50": points in [0, 100], 0 without truths,
+         "AP50": points in [0, 100], 0 without objects,
          "errors": {kind: {"dAP": points, "count": int}} for classification, localisation, both, duplicate, background
-            (counts of detections) and missed (of truths), in this order,
+            (counts of detections) and missed (of objects), in this order,
          "false_positives": {"dAP", "count"}: every wrong detection gone,
-         "false_negatives": {"dAP", "count"}: every truth that was not found gone,
+         "false_negatives": {"dAP", "count"}: every object that was not found gone,
          "per_class": {class name: {kind: count}}; a wrong detection belongs to the class that it claims.}
     """
     # Without what COCO does not count: hotcoco 1.3 takes crowd regions for objects here.
-    figures = evaluator(outcomes.records, keep=outcomes.counted, crowds=False).tide_errors(FOREGROUND, BACKGROUND)
+    measured = evaluator(outcomes.records, outcomes.counted).tide_errors(FOREGROUND, BACKGROUND)
     states = outcomes.states()
-    gained = {name: max(0.0, 100 * value) for name, value in figures["delta_ap"].items()}
+    gained = {name: max(0.0, 100 * value) for name, value in measured["delta_ap"].items()}
     per_class = _per_class(outcomes, states)
     return {
         "foreground_iou": FOREGROUND,
         "background_iou": BACKGROUND,
-        "AP50": 100 * float(figures["ap_base"]),
+        "AP50": 100 * float(measured["ap_base"]),
         "errors": {
             kind: {"dAP": gained[name], "count": sum(counts[kind] for counts in per_class.values())}
             for kind, name in _NAMES.items()

@@ -1,4 +1,4 @@
-"""The pictures on which a detector is worst, with each detection and object labelled, ready to be drawn."""
+"""The images on which a detector is worst, with each detection and object labelled, ready to be drawn."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from detector.evaluation.outcomes import CROWD, FOUND, KINDS, STATES, Outcomes
 
 
 def worst(outcomes: Outcomes, score_threshold: float, count: int = 12) -> list[dict[str, Any]]:
-    """Rank the pictures by badness: 1 for each object that was not found, and the score of each wrong detection.
+    """Rank the images by badness: 1 for each object that was not found, and the score of each wrong detection.
 
-    Only detections of at least the threshold count and are listed. Source of the badness: ours; a confident mistake is
-    as bad as a missed object. Equally bad pictures are in the order of their ids; flawless ones are left out.
+    Only detections of at least the threshold count and are listed. The badness is chosen by this project: a
+    confident mistake is as bad as a missed object. Equally bad images are in the order of their ids; flawless ones are
+    left out.
 
     Args:
-        count: how many pictures at most.
+        count: how many images at most.
 
     Returns:
         The worst first, [{"image_id", "file_name", "badness": float,
-        "detections": [{"name": class, "bbox": xywh in pixels of the original picture, "score",
+        "detections": [{"name": class, "bbox": xywh in pixels of the original image, "score",
             "kind": one of outcomes.KINDS, "iou", "truth": place in "truths" of the object that it found or is wrong
             about, None without one}], best first,
         "truths": [{"name": class, "bbox", "state": one of outcomes.STATES}]}].
@@ -42,14 +43,14 @@ def worst(outcomes: Outcomes, score_threshold: float, count: int = 12) -> list[d
             "file_name": records.index.file_names[i],
             "badness": float(badness[i]),
             "detections": _detections(outcomes, rows[i][1], rows[i][0].start, shown),
-            "truths": _truths(outcomes, rows[i][0], states),
+            "truths": _objects(outcomes, rows[i][0], states),
         }
         for i in order.tolist()
         if badness[i] > 0
     ]
 
 
-def _detections(outcomes: Outcomes, found: slice, first_truth: int, shown: np.ndarray) -> list[dict[str, Any]]:
+def _detections(outcomes: Outcomes, found: slice, first_object: int, shown: np.ndarray) -> list[dict[str, Any]]:
     records = outcomes.records
     return [
         {
@@ -58,14 +59,14 @@ def _detections(outcomes: Outcomes, found: slice, first_truth: int, shown: np.nd
             "score": float(records.results.scores[d]),
             "kind": KINDS[outcomes.kind[d]],
             "iou": float(outcomes.iou[d]),
-            "truth": int(outcomes.truth[d] - first_truth) if outcomes.truth[d] >= 0 else None,
+            "truth": int(outcomes.about[d] - first_object) if outcomes.about[d] >= 0 else None,
         }
         for d in range(found.start, found.stop)
         if shown[d]
     ]
 
 
-def _truths(outcomes: Outcomes, truths: slice, states: np.ndarray) -> list[dict[str, Any]]:
+def _objects(outcomes: Outcomes, objects: slice, states: np.ndarray) -> list[dict[str, Any]]:
     records = outcomes.records
     return [
         {
@@ -73,5 +74,5 @@ def _truths(outcomes: Outcomes, truths: slice, states: np.ndarray) -> list[dict[
             "bbox": records.index.xywh[g].tolist(),
             "state": STATES[states[g]],
         }
-        for g in range(truths.start, truths.stop)
+        for g in range(objects.start, objects.stop)
     ]

@@ -7,7 +7,7 @@ ranked, so that a smaller number is the beginning of the list: what a network wi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
 from detector.evaluation.records import SIZES
-from detector.inference.detections import Detections
+from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.models.boxes import pairwise_iou
 from detector.models.rpn import Proposals
@@ -56,19 +56,19 @@ def two_stages(
         {"images": N, "limit": P of the network's test_limits,
          "recall": {"proposals": numbers of RECALL_AT up to the limit, and the limit,
                     "all", "small", "medium", "large": {"truths": count, "recall50": at IoU 0.5, "recall": mean over
-                        0.50:0.95; one value in [0, 1] for each number, or None without truths}},
+                        0.50:0.95; one value in [0, 1] for each number, or None without objects}},
          "budgets": [{"proposals": n, "AP", "AP50": of the detections from n proposals, as detector.evaluation.evaluate
                         gives them, "ms": shared part and head}],
          "ms_shared": of backbone, neck, RPN and thin map,
          "anchors": {"foreground_iou": float, "edges": 21 bounds from 0 to 1,
                      "all", "small", "medium", "large": {"truths": count, "unmatched": share out of reach, None without
-                        truths, "histogram": 20 counts of the best IoU}}}.
+                        objects, "histogram": 20 counts of the best IoU}}}.
 
     Raises:
-        InputError: limit or a budget is below 1, the classes are not the detector's, or a picture cannot be read.
+        InputError: limit or a budget is below 1, the classes are not the detector's, or an image cannot be read.
     """
     if limit is not None and limit < 1:
-        raise InputError(f"limit={limit}: at least 1 picture; leave it out to take all.")
+        raise InputError(f"limit={limit}: at least 1 image; leave it out to take all.")
     numbers = _numbers(budgets, detector)
     recall_at = _numbers(RECALL_AT, detector)
     if tuple(index.class_names) != detector.class_names:
@@ -77,8 +77,9 @@ def two_stages(
             "take the data set that it was trained on, or one with the same classes."
         )
     places = range(len(index) if limit is None else min(limit, len(index)))
-    looks = _look_at_all(detector, index, places, numbers, recall_at)
-    areas = np.concatenate([index.areas[_truths(index, i)] for i in places])
+    _look(detector, index, places[0], numbers, recall_at)  # the first pass through a network is a slow one
+    looks = [_look(detector, index, i, numbers, recall_at) for i in progress(places, "two stages")]
+    areas = np.concatenate([index.areas[_objects(index, i)] for i in places])
     milliseconds = 1000 * np.array([look.seconds for look in looks])  # (N, 1 + budgets)
     return {
         "images": len(looks),
@@ -97,15 +98,15 @@ class _Look:
     """What one image told.
 
     Attributes:
-        reach: (G, R) best IoU of each truth with the first proposals, for each of R numbers of them.
-        anchor_iou: (G,) best IoU of each truth with an anchor.
+        reach: (G, R) best IoU of each object with the first proposals, for each of R numbers of them.
+        anchor_iou: (G,) best IoU of each object with an anchor.
         found: the detections from each number of proposals.
         seconds: of the shared part, then of the head with each number of proposals.
     """
 
     reach: np.ndarray
     anchor_iou: np.ndarray
-    found: list[Detections]
+    found: list[Found]
     seconds: list[float]
 
 
@@ -115,14 +116,6 @@ def _numbers(wanted: Sequence[int], detector: Detector) -> list[int]:
     if any(number < 1 for number in wanted):
         raise InputError(f"budgets={list(wanted)}: each is a number of proposals, 1 or more.")
     return sorted({number for number in wanted if number < limit} | {limit})
-
-
-def _look_at_all(
-    detector: Detector, index: AnnotationIndex, places: Sequence[int], numbers: list[int], recall_at: list[int]
-) -> list[_Look]:
-    if places:
-        _look(detector, index, places[0], numbers, recall_at)  # the first pass through a network is a slow one
-    return [_look(detector, index, i, numbers, recall_at) for i in progress(places, "two stages")]
 
 
 @torch.no_grad()
@@ -138,11 +131,11 @@ def _look(detector: Detector, index: AnnotationIndex, i: int, numbers: list[int]
     for number in numbers:
         found += network.classify(regions, number).per_image()
         clock.append(_now(device))
-    truths = torch.from_numpy(index.boxes[_truths(index, i)] * np.tile(prepared.scales[0], 2)).float().to(device)
+    objects = torch.from_numpy(index.boxes[_objects(index, i)] * np.tile(prepared.scales[0], 2)).float().to(device)
     return _Look(
-        reach=_reach(regions.proposals, truths, recall_at),
-        anchor_iou=pairwise_iou(regions.anchors, truths).amax(dim=0).cpu().numpy(),
-        found=[_restored(boxes, detector, prepared) for boxes in found],
+        reach=_reach(regions.proposals, objects, recall_at),
+        anchor_iou=pairwise_iou(regions.anchors, objects).amax(dim=0).cpu().numpy(),
+        found=[_restored(boxes, prepared) for boxes in found],
         seconds=np.diff(clock).tolist(),
     )
 
@@ -153,23 +146,22 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _truths(index: AnnotationIndex, i: int) -> np.ndarray:
-    """Rows of the objects of picture i that are no crowd regions."""
+def _objects(index: AnnotationIndex, i: int) -> np.ndarray:
+    """Rows of the objects of image i that are no crowd regions."""
     rows = np.arange(index.offsets[i], index.offsets[i + 1])
     return rows[~index.crowd[rows]]
 
 
-def _reach(proposals: Proposals, truths: Tensor, recall_at: list[int]) -> np.ndarray:
-    iou = pairwise_iou(proposals.boxes[0], truths)  # (P, G), 0 where not valid: these boxes are empty
+def _reach(proposals: Proposals, objects: Tensor, recall_at: list[int]) -> np.ndarray:
+    iou = pairwise_iou(proposals.boxes[0], objects)  # (P, G), 0 where not valid: these boxes are empty
     best = iou.cummax(dim=0).values.cpu().numpy()
     return best[np.array(recall_at) - 1].T
 
 
-def _restored(found: tuple[Tensor, Tensor, Tensor], detector: Detector, prepared: Prepared) -> Detections:
+def _restored(found: tuple[Tensor, Tensor, Tensor], prepared: Prepared) -> Found:
     boxes, scores, labels = (tensor.cpu().numpy() for tensor in found)
     height, width = prepared.original_sizes[0].tolist()
-    restored = restore(boxes, prepared.scales[0], (height, width))
-    return Detections(restored, scores, labels, detector.class_names, (height, width))
+    return Found(restore(boxes, prepared.scales[0], (height, width)), scores, labels)
 
 
 def _by_budget(
@@ -178,30 +170,35 @@ def _by_budget(
     scored = index.select(places)
     rows = []
     for place, number in enumerate(numbers):
-        figures = evaluate(Results.of(range(len(scored)), [look.found[place] for look in looks]), scored)
+        metrics = evaluate(Results.of(range(len(scored)), [look.found[place] for look in looks]), scored)
         spent = float(np.median(milliseconds[:, 0] + milliseconds[:, place + 1]))
-        rows.append({"proposals": number, "AP": figures["AP"], "AP50": figures["AP50"], "ms": spent})
+        rows.append({"proposals": number, "AP": metrics["AP"], "AP50": metrics["AP50"], "ms": spent})
     return rows
 
 
-def _recall(reach: np.ndarray, areas: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Of best IoUs (G, R); a size's bounds belong to it, as in COCO."""
-    found = {}
+def _by_size(areas: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Which objects have each of COCO's sizes, (G,) bool; the bounds of a size belong to it, as in COCO."""
     for name, (low, high) in SIZES.items():
-        own = reach[(areas >= low) & (areas <= high)]
-        hit = own[:, :, None] >= IOUS  # (G, R, 10)
+        yield name, (areas >= low) & (areas <= high)
+
+
+def _recall(reach: np.ndarray, areas: np.ndarray) -> dict[str, dict[str, Any]]:
+    """From best IoUs (G, R)."""
+    found = {}
+    for name, chosen in _by_size(areas):
+        hit = reach[chosen, :, None] >= IOUS  # (G, R, 10)
         found[name] = {
-            "truths": len(own),
-            "recall50": hit[:, :, 0].mean(axis=0).tolist() if len(own) else None,
-            "recall": hit.mean(axis=(0, 2)).tolist() if len(own) else None,
+            "truths": len(hit),
+            "recall50": hit[:, :, 0].mean(axis=0).tolist() if len(hit) else None,
+            "recall": hit.mean(axis=(0, 2)).tolist() if len(hit) else None,
         }
     return found
 
 
 def _coverage(anchor_iou: np.ndarray, areas: np.ndarray, foreground_iou: float) -> dict[str, Any]:
     found: dict[str, Any] = {"foreground_iou": foreground_iou, "edges": EDGES.tolist()}
-    for name, (low, high) in SIZES.items():
-        own = anchor_iou[(areas >= low) & (areas <= high)]
+    for name, chosen in _by_size(areas):
+        own = anchor_iou[chosen]
         found[name] = {
             "truths": len(own),
             "unmatched": float((own < foreground_iou).mean()) if len(own) else None,
