@@ -49,21 +49,20 @@ class Records:
 def sort_records(results: Results, index: AnnotationIndex) -> Records:
     """In order. Detections beyond COCO's 100 an image and class are left out: they never count."""
     results, index = by_id(results, index)
-    return Records(index, results.rows(_best(results)))
+    results = results.rows(np.sort(best_rows(results)))
+    return Records(index, results.rows(np.lexsort((-results.scores, results.images))))
 
 
-def _best(found: Results) -> np.ndarray:
-    """The rows that COCO scores, by image and score; equal scores stay in the order given."""
-    order = np.lexsort((-found.scores, found.labels, found.images))
-    group = np.stack((found.images[order], found.labels[order]), axis=1)
-    starts = np.flatnonzero((np.diff(group, axis=0, prepend=-1) != 0).any(axis=1))
-    rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
-    kept = np.sort(order[rank < MAX_DETECTIONS])
-    return kept[np.lexsort((-found.scores[kept], found.images[kept]))]
+def best_rows(found: Results) -> np.ndarray:
+    """The rows that COCO scores, by class, image and score; equal scores stay in the order given."""
+    order = np.lexsort((-found.scores, found.images, found.labels))
+    pair = found.labels[order] * (1 + found.images.max(initial=0)) + found.images[order]
+    rank = np.arange(len(order)) - np.searchsorted(pair, pair)
+    return order[rank < MAX_DETECTIONS]
 
 
 def evaluator(records: Records, keep: np.ndarray | None = None) -> Any:
-    """A hotcoco COCOeval that has matched everything (evaluate); its image and category ids are our numbers.
+    """A hotcoco COCOeval that has matched everything (evaluate); its ids are places and labels.
 
     Args:
         keep: (D,) bool; only these detections, and no crowd regions. None takes all of both.

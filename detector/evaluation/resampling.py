@@ -14,7 +14,7 @@ import numpy as np
 from detector.data.annotations import AnnotationIndex
 from detector.data.results import Results
 from detector.evaluation.backends import pycocotools_evaluation
-from detector.evaluation.records import MAX_DETECTIONS, SIZES, by_id
+from detector.evaluation.records import MAX_DETECTIONS, SIZES, best_rows, by_id
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0.0, 1.0, 101)
@@ -66,56 +66,39 @@ def match_detections(results: Results, index: AnnotationIndex) -> MatchedDetecti
     # Ready to match one image and class: pycocotools' own loop would visit all M * K of them.
     evaluator = pycocotools_evaluation(results.rows(contested), index)
     evaluator._prepare()  # what its evaluate() begins with
-    false = _FalseAlarms(results.rows(~contested), size)
+    alarms = results.rows(~contested)
+    alarms = alarms.rows(best_rows(alarms))
     by_class: dict[str, list[ClassMatches]] = {area: [] for area in SIZES}
     for k in range(len(index.class_names)):
         places = np.unique(index.images[index.labels == k])
         evaluator.ious = {(image, k): evaluator.computeIoU(image, k) for image in places.tolist()}
+        others = alarms.rows(alarms.labels == k)
+        sizes = others.boxes[:, 2] * others.boxes[:, 3]
         for area, limits in SIZES.items():
             outcomes = [evaluator.evaluateImg(image, k, list(limits), MAX_DETECTIONS) for image in places.tolist()]
-            by_class[area].append(_gather(places, outcomes, size, false.of_class(k, limits)))
+            inside = (sizes >= limits[0]) & (sizes <= limits[1])
+            by_class[area].append(_gather(places, outcomes, size, others, inside))
     return MatchedDetections(index.image_ids, list(index.class_names), by_class)
 
 
-class _FalseAlarms:
-    """Detections on images without an object of their class."""
-
-    def __init__(self, found: Results, size: int) -> None:
-        order = np.lexsort((-found.scores, found.images, found.labels))  # stable: ties stay in the results' order
-        self.labels, self.score, self.image = found.labels[order], found.scores[order], found.images[order]
-        self.area = found.boxes[order, 2] * found.boxes[order, 3]
-        pair = self.labels * size + self.image
-        starts = np.searchsorted(pair, pair)  # the first detection of the same image and class
-        self.kept = np.arange(len(pair)) - starts < MAX_DETECTIONS
-
-    def of_class(self, label: int, area: tuple[float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image, score and whether it counts, (D,) each, by image and there by falling score."""
-        rows = np.flatnonzero((self.labels == label) & self.kept)
-        size = self.area[rows]
-        return self.image[rows], self.score[rows], (size >= area[0]) & (size <= area[1])
-
-
-def _gather(
-    places: np.ndarray, outcomes: list[Any], size: int, false: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> ClassMatches:
+def _gather(places: np.ndarray, outcomes: list[Any], size: int, others: Results, inside: np.ndarray) -> ClassMatches:
     """All detections of a class by falling score; ties stay in the order of the images, as in pycocotools.
 
     Args:
         places: of the images with an object of the class.
         outcomes: pycocotools' for each of these.
         size: M.
-        false: image, score and whether it counts, of the detections on other images.
+        others: the detections on other images, false alarms where `inside` says that they count.
     """
     objects = np.zeros(size, np.int64)
     objects[places] = [np.count_nonzero(np.asarray(outcome["gtIgnore"]) == 0) for outcome in outcomes]
-    false_image, false_score, false_counted = false
-    nothing = np.zeros((len(IOU_THRESHOLDS), len(false_image)), bool)
+    nothing = np.zeros((len(IOU_THRESHOLDS), len(others)), bool)
     matched = np.concatenate([*(outcome["dtMatches"] > 0 for outcome in outcomes), nothing], axis=1)
-    alarms = np.broadcast_to(false_counted, nothing.shape)
+    alarms = np.broadcast_to(inside, nothing.shape)
     counted = np.concatenate([*(outcome["dtIgnore"] == 0 for outcome in outcomes), alarms], axis=1)
     counts = [len(outcome["dtScores"]) for outcome in outcomes]
-    image = np.concatenate((np.repeat(places, counts), false_image))
-    score = np.array([*(value for outcome in outcomes for value in outcome["dtScores"]), *false_score], np.float64)
+    image = np.concatenate((np.repeat(places, counts), others.images))
+    score = np.array([*(value for outcome in outcomes for value in outcome["dtScores"]), *others.scores], np.float64)
     by_image = np.argsort(image, kind="stable")
     order = by_image[np.argsort(-score[by_image], kind="stable")]
     matched, counted = matched[:, order], counted[:, order]

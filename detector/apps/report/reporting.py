@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections import Counter
@@ -251,5 +250,5 @@ def _usual_canvas(detector: Detector, index: AnnotationIndex) -> tuple[int, int]
 
 
 def _yaml(values: Any) -> str:
-    text: str = yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
