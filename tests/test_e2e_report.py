@@ -287,4 +287,4 @@ def test_what_does_not_go_together(case: Path) -> None:
     assert "max_proposals=5 needs the detector" in run_tool("eval", *overrides, cwd=case).error()
     assert "ckpt is missing" in run_tool("eval", cwd=case).error()
     message = run_tool("eval", "results=none.json", "annotations=gt.json", cwd=case).error()
-    assert "cannot read none.json" in message
+    assert "none.json: no such results file" in message
