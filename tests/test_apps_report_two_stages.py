@@ -104,7 +104,8 @@ def test_ap_with_each_number_is_that_of_a_detector_with_this_limit(
     assert [row["proposals"] for row in found["budgets"]] == [5, 12, 20]
     rpn = small_detector.network.rpn
     for row in found["budgets"]:
-        rpn.test_limits = rpn.test_limits.model_copy(update={"after_nms": row["proposals"]})
+        limits = rpn.options.test_limits.model_copy(update={"after_nms": row["proposals"]})
+        rpn.options = rpn.options.model_copy(update={"test_limits": limits})
         results: list[dict[str, Any]] = []
         for i, image_id in enumerate(index.image_ids):
             detections = small_detector.predict(index.path(i), score_threshold=0)[0]

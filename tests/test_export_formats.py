@@ -17,6 +17,7 @@ from torch import nn
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.export import formats
+from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.inference.export_info import FORMAT, ExportInfo
 from detector.inference.runtime import INPUTS, OUTPUTS, ExportedDetector
@@ -53,21 +54,21 @@ def check_detector(detector: Detector, exported: ExportedDetector, canvases: lis
         expected = network.detect(images, sizes).per_image()
         found = exported.detect(prepared(images, sizes))
         for ours, theirs in zip(found, expected, strict=True):
-            assert [part.dtype for part in ours] == [np.float32, np.float32, np.int64]
-            check_same(ours, tuple(part.numpy() for part in theirs), TOLERANCE[exported.path.suffix])
-            compared += len(ours[1])
+            assert [part.dtype for part in (ours.boxes, ours.scores, ours.labels)] == [np.float32, np.float32, np.int64]
+            check_same(ours, Found(*(part.numpy() for part in theirs)), TOLERANCE[exported.path.suffix])
+            compared += len(ours)
     return compared
 
 
-def check_same(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...], atol: float) -> None:
+def check_same(found: Found, expected: Found, atol: float) -> None:
     """The same detections, best first, up to rounding: which may swap neighbours, and the last place of a full list."""
-    assert len(found[1]) == len(expected[1])
-    assert (np.diff(found[1]) <= 0).all()
+    assert len(found) == len(expected)
+    assert (np.diff(found.scores) <= 0).all()
     for ones, others in ((found, expected), (expected, found)):
-        for box, score, label in zip(*ones, strict=True):
-            near = (others[2] == label) & (np.abs(others[1] - score) <= atol)
-            near &= np.abs(others[0] - box).max(axis=1) <= 100 * atol
-            assert near.any() or score <= ones[1][-1] + atol, (box, score, label)
+        for box, score, label in zip(ones.boxes, ones.scores, ones.labels, strict=True):
+            near = (others.labels == label) & (np.abs(others.scores - score) <= atol)
+            near &= np.abs(others.boxes - box).max(axis=1) <= 100 * atol
+            assert near.any() or score <= ones.scores[-1] + atol, (box, score, label)
 
 
 def test_onnx_runtime_equals_torch_at_any_batch_and_size(onnx_file: Path, small_detector: Detector) -> None:
@@ -91,7 +92,7 @@ def test_prediction_equals_torch_on_pictures_of_many_sizes(onnx_file: Path, smal
         found = exported.predict(sources, score_threshold=0.05, batch_size=batch_size)
         for ours, theirs in zip(found, expected, strict=True):
             # Pixels of the original are up to 3.5 pixels of the input.
-            parts = [(d.boxes / 3.5, d.scores, d.labels) for d in (ours, theirs)]
+            parts = [Found(d.boxes / 3.5, d.scores, d.labels) for d in (ours, theirs)]
             check_same(*parts, atol=1e-4)
             assert ours.image_size == theirs.image_size
             assert ours.class_names == ("cat", "dog", "bird")
@@ -238,12 +239,13 @@ def test_a_picture_with_one_candidate_or_none(
         pytest.importorskip("openvino")
     images, sizes = pictures(1, 64, 96, 0), torch.tensor([[64, 96]])
     _, scores, _ = fuse(small_detector.network).detect(images, sizes).per_image()[0]
-    small_detector.network.head.score_threshold = float(scores[0]) + (1e-3 if candidates == 0 else -1e-4)
+    head, threshold = small_detector.network.head, float(scores[0]) + (1e-3 if candidates == 0 else -1e-4)
+    head.options = head.options.model_copy(update={"score_threshold": threshold})
     assert len(fuse(small_detector.network).detect(images, sizes).per_image()[0][1]) == candidates
     WRITERS[suffix](small_detector, tmp_path / f"a{suffix}")
     exported = ExportedDetector.load(tmp_path / f"a{suffix}", threads=1)
-    [(boxes, found, labels)] = exported.detect(prepared(images, sizes))
-    assert len(boxes) == len(found) == len(labels) == candidates
+    [found] = exported.detect(prepared(images, sizes))
+    assert len(found.boxes) == len(found.scores) == len(found.labels) == candidates
 
 
 @pytest.mark.slow

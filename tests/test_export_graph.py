@@ -85,7 +85,7 @@ def test_graph_equals_detect(
             images, sizes = pictures(count, height, width), torch.tensor([[height - 5, width - 9]] * count)
             expected = network.detect(images, sizes).per_image()
             outputs = DetectionGraph(network, suppress)(images.permute(0, 2, 3, 1), sizes)
-            limit = min(network.head.max_detections, 3 * network.rpn.test_limits.after_nms)
+            limit = min(network.head.options.max_detections, 3 * network.rpn.options.test_limits.after_nms)
             assert outputs[0].shape[:2] == (count, limit)
             compared += check_equal(outputs, expected)
     assert (compared == 0) == (name == "nothing found")

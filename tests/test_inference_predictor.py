@@ -157,9 +157,8 @@ class LeftBlind(Painted):
     """Sees the right half only."""
 
     def _detect_in(self, image: np.ndarray) -> Any:
-        boxes, scores, labels = super()._detect_in(image)
-        keep = boxes[:, 0] >= image.shape[2] / 2
-        return Found(boxes[keep], scores[keep], labels[keep])
+        found = super()._detect_in(image)
+        return found.take(found.boxes[:, 0] >= image.shape[2] / 2)
 
 
 def test_flip_finds_what_one_look_misses_with_half_its_score() -> None:
@@ -277,7 +276,7 @@ def test_frames_of_a_camera_do_not_wait_for_a_batch(monkeypatch: pytest.MonkeyPa
 
 def test_a_budget_of_the_limit_is_the_same_and_a_smaller_one_a_prefix(small_detector: Detector) -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
-    limit = small_detector.network.rpn.test_limits.after_nms
+    limit = small_detector.network.rpn.options.test_limits.after_nms
     [everything] = small_detector.predict(image, score_threshold=0)
     for budget in (limit, 10 * limit):
         [same] = small_detector.predict(image, score_threshold=0, max_proposals=budget)

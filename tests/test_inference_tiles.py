@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from detector.errors import InputError
-from detector.inference.tiles import Found, Tiling, merge_flipped, merge_tiles, mirror_boxes
+from detector.inference.detections import Found
+from detector.inference.tiles import Tiling, merge_flipped, merge_tiles, mirror_boxes
 
 SIZE = (300, 500)  # height and width
 WHOLE = np.array([[0, 0, 500, 300]])
@@ -15,13 +16,12 @@ WHOLE = np.array([[0, 0, 500, 300]])
 def found(*rows: tuple[float, ...]) -> Found:
     """(x1, y1, x2, y2, score, label) ..."""
     table = np.array(rows, np.float64).reshape(-1, 6)
-    return table[:, :4].astype(np.float32), table[:, 4].astype(np.float32), table[:, 5].astype(np.int64)
+    return Found(table[:, :4].astype(np.float32), table[:, 4].astype(np.float32), table[:, 5].astype(np.int64))
 
 
 def rows(merged: Found) -> list[tuple[float, ...]]:
-    return sorted(
-        (*box, round(score, 5), label) for box, score, label in zip(*(part.tolist() for part in merged), strict=True)
-    )
+    parts = (part.tolist() for part in (merged.boxes, merged.scores, merged.labels))
+    return sorted((*box, round(score, 5), label) for box, score, label in zip(*parts, strict=True))
 
 
 def look(objects: list[tuple[float, ...]], region: np.ndarray) -> Found:
@@ -84,13 +84,13 @@ def test_every_object_is_found_once_and_whole(sides: tuple[int, int], whole_sees
     objects = scene(np.random.default_rng(seed), *sides)
     regions = np.concatenate((WHOLE, Tiling(200, 150, 44).regions(*SIZE)))
     looks = [look(objects, region) for region in regions]
-    assert sum(len(one[1]) for one in looks[1:]) > len(objects)  # there is something to merge
+    assert sum(len(one) for one in looks[1:]) > len(objects)  # there is something to merge
     if not whole_sees:
         looks[0] = found()
     merged = merge_tiles(looks, regions, SIZE)
     assert rows(merged) == sorted(map(tuple, [(*map(float, o[:4]), o[4], o[5]) for o in objects]))
-    assert (np.diff(merged[1]) <= 0).all()
-    assert [part.dtype for part in merged] == [np.float32, np.float32, np.int64]
+    assert (np.diff(merged.scores) <= 0).all()
+    assert [part.dtype for part in (merged.boxes, merged.scores, merged.labels)] == [np.float32, np.float32, np.int64]
 
 
 def test_what_one_look_kept_apart_stays_apart() -> None:

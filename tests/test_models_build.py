@@ -46,7 +46,7 @@ def test_every_recipe_with_every_detector_builds(recipe: str, detector: str) -> 
     config = compose(f"recipe={recipe}", f"detector={detector}", "backbone=v2_0.5x")
     network = build(config, 80)
     assert network.head.class_logits.out_features == 81
-    assert network.rpn.test_limits.after_nms == config["rpn"]["test_limits"]["after_nms"]
+    assert network.rpn.options.test_limits.after_nms == config["rpn"]["test_limits"]["after_nms"]
     assert Preprocessing(**config["input"]).to_dict() == config["input"]
 
 
@@ -82,7 +82,7 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
         "ohem",
         256,
     )
-    assert (network.rpn.train_limits.after_nms, network.rpn.test_limits.after_nms) == (2000, 1000)
+    assert (network.rpn.options.train_limits.after_nms, network.rpn.options.test_limits.after_nms) == (2000, 1000)
     assert config["optimizer"]["lr"] == 0.01
     # "Stage 1 and 2" are ResNet's, to stride 4 (released code: conv1 and block1); here that is the first stage.
     assert config["freeze"] == {"stages": 1, "batch_norm": True}

@@ -311,12 +311,12 @@ def naive_detections(output: HeadOutput, rois: Proposals, image: int, size: tupl
         deltas = output.box_deltas[image, :, 0 if head.options.class_agnostic else label]
         boxes = clip_boxes_to_image(CODER.decode_single(deltas, rois.boxes[image]), size)
         scores = probabilities[:, label]
-        good = rois.valid[image] & (scores > head.score_threshold)
+        good = rois.valid[image] & (scores > head.options.score_threshold)
         good &= (boxes[:, 2] - boxes[:, 0] > 1e-2) & (boxes[:, 3] - boxes[:, 1] > 1e-2)
         boxes, scores = boxes[good], scores[good]
-        keep = nms(boxes, scores, head.nms_threshold)
+        keep = nms(boxes, scores, head.options.nms_threshold)
         rows += [(float(scores[k]), label, boxes[k]) for k in keep.tolist()]
-    return sorted(rows, key=lambda row: row[0], reverse=True)[: head.max_detections]
+    return sorted(rows, key=lambda row: row[0], reverse=True)[: head.options.max_detections]
 
 
 @pytest.mark.parametrize("agnostic", [True, False])

@@ -192,7 +192,7 @@ def test_overfits_one_batch(small_spec: dict, make_batch: Callable[..., Batch]) 
         totals.append(total.item())
     assert sum(totals[-5:]) < 0.25 * sum(totals[:5])
     # Batch statistics, because 70 steps are too few for the running ones.
-    network.rpn.train_limits = network.rpn.test_limits
+    network.rpn.options = network.rpn.options.model_copy(update={"train_limits": network.rpn.options.test_limits})
     found = network.detect(batch.images, batch.image_sizes).per_image()
     for i in range(2):
         boxes, scores, labels = found[i]

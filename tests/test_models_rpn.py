@@ -51,13 +51,13 @@ def test_outputs_are_ordered_as_the_anchors(small_spec: dict, separable: bool) -
 
 def naive_proposals(objectness: Tensor, deltas: Tensor, anchors: Tensor, size: tuple[int, int], rpn: RPN) -> Any:
     """Proposals of one image: torchvision's coder, clip and nms."""
-    limits = rpn.train_limits if rpn.training else rpn.test_limits
+    limits = rpn.options.train_limits if rpn.training else rpn.options.test_limits
     order = objectness.argsort(descending=True)[: limits.before_nms]
     boxes = BoxCoder((1.0, 1.0, 1.0, 1.0)).decode_single(deltas[order], anchors[order])
     boxes, logits = clip_boxes_to_image(boxes, size), objectness[order]
     large = ((boxes[:, 2] - boxes[:, 0]) >= 1e-2) & ((boxes[:, 3] - boxes[:, 1]) >= 1e-2)
     boxes, logits = boxes[large], logits[large]
-    keep = nms(boxes, logits, rpn.nms_threshold)[: limits.after_nms]
+    keep = nms(boxes, logits, rpn.options.nms_threshold)[: limits.after_nms]
     return boxes[keep], logits[keep].sigmoid()
 
 

@@ -138,7 +138,9 @@ def _load(options: EvalOptions) -> Detector | ExportedDetector | None:
     detector = Detector.load(ckpt, device="cpu")  # Lightning moves it to this process's device
     if limit:
         rpn = detector.network.rpn
-        rpn.test_limits = rpn.test_limits.model_copy(update={"after_nms": min(limit, rpn.test_limits.after_nms)})
+        limits = rpn.options.test_limits
+        limits = limits.model_copy(update={"after_nms": min(limit, limits.after_nms)})
+        rpn.options = rpn.options.model_copy(update={"test_limits": limits})
     return detector
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 ROW_COLUMNS = ("path", "frame", "time", "label", "name", "score", "x1", "y1", "x2", "y2")
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """What a network finds in one image, best first; whoever gives one says in which frame the boxes are.
 
     Attributes:
@@ -33,6 +34,18 @@ class Found(NamedTuple):
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence[Found]) -> Found:
+        """All of them, one after the other; their order is the caller's affair."""
+        return cls(*(np.concatenate([getattr(one, key.name) for one in parts]) for key in fields(cls)))
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def take(self, places: np.ndarray) -> Found:
+        """Those at these places, or those that a mask (D,) marks."""
+        return Found(self.boxes[places], self.scores[places], self.labels[places])
 
 
 @dataclass(frozen=True)

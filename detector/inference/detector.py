@@ -131,7 +131,7 @@ class Detector(Predictor):
     @property
     def proposal_limit(self) -> int:  # type: ignore[override]
         """The number of proposals that the network was made for."""
-        return self.network.rpn.test_limits.after_nms
+        return self.network.rpn.options.test_limits.after_nms
 
     def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
         """See `Predictor.detect`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -105,7 +106,7 @@ class Predictor(ABC):
         for batch in batches:
             found = self.detect(batch, max_proposals)
             for place, one, scale, size in zip(batch.places, found, batch.scales, batch.original_sizes, strict=True):
-                results[int(place)] = Found(restore(one.boxes, scale, size), one.scores, one.labels)
+                results[int(place)] = replace(one, boxes=restore(one.boxes, scale, size))
         return [results[place] for place in range(len(results))]
 
     def detect_images(self, images: Sequence[np.ndarray], max_proposals: int | None = None) -> list[Found]:
@@ -180,9 +181,16 @@ class Predictor(ABC):
         else:
             results = [self._detect_tiles(image, Tiling(*options.tile), options) for image in images]
         return [
-            Detections(*found, self.class_names, _size(one.image), one.path, one.frame, one.time).above(
-                options.score_threshold
-            )
+            Detections(
+                found.boxes,
+                found.scores,
+                found.labels,
+                self.class_names,
+                _size(one.image),
+                one.path,
+                one.frame,
+                one.time,
+            ).above(options.score_threshold)
             for found, one in zip(results, items, strict=True)
         ]
 
@@ -195,9 +203,9 @@ class Predictor(ABC):
         for start in range(0, len(regions), options.batch_size):
             chunk = regions[start : start + options.batch_size]
             found = self._detect([image[y1:y2, x1:x2] for x1, y1, x2, y2 in chunk], options)
-            for (boxes, scores, labels), corner in zip(found, np.tile(chunk[:, :2], 2), strict=True):
-                keep = scores >= options.score_threshold
-                looks.append(Found((boxes + corner).astype(np.float32)[keep], scores[keep], labels[keep]))
+            for one, corner in zip(found, np.tile(chunk[:, :2], 2), strict=True):
+                kept = one.take(one.scores >= options.score_threshold)
+                looks.append(replace(kept, boxes=(kept.boxes + corner).astype(np.float32)))
         return merge_tiles(looks, regions, size) if len(regions) > 1 else looks[0]
 
     def _detect(self, images: Sequence[np.ndarray], options: PredictOptions) -> list[Found]:
@@ -206,7 +214,7 @@ class Predictor(ABC):
             return straight
         mirrored = self.detect_images([np.ascontiguousarray(image[:, ::-1]) for image in images], options.max_proposals)
         return [
-            merge_flipped(one, other._replace(boxes=mirror_boxes(other.boxes, image.shape[1])))
+            merge_flipped(one, replace(other, boxes=mirror_boxes(other.boxes, image.shape[1])))
             for one, other, image in zip(straight, mirrored, images, strict=True)
         ]
 

@@ -75,17 +75,17 @@ def merge_tiles(found: Sequence[Found], regions: np.ndarray, size: tuple[int, in
         regions: (T, 4), the xyxy that each look saw.
         size: height and width of the image.
     """
-    boxes, scores, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    look = np.repeat(np.arange(len(found)), [len(one[1]) for one in found])
-    order = np.argsort(-scores, kind="stable")
-    boxes, scores, labels, look = boxes[order], scores[order], labels[order], look[order]
-    cut = _is_cut(boxes, regions[look], size)
+    every = Found.join(found)
+    look = np.repeat(np.arange(len(found)), [len(one) for one in found])
+    order = np.argsort(-every.scores, kind="stable")
+    every, look = every.take(order), look[order]
+    cut = _is_cut(every.boxes, regions[look], size)
     kept: list[Found] = []
-    for label in np.unique(labels):
-        mine = labels == label
-        merged, sure = _merge_class(boxes[mine], scores[mine], look[mine], cut[mine], regions)
-        kept.append(Found(merged, sure, np.full(len(sure), label, labels.dtype)))
-    return _ranked(kept) if kept else Found(boxes, scores, labels)
+    for label in np.unique(every.labels):
+        mine = every.labels == label
+        boxes, scores = _merge_class(every.boxes[mine], every.scores[mine], look[mine], cut[mine], regions)
+        kept.append(Found(boxes, scores, np.full(len(scores), label, every.labels.dtype)))
+    return _ranked(Found.join(kept)) if kept else every
 
 
 def mirror_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
@@ -100,8 +100,9 @@ def merge_flipped(straight: Found, mirrored: Found) -> Found:
     SAME_IOU. The pair becomes the mean of both boxes, weighted by their scores, with the mean of both scores; a box
     without partner stays where it is, with half its score: the other look gives it 0. Nothing is suppressed.
     """
-    boxes, scores, labels = (np.concatenate(parts) for parts in zip(straight, mirrored, strict=True))
-    look = np.repeat((0, 1), (len(straight[1]), len(mirrored[1])))
+    both = Found.join((straight, mirrored))
+    boxes, scores, labels = both.boxes, both.scores, both.labels
+    look = np.repeat((0, 1), (len(straight), len(mirrored)))
     same = box_iou(boxes, boxes)
     same[(labels[:, None] != labels) | (look[:, None] == look)] = 0
     free = np.ones(len(scores), bool)
@@ -118,7 +119,7 @@ def merge_flipped(straight: Found, mirrored: Found) -> Found:
         kinds.append(labels[place])
     if not merged:
         return straight
-    return _ranked([Found(np.array(merged), np.array(sure), np.array(kinds, labels.dtype))])
+    return _ranked(Found(np.array(merged), np.array(sure), np.array(kinds, labels.dtype)))
 
 
 def _merge_class(
@@ -184,7 +185,6 @@ def _clip(boxes: np.ndarray, to: np.ndarray) -> np.ndarray:
     return np.concatenate((low, np.maximum(low, high)), axis=-1)
 
 
-def _ranked(parts: list[Found]) -> Found:
-    boxes, scores, labels = (np.concatenate(one) for one in zip(*parts, strict=True))
-    order = np.argsort(-scores, kind="stable")
-    return Found(boxes[order].astype(np.float32), scores[order].astype(np.float32), labels[order])
+def _ranked(found: Found) -> Found:
+    found = found.take(np.argsort(-found.scores, kind="stable"))
+    return Found(found.boxes.astype(np.float32), found.scores.astype(np.float32), found.labels)

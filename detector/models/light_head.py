@@ -150,8 +150,6 @@ class LightHead(nn.Module):
         self.options = options
         self.scale = 1 / stride
         self.num_classes = num_classes
-        self.score_threshold, self.nms_threshold = options.score_threshold, options.nms_threshold
-        self.max_detections = options.max_detections
         thin, hidden = options.thin_channels * BINS * BINS, options.hidden_channels
         self.thin = LargeSeparableConv(
             in_channels, thin, mid_channels=options.mid_channels, kernel_size=options.kernel_size
@@ -272,9 +270,13 @@ class LightHead(nn.Module):
         scores = output.class_logits.softmax(dim=-1)[..., :-1] * proposals.valid[..., None]  # (N, P, K)
         boxes = decode_boxes(output.box_deltas * self.box_std, proposals.boxes[:, :, None])  # (N, P, B, 4)
         boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (-1, boxes.shape[2]))
-        scores = torch.where((scores > self.score_threshold) & ~is_empty(boxes), scores, 0.0)
+        scores = torch.where((scores > self.options.score_threshold) & ~is_empty(boxes), scores, 0.0)
         boxes, scores, index = keep_best(
-            boxes, scores, nms_threshold=self.nms_threshold, count=self.max_detections, suppress=suppress
+            boxes,
+            scores,
+            nms_threshold=self.options.nms_threshold,
+            count=self.options.max_detections,
+            suppress=suppress,
         )
         found = scores > 0
         return FixedDetections(boxes, scores, torch.where(found, index % self.num_classes, -1), found.sum(dim=1))

@@ -101,8 +101,6 @@ class RPN(nn.Module):
     def __init__(self, in_channels: int, stride: int, options: RPNOptions) -> None:
         super().__init__()
         self.options = options
-        self.nms_threshold = options.nms_threshold
-        self.train_limits, self.test_limits = options.train_limits, options.test_limits
         channels = options.channels
         self.anchors = AnchorGrid(scales=options.scales, ratios=options.ratios, stride=stride)
         self.hidden = _separable(in_channels, channels) if options.separable else _dense(in_channels, channels)
@@ -139,7 +137,7 @@ class RPN(nn.Module):
 
         Not differentiable: the head's loss must not move the proposals (Ren et al. 2015, approximate joint training).
         """
-        limits = self.train_limits if self.training else self.test_limits
+        limits = self.options.train_limits if self.training else self.options.test_limits
         before, after = limits.before_nms, limits.after_nms
         if isinstance(cast("int | torch.SymInt", objectness.shape[1]), torch.SymInt):  # an export for any size
             # Empty anchors, so that there is a fixed number to take.
@@ -154,7 +152,11 @@ class RPN(nn.Module):
         ranks = torch.arange(before, 0, -1, dtype=boxes.dtype, device=boxes.device)
         ranks = torch.where(is_empty(boxes), 0.0, ranks)
         boxes, ranks, index = keep_best(
-            boxes[:, :, None], ranks[..., None], nms_threshold=self.nms_threshold, count=after, suppress=suppress
+            boxes[:, :, None],
+            ranks[..., None],
+            nms_threshold=self.options.nms_threshold,
+            count=after,
+            suppress=suppress,
         )
         valid = ranks > 0
         scores = torch.where(valid, logits.gather(1, index).sigmoid(), 0.0)

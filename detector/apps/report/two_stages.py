@@ -83,7 +83,7 @@ def two_stages(
     milliseconds = 1000 * np.array([look.seconds for look in looks])  # (N, 1 + budgets)
     return {
         "images": len(looks),
-        "limit": detector.network.rpn.test_limits.after_nms,
+        "limit": detector.proposal_limit,
         "recall": {"proposals": recall_at, **_recall(np.concatenate([look.reach for look in looks]), areas)},
         "budgets": _by_budget(looks, index, places, numbers, milliseconds),
         "ms_shared": float(np.median(milliseconds[:, 0])),
@@ -112,7 +112,7 @@ class _Look:
 
 def _numbers(wanted: Sequence[int], detector: Detector) -> list[int]:
     """Ascending numbers of proposals up to the network's limit, which is the last."""
-    limit = detector.network.rpn.test_limits.after_nms
+    limit = detector.proposal_limit
     if any(number < 1 for number in wanted):
         raise InputError(f"budgets={list(wanted)}: each is a number of proposals, 1 or more.")
     return sorted({number for number in wanted if number < limit} | {limit})
