@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from detector.apps.doctor.anchors import best_anchor_iou, coverage, propose
 from detector.apps.doctor.examine import Diagnosis, examine, format_diagnosis
-from detector.data.annotations import load_annotations
+from detector.data.annotations import load_annotations, read_annotations
 from detector.data.preprocess import Preprocessing
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
+from detector.models.anchor_fit import best_anchor_iou, coverage, propose
 from detector.models.anchors import AnchorGrid
 
 WIDTH, HEIGHT = 96, 64
@@ -52,7 +53,9 @@ def clean(tmp_path: Path) -> Path:
 
 
 def diagnose(root: Path, size: tuple[int, int] = (64, 96), anchors: dict[str, Any] | None = ANCHORS) -> Diagnosis:
-    splits = {split: (root / "annotations" / f"{split}.json", root / "images") for split in ("train", "val")}
+    splits = {
+        split: read_annotations(root / "annotations" / f"{split}.json", root / "images") for split in ("train", "val")
+    }
     return examine(
         splits, preprocessing=Preprocessing(short_side=size[0], long_side=size[1]), anchors=anchors, workers=2
     )
@@ -139,6 +142,14 @@ def test_a_fault_in_the_annotation_file(clean: Path, name: str) -> None:
     finding = next(f for f in diagnosis.findings if f.check == check)
     assert finding.remedy
     assert "train" in " ".join(finding.examples)
+
+
+@pytest.mark.parametrize("name", [name for name in IN_THE_FILE if name not in ("size", "missing")])
+def test_training_refuses_what_is_an_error_here_and_nothing_else(clean: Path, name: str) -> None:
+    change, _, severity, _ = IN_THE_FILE[name]
+    edit(clean, change)
+    with pytest.raises(InputError) if severity == "error" else nullcontext():
+        load_annotations(clean / "annotations" / "train.json", clean / "images")
 
 
 def test_a_repeated_image_id(clean: Path) -> None:

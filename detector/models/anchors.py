@@ -12,6 +12,11 @@ from torch import Tensor, nn
 SIZES_KEPT = 8
 
 
+def anchor_sizes(scales: Sequence[float], ratios: Sequence[float]) -> list[tuple[float, float]]:
+    """Width and height in pixels of each anchor of a cell; see AnchorGrid."""
+    return [(scale * ratio**-0.5, scale * ratio**0.5) for scale in scales for ratio in ratios]
+
+
 class AnchorGrid(nn.Module):
     """Makes one anchor tensor for a feature map; the same for every image of a batch.
 
@@ -26,8 +31,7 @@ class AnchorGrid(nn.Module):
     def __init__(self, *, scales: Sequence[float], ratios: Sequence[float], stride: int) -> None:
         super().__init__()
         self.stride = stride
-        sizes = [(scale * ratio**-0.5, scale * ratio**0.5) for scale in scales for ratio in ratios]
-        half = torch.tensor(sizes, dtype=torch.float64) / 2
+        half = torch.tensor(anchor_sizes(scales, ratios), dtype=torch.float64) / 2
         self.register_buffer("cells", torch.cat((-half, half), dim=1).float(), persistent=False)
         self._kept: dict[tuple[Any, ...], Tensor] = {}
 

@@ -7,25 +7,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from detector.apps.doctor.split import INFO, WARNING, Finding, Split, found, known_boxes
+from detector.apps.doctor.finding import Finding, Splits, found
+from detector.data.annotations import AnnotationIndex
+from detector.data.rules import INFO, WARNING
 
-# A class with fewer boxes than this in the training split is hardly learnt. Source: ours.
+# A class with fewer boxes than this in the training split is hardly learnt. Chosen by this project.
 FEW = 10
 # A class's share in one split over that in another, and how many standard deviations the shares differ by (two
-# proportions, boxes taken as independent): both, because objects of one image are not independent. Source: ours.
+# proportions, boxes taken as independent): both, because objects of one image are not independent. Chosen by
+# this project.
 SKEW_RATIO, SKEW_DEVIATIONS = 2.0, 4.0
 MOSTLY_EMPTY = 0.5
 
 
-def check_balance(splits: Sequence[Split]) -> list[Finding]:
+def check_balance(splits: Splits) -> list[Finding]:
     """Boxes of each class in each split, and what is odd about them."""
-    counts = {split.name: _boxes_of_classes(split) for split in splits}
+    counts = {split: _boxes_of_classes(index) for split, index in splits.items()}
     names = list(dict.fromkeys(name for count in counts.values() for name in count))
     if not names:
         return []
     unused = [f"{split}: {name}" for split, count in counts.items() for name, number in count.items() if not number]
     few = [
-        f"{name}: {number} boxes" for name, number in counts[splits[0].name].items() if 0 < number < FEW
+        f"{name}: {number} boxes" for name, number in next(iter(counts.values())).items() if 0 < number < FEW
     ]  # the first split is the one that is trained on
     summary = [
         f"{name}: " + ", ".join(f"{split} {count.get(name, 0)}" for split, count in counts.items()) for name in names
@@ -47,30 +50,26 @@ def check_balance(splits: Sequence[Split]) -> list[Finding]:
     ]  # fmt: skip
 
 
-def check_empty(splits: Sequence[Split]) -> list[Finding]:
+def check_empty(splits: Splits) -> list[Finding]:
     """The share of images without an object."""
-    shares = {}
-    for split in splits:
-        with_boxes = len(np.unique(known_boxes(split).rows))
-        shares[split.name] = 1 - with_boxes / max(1, len(split.images))
-    if not shares:
+    if not splits:
         return []
-    texts = [f"{name}: {share:.1%} of {len(s.images)}" for s, (name, share) in zip(splits, shares.items(), strict=True)]
-    empty = sum(round(share * len(split.images)) for split, share in zip(splits, shares.values(), strict=True))
+    empty = {split: int((np.diff(index.offsets) == 0).sum()) for split, index in splits.items()}
+    shares = {split: empty[split] / len(index) for split, index in splits.items()}
+    texts = [f"{split}: {share:.1%} of {len(splits[split])}" for split, share in shares.items()]
     mostly = max(shares.values()) > MOSTLY_EMPTY
     remedy = "check that no annotations are missing; data.keep_empty=false trains without such images"
     return [
         Finding(
-            "empty_images", WARNING if mostly else INFO, empty, "images without a box", tuple(texts),
+            "empty_images", WARNING if mostly else INFO, sum(empty.values()), "images without a box", tuple(texts),
             remedy if mostly else "", figures=shares,
         )
     ]  # fmt: skip
 
 
-def _boxes_of_classes(split: Split) -> Counter[str]:
-    counts = Counter({category["name"]: 0 for category in split.categories})
-    counts.update(known_boxes(split).names.tolist())
-    return counts
+def _boxes_of_classes(index: AnnotationIndex) -> Counter[str]:
+    counts = np.bincount(index.labels, minlength=len(index.class_names)).tolist()
+    return Counter(dict(zip(index.class_names, counts, strict=True)))
 
 
 def _skew(counts: dict[str, Counter[str]], names: Sequence[str]) -> list[Finding]:

@@ -1,27 +1,21 @@
 """The data doctor: everything that is wrong or odd about a data set, before a run is spent on it.
 
-Unlike `load_annotations`, which stops at the first fault, it lists all of them.
+Training stops at the first error of an annotation file; here all faults are listed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from detector.apps.doctor.anchors import boxes_at_input, check_anchors
-from detector.apps.doctor.annotations import (
-    check_boxes,
-    check_categories,
-    check_entries,
-    check_ids,
-    check_references,
-)
+from detector.apps.doctor.annotations import check_boxes, check_categories, check_faults
 from detector.apps.doctor.balance import check_balance, check_empty
+from detector.apps.doctor.finding import Finding, Splits
 from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
-from detector.apps.doctor.split import ERROR, INFO, WARNING, Finding, read_split
 from detector.data.preprocess import Preprocessing
+from detector.data.rules import ERROR, INFO, WARNING
 from detector.evaluation.tables import markdown_table
 
 _ORDER = (ERROR, WARNING, INFO)
@@ -51,28 +45,21 @@ class Diagnosis:
 
 
 def examine(
-    splits: Mapping[str, tuple[str | Path, str | Path]],
-    *,
-    preprocessing: Preprocessing,
-    anchors: Mapping[str, Any] | None = None,
-    workers: int = 1,
+    splits: Splits, *, preprocessing: Preprocessing, anchors: Mapping[str, Any] | None = None, workers: int = 1
 ) -> Diagnosis:
     """Run every check on a data set. All images are decoded.
 
     Args:
-        splits: annotation file and image folder of each, the training split first.
+        splits: the annotations of each, as `read_annotations` gives them, the training split first.
         preprocessing: the training input; sizes of objects are judged there.
         anchors: scales, ratios, stride and foreground_iou of the region proposal network; None leaves them alone.
         workers: threads that decode.
     """
-    read = [read_split(name, Path(file), Path(folder)) for name, (file, folder) in splits.items()]
-    usable = [split for split in read if not split.broken]
+    usable = {split: index for split, index in splits.items() if len(index)}
     images = look_at_all(usable, workers)
-    sizes = {split.name: box_frames(split, images[split.name]) for split in usable}
+    sizes = {split: box_frames(index, images[split]) for split, index in usable.items()}
     findings = [
-        *check_entries(read),
-        *check_ids(usable),
-        *check_references(usable),
+        *check_faults(splits),
         *check_categories(usable),
         *check_boxes(usable, sizes, preprocessing),
         *check_files(usable, images),
@@ -81,18 +68,17 @@ def examine(
         *check_empty(usable),
     ]
     if anchors and usable:
-        # Only of what is trained on.
-        objects = boxes_at_input(usable[0], sizes[usable[0].name], preprocessing)
-        findings += check_anchors(*objects, **anchors)
+        trained = next(iter(usable))
+        findings += check_anchors(*boxes_at_input(usable[trained], sizes[trained], preprocessing), **anchors)
     findings.sort(key=lambda finding: _ORDER.index(finding.severity))
     about = {
-        split.name: {
-            "annotations": str(split.annotation_file),
-            "images": str(split.image_dir),
-            "pictures": len(split.images),
-            "boxes": len(split.annotations),
+        split: {
+            "annotations": str(index.annotation_file),
+            "images": str(index.image_dir),
+            "pictures": len(index),
+            "boxes": len(index.labels),
         }
-        for split in read
+        for split, index in splits.items()
     }
     return Diagnosis(about, findings)
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from detector.apps.doctor.split import ERROR, WARNING, Finding, Split, found
-from detector.data.images import read_image
+from detector.apps.doctor.finding import Finding, Splits, found
+from detector.data.annotations import AnnotationIndex
+from detector.data.images import exif_orientation, read_image
 from detector.data.preprocess import resize
 from detector.data.progress import progress
+from detector.data.rules import ERROR, WARNING
 from detector.errors import InputError
 
 # Two images are alike when at most this many of the 64 bits of their difference hashes differ, and small copies of
-# them by at most this many grey levels on average: hashes alone confuse images with little in them. Source: ours.
+# them by at most this many grey levels on average: hashes alone confuse images with little in them. Chosen by
+# this project.
 ALIKE_BITS = 8
 ALIKE_LEVELS = 6.0
 _THUMBNAIL = 16
-_EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +59,14 @@ def look_at(path: Path) -> DecodedImage:
         image = read_image(path)
     except InputError as error:
         return DecodedImage(str(error))
-    orientation = _orientation(path)
-    height, width = image.shape[:2]
+    orientation, stored = exif_orientation(path)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     # Whether brightness falls from each of 9 x 8 cells to the next one (Krawetz's dHash).
     cells = resize(grey, 8, 9).astype(np.int16)
     return DecodedImage(
         error=None,
-        size=(height, width),
-        stored=(width, height) if orientation >= 5 else (height, width),
+        size=(image.shape[0], image.shape[1]),
+        stored=stored,
         orientation=orientation,
         digest=hashlib.blake2b(image.tobytes() + repr(image.shape).encode(), digest_size=16).digest(),
         bits=(cells[:, 1:] > cells[:, :-1]).ravel(),
@@ -74,31 +74,32 @@ def look_at(path: Path) -> DecodedImage:
     )
 
 
-def look_at_all(splits: Sequence[Split], workers: int = 1) -> dict[str, list[DecodedImage]]:
+def look_at_all(splits: Splits, workers: int = 1) -> dict[str, list[DecodedImage]]:
     """The images of each split, in the order of its images; each file is decoded once.
 
     Args:
         splits: the annotation files.
         workers: threads that decode; decoders leave Python's lock to others.
     """
-    paths = list(dict.fromkeys(split.path(row) for split in splits for row in range(len(split.images))))
+    places = {split: [index.path(i) for i in range(len(index))] for split, index in splits.items()}
+    paths = list(dict.fromkeys(path for own in places.values() for path in own))
     with ThreadPoolExecutor(max(1, workers)) as pool:
         decoded = dict(zip(paths, progress(pool.map(look_at, paths), "decode", len(paths)), strict=True))
-    return {split.name: [decoded[split.path(row)] for row in range(len(split.images))] for split in splits}
+    return {split: [decoded[path] for path in own] for split, own in places.items()}
 
 
-def box_frames(split: Split, decoded: Sequence[DecodedImage]) -> np.ndarray:
+def box_frames(index: AnnotationIndex, decoded: Sequence[DecodedImage]) -> np.ndarray:
     """(M, 2) height and width that the boxes refer to: declared, else as decoded, else 0."""
     sizes = np.array([one.size for one in decoded], np.int64).reshape(-1, 2)
-    return np.where((split.sizes > 0).all(axis=1, keepdims=True), split.sizes, sizes)
+    return np.where((index.sizes > 0).all(axis=1, keepdims=True), index.sizes, sizes)
 
 
-def check_files(splits: Sequence[Split], decoded: dict[str, list[DecodedImage]]) -> list[Finding]:
+def check_files(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -> list[Finding]:
     missing, unreadable, sizes, rotated = [], [], [], []
-    for split in splits:
-        for row, (image, one) in enumerate(zip(split.images, decoded[split.name], strict=True)):
-            who = f"{split.name}: image {image['id']!r}, {image['file_name']}"
-            declared = tuple(split.sizes[row].tolist())
+    for split, index in splits.items():
+        for i, one in enumerate(decoded[split]):
+            who = f"{split}: image {index.image_ids[i]!r}, {index.file_names[i]}"
+            declared = tuple(index.sizes[i].tolist())
             if one.error == "":
                 missing.append(who)
             elif one.error is not None:
@@ -129,16 +130,16 @@ def check_files(splits: Sequence[Split], decoded: dict[str, list[DecodedImage]])
     ]  # fmt: skip
 
 
-def check_repeats(splits: Sequence[Split], decoded: dict[str, list[DecodedImage]]) -> list[Finding]:
+def check_repeats(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -> list[Finding]:
     """The same or nearly the same image in more than one split, or more than once in one."""
     names, files, good = [], [], []
-    for split in splits:
-        listed: set[str] = set()
-        for image, one in zip(split.images, decoded[split.name], strict=True):
-            if one.error is None and image["file_name"] not in listed:  # a file listed twice is another check's
-                listed.add(image["file_name"])
-                names.append(split.name)
-                files.append(f"{split.name}/{image['file_name']}")
+    for split, index in splits.items():
+        # A file that is listed twice is another check's.
+        first = dict(reversed(list(zip(index.file_names, decoded[split], strict=True))))
+        for name, one in reversed(first.items()):
+            if one.error is None:
+                names.append(split)
+                files.append(f"{split}/{name}")
                 good.append(one)
     culprits: dict[tuple[bool, bool], list[str]] = {(a, b): [] for a in (False, True) for b in (False, True)}
     for i, j in alike(good):
@@ -167,15 +168,6 @@ def alike(decoded: Sequence[DecodedImage]) -> Iterator[tuple[int, int]]:
             levels = np.abs(thumbnails[i].astype(np.int16) - thumbnails[j]).mean()
             if levels <= ALIKE_LEVELS:
                 yield i, j
-
-
-def _orientation(path: Path) -> int:
-    try:
-        with Image.open(path) as image:
-            value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # A broken EXIF block must not cost the image, as in detector.data.images.
-        return 1
-    return value if value in range(1, 9) else 1
 
 
 def _show(size: tuple[int, ...]) -> str:

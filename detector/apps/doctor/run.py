@@ -14,15 +14,13 @@ import sys
 from pathlib import Path
 
 from detector.apps.doctor.examine import examine, format_diagnosis
-from detector.data.shapes import ensure_shapes
-from detector.data.splits import DataOptions
+from detector.data.annotations import read_annotations
 from detector.errors import InputError
 from detector.files import write_json
+from detector.models.build import build_network
 from detector.training.run import TrainOptions
 
 log = logging.getLogger(__name__)
-# Of the map that the RPN looks at, C4 or the neck's.
-RPN_STRIDE = 16
 
 
 class DoctorOptions(TrainOptions):
@@ -38,10 +36,13 @@ def doctor(options: DoctorOptions) -> None:
     Raises:
         InputError: there is no data set.
     """
+    if not (root := options.data.prepared()).is_dir():
+        raise InputError(f"{root}: no such folder (looked in '{root.resolve()}'); check data.root.")
+    stride = build_network(options, num_classes=1).rpn.anchors.stride
     diagnosis = examine(
-        locate_splits(options.data),
+        {split: read_annotations(*options.data.files(split)) for split in ("train", "val")},
         preprocessing=options.input,
-        anchors=options.rpn.model_dump(include={"scales", "ratios", "foreground_iou"}) | {"stride": RPN_STRIDE},
+        anchors=options.rpn.model_dump(include={"scales", "ratios", "foreground_iou"}) | {"stride": stride},
         workers=options.workers,
     )
     out = Path(options.out) / "doctor.json"
@@ -49,19 +50,3 @@ def doctor(options: DoctorOptions) -> None:
     log.info("%s\n%s", format_diagnosis(diagnosis), out)
     if diagnosis.counts["error"]:
         sys.exit(1)
-
-
-def locate_splits(data: DataOptions) -> dict[str, tuple[Path, Path]]:
-    """Annotation file and image folder of each split; makes the embedded data set where it is asked for."""
-    if not data.root:
-        raise InputError(
-            "data.root is not set: give the folder of your data set, data.root=DIR, holding images/ and "
-            "annotations/train.json and annotations/val.json, or use recipe=demo."
-        )
-    root = Path(data.root)
-    if data.generate:
-        ensure_shapes(root, **data.generate.to_dict())
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder (looked in '{root.resolve()}'); check data.root.")
-    splits = {"train": data.train, "val": data.val}
-    return {name: (root / split.annotations, root / split.images) for name, split in splits.items()}

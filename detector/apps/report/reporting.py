@@ -222,7 +222,7 @@ def _examined(detector: Detector, index: AnnotationIndex, limit: int, workers: i
     rpn = detector.network.rpn
     anchors = {key: getattr(rpn.options, key) for key in ("scales", "ratios", "foreground_iou")}
     diagnosis = examine(
-        {"scored": (index.annotation_file, index.image_dir)},
+        {"scored": index},
         preprocessing=detector.preprocessing,
         anchors=anchors | {"stride": rpn.anchors.stride},
         workers=max(1, workers),

@@ -1,0 +1,46 @@
+"""What a check of the data doctor gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from detector.data.annotations import AnnotationIndex
+from detector.data.rules import EXAMPLES
+
+# The splits of a data set by name, the training split first.
+Splits: TypeAlias = Mapping[str, AnnotationIndex]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: its id.
+        severity: error (training refuses it, or its metrics would be wrong), warning (look at it), info.
+        count: how many entries are concerned.
+        message: what it is.
+        examples: the first few, with split and id or file.
+        remedy: what to do; empty for info that needs nothing.
+        figures: numbers behind it, plain values.
+    """
+
+    check: str
+    severity: str
+    count: int
+    message: str
+    examples: tuple[str, ...] = ()
+    remedy: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self)) | {"examples": list(self.examples)}
+
+
+def found(check: str, severity: str, culprits: Sequence[str], message: str, remedy: str) -> list[Finding]:
+    """A finding about these culprits; none where there are none."""
+    if not culprits:
+        return []
+    return [Finding(check, severity, len(culprits), message, tuple(culprits[:EXAMPLES]), remedy)]
