@@ -19,6 +19,7 @@ from detector.inference.detections import Detections
 from detector.inference.detector import FORMAT, VERSION, Detector
 from detector.models.build import NetworkOptions
 from detector.models.postprocess import FixedDetections
+from detector.models.rpn import RPNOptions
 
 SIZES = [(48, 70), (90, 60), (64, 64), (50, 75), (33, 100), (70, 48)]
 
@@ -106,6 +107,22 @@ def test_loading_runs_no_code(tmp_path: Path, small_detector: Detector) -> None:
     with pytest.raises(InputError, match=r"trap\.ckpt"):
         Detector.load(tmp_path / "trap.ckpt")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_an_option_that_an_older_checkpoint_lacks_keeps_its_old_meaning(
+    small_detector: Detector, tmp_path: Path
+) -> None:
+    """Checkpoints that know nothing of rpn.inside_only were trained on all anchors; the default is the paper's."""
+    small_detector.save(tmp_path / "old.ckpt")
+    content = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    recorded = content["detector"]["spec"]["rpn"]
+    del recorded["inside_only"]
+    content["detector"]["provenance"]["config"] = {"rpn": dict(recorded)}
+    torch.save(content, tmp_path / "old.ckpt")
+    detector = Detector.load(tmp_path / "old.ckpt", fused=False)
+    assert detector.options.rpn.inside_only is False
+    assert detector.provenance["config"]["rpn"]["inside_only"] is False
+    assert RPNOptions().inside_only is True
 
 
 def test_a_failed_save_leaves_the_old_file(

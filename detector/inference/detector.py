@@ -166,6 +166,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"'{path}' has format version {about['version']}; this package reads up to {VERSION}: update it."
         )
+    provenance = about.get("provenance")
+    config = provenance.get("config") if isinstance(provenance, dict) else None
+    for recorded in (about.get("spec"), config):
+        # Written before there was this option: then it was not done.
+        if isinstance(recorded, dict) and isinstance(recorded.get("rpn"), dict):
+            recorded["rpn"].setdefault("inside_only", False)
     return checkpoint
 
 
