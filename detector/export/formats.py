@@ -6,6 +6,7 @@ Standard operators only. The resize stays outside: `Preprocessing` makes it in e
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -104,32 +105,29 @@ def export_onnx(
             verbose=False,
         )
     assert written is not None
-    model = written.model_proto
-    set_onnx_properties(model, info)
-    check_onnx(model)
-    with replacing(path) as partial:
-        partial.write_bytes(model.SerializeToString())
+    save_onnx(written.model_proto, info, path)
     return info
 
 
-def check_onnx(model: Any) -> None:
-    """onnx's own check of a ModelProto, and that it names no operator outside the standard."""
+def save_onnx(model: Any, info: ExportInfo, path: str | Path) -> None:
+    """Write a ModelProto with `info` in it; what the exporter said about its source lines goes.
+
+    Checked before by onnx's own checker, and that it names no operator outside the standard.
+    """
     import onnx
 
-    onnx.checker.check_model(model, full_check=True)
-    domains = {node.domain for node in model.graph.node} | {entry.domain for entry in model.opset_import}
-    if domains - {"", "ai.onnx"} or model.functions:
-        raise RuntimeError(f"the exported graph is not standard ONNX: domains {sorted(domains)}")
-
-
-def set_onnx_properties(model: Any, info: ExportInfo) -> None:
-    """Put `info` into a ModelProto; what the exporter said about its source lines goes."""
     del model.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]
     for key, value in info.to_properties().items():
         model.metadata_props.add(key=key, value=value)
     model.producer_name = "light-head-detector"
+    onnx.checker.check_model(model, full_check=True)
+    domains = {node.domain for node in model.graph.node} | {entry.domain for entry in model.opset_import}
+    if domains - {"", "ai.onnx"} or model.functions:
+        raise RuntimeError(f"the exported graph is not standard ONNX: domains {sorted(domains)}")
+    with replacing(path) as partial:
+        partial.write_bytes(model.SerializeToString())
 
 
 def export_openvino(
@@ -168,16 +166,22 @@ def convert_for_openvino(source: Any, **options: Any) -> Any:
 
 
 def import_openvino() -> Any:
-    """The module openvino.
+    """The module openvino. Raises InputError where it is not installed."""
+    return require("openvino", extra="onnx,openvino")
+
+
+def require(*modules: str, extra: str) -> Any:
+    """Import modules that an extra of this package brings; the last of them.
 
     Raises:
-        InputError: it is not installed.
+        InputError: one is not installed.
     """
     try:
-        import openvino
+        return [importlib.import_module(name) for name in modules][-1]
     except ImportError as error:
-        raise InputError("openvino is not installed: pip install 'light-head-detector[onnx,openvino]'.") from error
-    return openvino
+        raise InputError(
+            f"{error.name or modules[-1]} is not installed: pip install 'light-head-detector[{extra}]'."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -244,16 +248,8 @@ def _nms_in_onnx(boxes: Any, scores: Any, threshold: float, limit: int) -> Any:
 
 
 def import_onnx() -> None:
-    """What writing ONNX takes.
-
-    Raises:
-        InputError: onnx or onnxscript is not installed.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401  # torch's exporter needs it
-    except ImportError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'light-head-detector[onnx]'.") from error
+    """What writing ONNX takes, torch's exporter included. Raises InputError where it is not installed."""
+    require("onnx", "onnxscript", extra="onnx")
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class Difference:
     extra: int = 0
 
     def worst(self, other: Difference) -> Difference:
-        """Of both: the larger differences, the sums of the counts."""
+        """The larger differences of both, and the sums of their counts."""
         return Difference(
             max(self.box, other.box),
             max(self.score, other.score),
@@ -129,7 +129,7 @@ class Comparison:
         difference: from the reference, over all images.
         ap: average precision in points, 0 to 100; None where the images hold no object.
         drop: points below the reference.
-        p50_ms, p90_ms: milliseconds a image.
+        p50_ms, p90_ms: milliseconds an image.
         ratio: how many times faster than the reference: the median over the images.
         complaints: why it fails the gate; empty where it passes.
     """

@@ -21,16 +21,15 @@ import numpy as np
 from detector.data.preprocess import prepare
 from detector.errors import InputError
 from detector.export.formats import (
-    check_onnx,
     check_openvino_path,
     export_onnx,
     openvino_model,
+    require,
+    save_onnx,
     save_openvino,
-    set_onnx_properties,
     unreported,
     with_precision,
 )
-from detector.files import replacing
 from detector.inference.export_info import ExportInfo
 from detector.inference.runtime import INPUTS, ExportedDetector, openvino_run
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 LAYERS = ("Conv", "MatMul", "Gemm", "Convolution", "GroupConvolution")
 # Likewise, of those that look at a tensor's shape only.
 SIZES = ("Shape", "ShapeOf")
-NO_IMAGES = "int8 needs images to calibrate on; give a folder of some hundreds."
 
 
 @dataclass(frozen=True)
@@ -130,6 +128,8 @@ def export_int8_onnx(
         InputError: no image, or onnx or onnxruntime is not installed.
     """
     quantization = import_quantization()
+    import onnx
+
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         info = export_onnx(detector, source, batch=batch, canvas=canvas)
@@ -141,19 +141,16 @@ def export_int8_onnx(
                 _reader(quantization, samples),
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(LAYERS),
-                nodes_to_exclude=sorted(float_nodes(onnx_nodes(_load(source).graph))),
+                nodes_to_exclude=sorted(float_nodes(onnx_nodes(onnx.load(source).graph))),
                 per_channel=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=quantization.CalibrationMethod.MinMax,
             )
-        model = _load(target)
+        model = onnx.load(target)
     info = with_precision(info, "int8", calibration_pictures=len(samples))
     _drop_unused_domains(model)
-    set_onnx_properties(model, info)
-    check_onnx(model)
-    with replacing(path) as partial:
-        partial.write_bytes(model.SerializeToString())
+    save_onnx(model, info, path)
     return info
 
 
@@ -219,16 +216,15 @@ def _below(names: set[str], nodes: Mapping[str, Node]) -> set[str]:
 
 
 def _samples(images: Iterable[np.ndarray], info: ExportInfo) -> list[dict[str, np.ndarray]]:
-    samples = [_sample(image, info) for image in images]
+    """What the graph takes for each image, prepared alone."""
+    samples = []
+    for image in images:
+        (prepared,) = prepare([image], info.preprocessing, info.canvas)
+        pixels = np.ascontiguousarray(prepared.images.transpose(0, 2, 3, 1))
+        samples.append(dict(zip(INPUTS, (pixels, prepared.image_sizes), strict=True)))
     if not samples:
-        raise InputError(NO_IMAGES)
+        raise InputError("int8 needs images to calibrate on; give a folder of some hundreds.")
     return samples
-
-
-def _sample(image: np.ndarray, info: ExportInfo) -> dict[str, np.ndarray]:
-    (prepared,) = prepare([image], info.preprocessing, info.canvas)
-    images = np.ascontiguousarray(prepared.images.transpose(0, 2, 3, 1))
-    return dict(zip(INPUTS, (images, prepared.image_sizes), strict=True))
 
 
 def _reader(quantization: Any, samples: list[dict[str, np.ndarray]]) -> Any:
@@ -250,24 +246,10 @@ def _drop_unused_domains(model: Any) -> None:
     model.opset_import.extend(kept)
 
 
-def _load(path: Path) -> Any:
-    import onnx
-
-    return onnx.load(path)
-
-
 def import_nncf() -> Any:
-    """The module nncf, which reports nothing to its makers.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        with unreported():  # its reporter is made on import
-            import nncf
-    except ImportError as error:
-        raise InputError("nncf is not installed: pip install 'light-head-detector[int8]'.") from error
-    return nncf
+    """The module nncf, which reports nothing to its makers. Raises InputError where it is not installed."""
+    with unreported():  # its reporter is made on import
+        return require("nncf", extra="int8")
 
 
 @contextmanager
@@ -283,17 +265,8 @@ def quiet(nncf: Any) -> Iterator[None]:
 
 
 def import_quantization() -> Any:
-    """The module onnxruntime.quantization.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        from onnxruntime import quantization
-    except ImportError as error:
-        name = error.name or "onnxruntime"
-        raise InputError(f"{name} is not installed: pip install 'light-head-detector[onnx]'.") from error
-    return quantization
+    """The module onnxruntime.quantization. Raises InputError where it, or onnx, is not installed."""
+    return require("onnxruntime.quantization", extra="onnx")
 
 
 @contextmanager

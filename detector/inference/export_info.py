@@ -13,7 +13,7 @@ from detector.errors import InputError
 
 FORMAT = "light-head-detector-export"
 VERSION = 2  # 1 took images as (N, 3, H, W)
-# The folder of our keys in OpenVINO's rt_info, and the file of them inside a .pt2.
+# The folder of these keys in OpenVINO's rt_info, and the file of them inside a .pt2.
 SECTION = "light_head_detector"
 # Beside `format`; each holds JSON.
 KEYS = ("version", "class_names", "preprocessing", "input", "precision", "spec", "provenance")
@@ -79,30 +79,33 @@ class ExportInfo:
         try:
             # Other tools add keys of their own.
             values = {key: json.loads(properties[key]) for key in KEYS}
-            if values["version"] != VERSION:
-                remedy = "update it" if values["version"] > VERSION else "export the checkpoint again"
-                raise InputError(
-                    f"'{path}' has export version {values['version']}; this package reads {VERSION}: {remedy}."
-                )
-            sides = {key: values["preprocessing"][key] for key in ("short_side", "long_side")}
-            given = values["input"]
-            return cls(
-                tuple(map(str, values["class_names"])),
-                Preprocessing.parse(sides),
-                given["batch"],
-                _canvas(given["height"], given["width"]),
-                values["precision"],
-                values["spec"],
-                values["provenance"],
-            )
+            version = int(values["version"])
+            sides, given = dict(values["preprocessing"]), dict(values["input"])
+            class_names = tuple(map(str, values["class_names"]))
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"'{path}' is damaged: its metadata cannot be read ({error}). Export it again.") from error
+            raise _damaged(path, error) from error
+        if version != VERSION:
+            remedy = "update it" if version > VERSION else "export the checkpoint again"
+            raise InputError(f"'{path}' has export version {version}; this package reads {VERSION}: {remedy}.")
+        try:
+            preprocessing = Preprocessing.parse({key: sides[key] for key in Preprocessing.model_fields})
+            batch, height, width = given["batch"], given["height"], given["width"]
+        except KeyError as error:
+            raise _damaged(path, error) from error
+        canvas = None if height is None else (height, width)
+        return cls(
+            class_names,
+            preprocessing,
+            batch,
+            canvas,
+            values["precision"],
+            values["spec"],
+            values["provenance"],
+        )
 
 
-def _canvas(height: int | None, width: int | None) -> tuple[int, int] | None:
-    return None if height is None or width is None else (int(height), int(width))
+def _damaged(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"'{path}' is damaged: its metadata cannot be read ({error}). Export it again.")
 
 
 def check_canvas(canvas: Sequence[int]) -> tuple[int, int]:

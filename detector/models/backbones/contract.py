@@ -18,9 +18,9 @@ class ClassifierOptions(Options):
     """What an image classifier has on top of a backbone: what published costs count, and what is pre-trained."""
 
     conv5_channels: Count | None = None
-    """Of a 1x1 convolution with BN before the average; null: there is none, the average of c5 is classified."""
+    """Outputs of a 1x1 convolution with BN before the average; null: there is none, the average of c5 is classified."""
     activation: Activation = "relu"
-    """Of conv5."""
+    """The one after conv5."""
     dropout: BelowOne = 0.0
     """Before the fully connected layer."""
 

@@ -207,7 +207,7 @@ class TimmBackbone(External):
 
 
 def _taps(parts: Sequence[tuple[Any, int]], name: str) -> list[Any]:
-    """Of (part, stride) in the order of the pass: the last parts at stride 4, 8 and 16, and the last of all at 32."""
+    """The last parts at stride 4, 8 and 16, and the last of all at 32, from (part, stride) in the order of the pass."""
     end = max((place for place, (_, stride) in enumerate(parts) if stride == 32), default=0)
     before = {stride: part for part, stride in parts[:end]}
     if not end or not {4, 8, 16} <= set(before):

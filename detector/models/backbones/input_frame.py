@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detector.errors import InputError
 
-# What a network of ours takes: (RGB - MEAN) / STD, pixels in 0-255.
+# What a network of this project takes: (RGB - MEAN) / STD, pixels in 0-255.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 RGB, BGR = FRAMES = ("rgb_imagenet", "bgr255")
@@ -22,7 +22,7 @@ def for_normalised_rgb(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     is taken off the running mean of the BN after it.
 
     Exact wherever the 3x3 kernel lies inside the image. Outside lies zero, which is black to the network that was
-    trained and mean grey to ours, and a convolution without bias that pads with one number cannot be told otherwise:
+    trained and mean grey here, and a convolution without bias that pads with one number cannot be told otherwise:
     so the first row and the first column of conv1's output differ (and the last ones, where the size is odd), and what
     sees them. Measured with torchvision's 0.5x weights on photographs of 224 x 224 to 800 x 1184 pixels: the other
     colour outside changes c3, c4 and c5 by 6-8, 3-6 and 9-12% (of their L2 norm), their first rows by 30-37, 11-13 and

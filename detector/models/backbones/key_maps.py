@@ -1,7 +1,7 @@
-"""The tensors of other libraries' files under our names, and the authors' ShuffleNet V2 in our order of channels.
+"""The tensors of other libraries' files under the names here, and the authors' ShuffleNet V2 in the order here.
 
 The two networks are the same up to the order of channels (`channel_order`): so the channels of each branch are put into
-our order, and what reads them follows.
+the order here, and what reads them follows.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: s
 
 
 def in_our_order(tensors: Mapping[str, Tensor], backbone: ShuffleNetV2) -> dict[str, Tensor]:
-    """The authors' tensors with their channels in the order in which our units use them.
+    """The authors' tensors with their channels in the order in which the units here use them.
 
     c3, c4 and c5 are then the authors' up to the order of channels, and conv5 and fc, which read c5
     in that order, give the authors' logits.
 
     Args:
-        tensors: under our names; those that are absent, or of another shape, are left as they are.
+        tensors: under the names here; those that are absent, or of another shape, are left as they are.
         backbone: gives the shapes and, in an uneven pair of branches, the order. See `megvii_backbone`.
     """
     own, result = backbone.state_dict(), dict(tensors)
@@ -153,14 +153,14 @@ def in_our_order(tensors: Mapping[str, Tensor], backbone: ShuffleNetV2) -> dict[
 
 
 def stage_order(stage: Stage) -> tuple[dict[int, list[int]], list[list[int]]]:
-    """How the authors' channels have to be ordered to be ours in one stage.
+    """How the authors' channels have to be ordered to be those of one stage here.
 
     Each channel is followed through both networks. One that passes is read by a later unit, or leaves the stage; every
     branch has equally many such channels for each reader in both networks, so they are paired within branch and reader.
 
     Returns:
-        For each branch (PROJECTION, 0, 1, ...) the authors' output at each of our outputs. And for the readers (units
-        1, 2, ..., then whatever follows the stage) the authors' input at each of our inputs.
+        For each branch (PROJECTION, 0, 1, ...) the authors' output at each output here. And for the readers (units 1,
+        2, ..., then whatever follows the stage) the authors' input at each input here.
     """
     first = stage[0]
     assert isinstance(first, DownsamplingUnit)

@@ -1,4 +1,4 @@
-"""Pre-trained weights for a backbone: ImageNet by name, or a file (ours, torchvision's, timm's, the authors')."""
+"""Pre-trained weights for a backbone: ImageNet by name, or a file of torchvision, timm, the authors or this project."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detector.models.backbones.input_frame import BGR, FRAMES, RGB, for_normalis
 from detector.models.backbones.key_maps import in_our_order, is_megvii, library_names, megvii_backbone, names_for
 from detector.models.backbones.published import REMEDY, published_weights, whole_model
 
-# What a classifier of ours has on top of a backbone.
+# What a classifier of this project has on top of a backbone.
 CLASSIFIER = ("conv5.", "fc.")
 
 
@@ -26,8 +26,8 @@ class WeightsReport:
 
     Attributes:
         source: where the weights came from, or None.
-        format: whose names they had there: "our names" (torchvision's for most families), "the authors' ShuffleNet V2",
-            "a whole model's names" (torchvision or timm).
+        format: whose names they had there: "this project's names" (torchvision's for most families), "the authors'
+            ShuffleNet V2", "a whole model's names" (torchvision or timm).
         input_frame: what the weights were trained on, see `load_weights`.
         matched: tensors taken from there.
         ignored: names there, for which a backbone has no place (the classifier's).
@@ -61,7 +61,7 @@ def load_weights(
     """Fill a backbone with trained weights, in place.
 
     The names of its tensors tell whose file it is. V2 weights fit V2*: what V2* has more keeps its identity start. The
-    authors' ShuffleNet V2 becomes ours exactly (`key_maps`), up to the border of the image (`input_frame`).
+    authors' ShuffleNet V2 becomes this one exactly (`key_maps`), up to the border of the image (`input_frame`).
 
     Args:
         backbone: as built by `build_backbone`.
@@ -162,7 +162,9 @@ def _load(
 def _format(authors: bool, fitting: list[str], theirs: Mapping[str, str]) -> str:
     if authors:
         return "the authors' ShuffleNet V2"
-    return "our names" if all(theirs.get(name, name) == name for name in fitting) else "a whole model's names"
+    return (
+        "this project's names" if all(theirs.get(name, name) == name for name in fitting) else "a whole model's names"
+    )
 
 
 def _above(backbone: Backbone, names: Collection[str]) -> list[str]:
@@ -174,7 +176,7 @@ def _above(backbone: Backbone, names: Collection[str]) -> list[str]:
 def _may_be_absent(name: str, given: Collection[str], authors: bool) -> bool:
     if name.endswith(".num_batches_tracked"):  # files older than torch 0.4.1
         return True
-    if name.endswith(".order") and authors:  # ours alone
+    if name.endswith(".order") and authors:  # of this project alone
         return True
     return ".extra." in name and not any(".extra." in other for other in given)
 

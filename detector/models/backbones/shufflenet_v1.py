@@ -82,7 +82,7 @@ class ShuffleNetV1Options(BackboneOptions):
     width: Positive | None = None
     """Times the channels of table 1, which depend on the groups; null: 1, or what `channels` say."""
     channels: Stages | None = None
-    """Of the last three stages, which give c3, c4 and c5, or of four, the first at stride 4 (V1-50)."""
+    """Outputs of the last three stages, which give c3, c4 and c5, or of four, the first at stride 4 (V1-50)."""
     stem_channels: Count | None = None
     """Null: 12 up to half the width, 24, and 48 from twice the width on (the authors' code)."""
     repeats: Stages = (4, 8, 4)
@@ -96,7 +96,7 @@ class ShuffleNetV1Options(BackboneOptions):
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Of each stage."""
+        """Channels of each stage's map."""
         if self.channels is not None:
             return self.channels
         first = int(STAGE_2[self.groups] * (self.width or 1))

@@ -42,8 +42,9 @@ class ExtraDepthwise(nn.Sequential):
     """What V2* adds in front of a main branch: depthwise 3x3, BN, no ReLU. Starts as the identity.
 
     So V2 weights warm-start V2* with equal outputs, bit for bit. In training mode too: this BN always keeps its mean 0
-    and variance 1 and learns scale and shift alone (ours), because the statistics of a batch would renormalise what
-    passes and move the maps of a pretrained V2 by 22 to 37%. Its weights cannot run away: the next layers normalise.
+    and variance 1 and learns scale and shift alone. Chosen by this project, because the statistics of a batch would
+    renormalise what passes and move the maps of a pretrained V2 by 22 to 37%. Its weights
+    cannot run away: the next layers normalise.
 
     The paper says "an additional 3x3 depthwise convolution before the first pointwise convolution in each building
     block" and no more; BN without ReLU is how the same authors begin a branch in released code (DetNAS, `xception`).
@@ -181,15 +182,15 @@ class ShuffleNetV2Options(BackboneOptions):
 
     name: Literal["shufflenet_v2"] = "shufflenet_v2"
     stem_channels: Count | Annotated[tuple[Count, ...], Field(min_length=1)] = 24
-    """Of conv1 (table 5), or of each convolution of the stem, of which the first has stride 2 (appendix)."""
+    """Outputs of conv1 (table 5), or of each convolution of the stem, of which the first has stride 2 (appendix)."""
     channels: Stages = (116, 232, 464)
-    """Of the last three stages, which give c3, c4 and c5 (table 5), or of four, the first at stride 4 (appendix)."""
+    """Outputs of the last three stages, c3, c4 and c5 (table 5), or of four, the first at stride 4 (appendix)."""
     repeats: Stages = (4, 8, 4)
     """Units in each stage, the one of stride 2 included (table 5)."""
     extra_depthwise: Flag = False
     """V2*: one more depthwise 3x3 at the start of every main branch (section 4)."""
     layout: Literal["torchvision", "paper"] = "torchvision"
-    """Of the downsampling units: torchvision, even branches, for public weights; paper, as the authors' code."""
+    """Form of the downsampling units: torchvision, even branches, for public weights; paper, as the authors' code."""
     se: Flag = False
     """Squeeze-and-excitation at the end of every main branch (appendix, figure 2 b)."""
     residual: Flag = False
