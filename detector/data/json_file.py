@@ -5,10 +5,15 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter
+
 from detector.errors import InputError
+
+_ANYTHING: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(cache_strings="keys"))
 
 
 def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
@@ -26,7 +31,12 @@ def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]
     # Millions of new objects and no garbage: the collector would look at all of them again and again.
     gc.disable()
     try:
-        return json.loads(Path(path).read_bytes(), object_hook=object_hook)  # bytes: json finds out the encoding
+        content = Path(path).read_bytes()
+        if object_hook is None:
+            # In two thirds of the time. pydantic knows UTF-8 alone, without a mark: json has the last word.
+            with suppress(ValueError):
+                return _ANYTHING.validate_json(content)
+        return json.loads(content, object_hook=object_hook)  # bytes: json finds out the encoding
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{path}: no such {what}; check the path.") from error
     except OSError as error:
