@@ -335,3 +335,19 @@ def test_all_faults_are_listed_where_loading_stops_at_the_first(clean: Path) -> 
     assert "3 errors, 1 warnings" in text
     plain = json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))
     assert plain["counts"] == {"error": 3, "warning": 1, "info": 3}
+
+
+def test_images_of_12_bits_in_16_are_nearly_black(clean: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 4096, (HEIGHT, WIDTH), np.uint16)
+    for name, values in (("train_1", pixels), ("train_2", pixels[::-1] * 16), ("train_3", pixels * 0)):
+        Image.fromarray(values).save(clean / "images" / f"{name}.png")
+    diagnosis = diagnose(clean)
+    assert faults(diagnosis) == {"dark_images": ("warning", 1)}
+    finding = next(f for f in diagnosis.findings if f.check == "dark_images")
+    assert "train_1.png: its brightest value is 16 of 255" in finding.examples[0]
+
+
+def test_what_makes_a_training_pointless_is_a_finding_too(clean: Path) -> None:
+    edit(clean, lambda c: c["annotations"].clear())
+    assert faults(diagnose(clean))["nothing_to_learn"] == ("error", 1)

@@ -18,9 +18,9 @@ import lightning
 import torch
 
 from detector.data.preprocess import Preprocessing
+from detector.data.split_checks import refuse_pointless
 from detector.data.splits import DataOptions, load_split
 from detector.data.transforms import AugmentOptions, TrainTransform
-from detector.errors import InputError
 from detector.evaluation.metrics import format_table
 from detector.inference.detector import Detector, read_checkpoint
 from detector.models.backbones.pretrained import load_weights
@@ -67,11 +67,7 @@ def train(options: TrainOptions) -> Path:
     lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
     device_arguments = devices(options.trainer)
     train_index, val_index = (load_split(options.data, split) for split in ("train", "val"))
-    if train_index.class_names != val_index.class_names:
-        raise InputError(
-            f"The classes of the training split {list(train_index.class_names)} and the validation split "
-            f"{list(val_index.class_names)} differ; both files must declare the same categories."
-        )
+    refuse_pointless({"train": train_index, "val": val_index})
     detector = _new_detector(options, train_index.class_names)
     data = DetectionData(
         train=train_index,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from detector.apps.doctor.annotations import input_scales
-from detector.apps.doctor.finding import Finding
 from detector.data.annotations import AnnotationIndex
+from detector.data.finding import Finding
 from detector.data.preprocess import STRIDE, Preprocessing
 from detector.data.rules import INFO, WARNING
 from detector.models.anchor_fit import POOR_IOU, best_anchor_iou, coverage, propose

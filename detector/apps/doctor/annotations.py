@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
 
-from detector.apps.doctor.finding import Finding, Splits, found
-from detector.data.annotations import AnnotationIndex
-from detector.data.boxes import box_iou
+from detector.data.finding import Finding, Splits, found
 from detector.data.preprocess import Preprocessing
-from detector.data.rules import ERROR, EXAMPLES, RULES, WARNING
+from detector.data.rules import EXAMPLES, RULES, WARNING
 
 # Pixels of the original image: what sticks out by less is an annotator's hand, not a fault.
 TOLERANCE = 1.0
 # Pixels of the network input. Nothing is left of such an object at stride 16.
 TINY = 2.0
-DUPLICATE_IOU = 0.95
 
 
 def check_faults(splits: Splits) -> list[Finding]:
@@ -32,21 +28,8 @@ def check_faults(splits: Splits) -> list[Finding]:
     return findings
 
 
-def check_categories(splits: Splits) -> list[Finding]:
-    """All files must declare the same classes: labels are their order."""
-    declared = {split: index.class_names for split, index in splits.items() if index.class_names}
-    culprits = [f"{split}: {', '.join(names)[:200]}" for split, names in declared.items()]
-    return found(
-        "categories_differ",
-        ERROR,
-        culprits if len(set(declared.values())) > 1 else [],
-        "splits that declare different classes, by ascending id",
-        "give all files the same `categories`",
-    )
-
-
 def check_boxes(splits: Splits, sizes: Mapping[str, np.ndarray], preprocessing: Preprocessing) -> list[Finding]:
-    """Boxes outside their image, too small to learn, or twice.
+    """Boxes outside their image, or too small to learn.
 
     Args:
         splits: the annotation files.
@@ -55,7 +38,6 @@ def check_boxes(splits: Splits, sizes: Mapping[str, np.ndarray], preprocessing: 
     """
     outside: list[str] = []
     tiny: list[str] = []
-    duplicates: list[str] = []
     for split, index in splits.items():
         size = sizes[split][index.images]
         low, high = index.xywh[:, :2], index.xywh[:, :2] + index.xywh[:, 2:]
@@ -68,7 +50,6 @@ def check_boxes(splits: Splits, sizes: Mapping[str, np.ndarray], preprocessing: 
             culprits += [
                 f"{split}: {index.describe(row)}: {index.xywh[row].tolist()}" for row in np.flatnonzero(rows).tolist()
             ]
-        duplicates += [f"{split}: {index.describe(row)}" for row in _repeated(index)]
     return [
         *found(
             "boxes_outside",
@@ -84,13 +65,6 @@ def check_boxes(splits: Splits, sizes: Mapping[str, np.ndarray], preprocessing: 
             f"boxes with a side below {TINY:g} pixels at the training input",
             "raise input.short_side and input.long_side, cut the images into tiles, or remove these objects",
         ),
-        *found(
-            "duplicate_boxes",
-            WARNING,
-            duplicates,
-            f"boxes that cover another of the same class and image (IoU above {DUPLICATE_IOU})",
-            "remove one of each",
-        ),
     ]
 
 
@@ -99,17 +73,3 @@ def input_scales(sizes: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     sides = np.where(sizes > 0, sizes, 1)
     scale = np.minimum(preprocessing.short_side / sides.min(axis=1), preprocessing.long_side / sides.max(axis=1))
     return np.where((sizes > 0).all(axis=1), scale, 1.0)[:, None]
-
-
-def _repeated(index: AnnotationIndex) -> list[int]:
-    """Rows that repeat an earlier box of their image and class."""
-    groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
-    for row, key in enumerate(zip(index.images.tolist(), index.labels.tolist(), index.crowd.tolist(), strict=True)):
-        groups[key].append(row)
-    repeats = []
-    for rows in groups.values():
-        if len(rows) > 1:
-            corners = np.concatenate((index.xywh[rows, :2], index.xywh[rows, :2] + index.xywh[rows, 2:]), axis=1)
-            again = np.tril(box_iou(corners, corners), -1) > DUPLICATE_IOU
-            repeats += [rows[i] for i in np.flatnonzero(again.any(axis=1))]
-    return sorted(repeats)

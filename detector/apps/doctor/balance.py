@@ -1,4 +1,4 @@
-"""The data doctor's counts: classes, splits, images without objects."""
+"""The data doctor's counts of the boxes of each class in each split."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from detector.apps.doctor.finding import Finding, Splits, found
 from detector.data.annotations import AnnotationIndex
+from detector.data.finding import Finding, Splits, found
 from detector.data.rules import INFO, WARNING
 
 # A class with fewer boxes than this in the training split is hardly learnt. Chosen by this project.
@@ -17,7 +17,6 @@ FEW = 10
 # proportions, boxes taken as independent): both, because objects of one image are not independent. Chosen by
 # this project.
 SKEW_RATIO, SKEW_DEVIATIONS = 2.0, 4.0
-MOSTLY_EMPTY = 0.5
 
 
 def check_balance(splits: Splits) -> list[Finding]:
@@ -47,23 +46,6 @@ def check_balance(splits: Splits) -> list[Finding]:
             "annotate more, or merge them with a related class",
         ),
         *_skew(counts, names),
-    ]  # fmt: skip
-
-
-def check_empty(splits: Splits) -> list[Finding]:
-    """The share of images without an object."""
-    if not splits:
-        return []
-    empty = {split: int((np.diff(index.offsets) == 0).sum()) for split, index in splits.items()}
-    shares = {split: empty[split] / len(index) for split, index in splits.items()}
-    texts = [f"{split}: {share:.1%} of {len(splits[split])}" for split, share in shares.items()]
-    mostly = max(shares.values()) > MOSTLY_EMPTY
-    remedy = "check that no annotations are missing; data.keep_empty=false trains without such images"
-    return [
-        Finding(
-            "empty_images", WARNING if mostly else INFO, sum(empty.values()), "images without a box", tuple(texts),
-            remedy if mostly else "", figures=shares,
-        )
     ]  # fmt: skip
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from detector.apps.doctor.anchors import boxes_at_input, check_anchors
-from detector.apps.doctor.annotations import check_boxes, check_categories, check_faults
-from detector.apps.doctor.balance import check_balance, check_empty
-from detector.apps.doctor.finding import Finding, Splits
+from detector.apps.doctor.annotations import check_boxes, check_faults
+from detector.apps.doctor.balance import check_balance
 from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
+from detector.data.finding import Finding, Splits
 from detector.data.preprocess import Preprocessing
 from detector.data.rules import ERROR, INFO, WARNING
+from detector.data.split_checks import check_splits
 from detector.evaluation.tables import markdown_table
 
 _ORDER = (ERROR, WARNING, INFO)
@@ -60,12 +61,11 @@ def examine(
     sizes = {split: box_frames(index, images[split]) for split, index in usable.items()}
     findings = [
         *check_faults(splits),
-        *check_categories(usable),
+        *check_splits(usable),
         *check_boxes(usable, sizes, preprocessing),
         *check_files(usable, images),
         *check_repeats(usable, images),
         *check_balance(usable),
-        *check_empty(usable),
     ]
     if anchors and usable:
         trained = next(iter(usable))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from detector.apps.doctor.finding import Finding, Splits, found
 from detector.data.annotations import AnnotationIndex
+from detector.data.finding import Finding, Splits, found
 from detector.data.images import exif_orientation, read_image
 from detector.data.preprocess import resize
 from detector.data.progress import progress
@@ -24,6 +24,8 @@ from detector.errors import InputError
 ALIKE_BITS = 8
 ALIKE_LEVELS = 6.0
 _THUMBNAIL = 16
+# An image whose brightest value (of 255) is below this is nearly black: 12 bits in a 16-bit file reach 16.
+DARK = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class DecodedImage:
         digest: of the decoded pixels.
         bits: (64,) bool, the difference hash.
         thumbnail: (16, 16, 3) uint8.
+        brightest: its largest value, 0 to 255.
     """
 
     error: str | None
@@ -47,6 +50,7 @@ class DecodedImage:
     digest: bytes = b""
     bits: np.ndarray | None = None
     thumbnail: np.ndarray | None = None
+    brightest: int = 255
 
 
 def look_at(path: Path) -> DecodedImage:
@@ -71,6 +75,7 @@ def look_at(path: Path) -> DecodedImage:
         digest=hashlib.blake2b(image.tobytes() + repr(image.shape).encode(), digest_size=16).digest(),
         bits=(cells[:, 1:] > cells[:, :-1]).ravel(),
         thumbnail=resize(image, _THUMBNAIL, _THUMBNAIL),
+        brightest=int(image.max()),
     )
 
 
@@ -95,11 +100,13 @@ def box_frames(index: AnnotationIndex, decoded: Sequence[DecodedImage]) -> np.nd
 
 
 def check_files(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -> list[Finding]:
-    missing, unreadable, sizes, rotated = [], [], [], []
+    missing, unreadable, sizes, rotated, dark = [], [], [], [], []
     for split, index in splits.items():
         for i, one in enumerate(decoded[split]):
             who = f"{split}: image {index.image_ids[i]!r}, {index.file_names[i]}"
             declared = tuple(index.sizes[i].tolist())
+            if 0 < one.brightest < DARK:  # a frame without any light, all 0, hides no objects
+                dark.append(f"{who}: its brightest value is {one.brightest} of 255")
             if one.error == "":
                 missing.append(who)
             elif one.error is not None:
@@ -126,6 +133,10 @@ def check_files(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -
             "images with an EXIF rotation whose declared size does not say that it has been applied: boxes may refer "
             "to the image before the rotation or after it",
             "look at some with their boxes; then store the pixels upright, without the EXIF entry",
+        ),
+        *found(
+            "dark_images", WARNING, dark, f"images that are nearly black, without a value of {DARK} or more of 255",
+            "spread their values over the full range: 12-bit data in 16-bit files times 16",
         ),
     ]  # fmt: skip
 

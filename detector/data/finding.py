@@ -1,4 +1,4 @@
-"""What a check of the data doctor gives."""
+"""What a check of a data set gives."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class Finding:
     examples: tuple[str, ...] = ()
     remedy: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One sentence for the log: how many, what, examples, the remedy."""
+        return f"{self.count} {self.message} ({'; '.join(self.examples)}): {self.remedy}."
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self)) | {"examples": list(self.examples)}
