@@ -17,7 +17,7 @@ from detector.data.annotations import AnnotationIndex, load_annotations
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
 from detector.data.preprocess import Preprocessing
-from detector.data.transforms import AugmentOptions, EvalTransform, TrainTransform, Transformed
+from detector.data.transforms import AugmentOptions, TrainTransform, Transformed
 from detector.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -33,8 +33,14 @@ def train_transform(seed: int = 0) -> TrainTransform:
     return TrainTransform(Preprocessing(short_side=32, long_side=48), draws, seed=seed)
 
 
+def unchanged(short_side: int, long_side: int) -> TrainTransform:
+    """The resize alone."""
+    preprocessing = Preprocessing(short_side=short_side, long_side=long_side)
+    return TrainTransform(preprocessing, AugmentOptions(flip=0.0), seed=0)
+
+
 def test_sample(index: AnnotationIndex) -> None:
-    data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=24, long_side=100)))
+    data = DetectionDataset(index, unchanged(24, 100))
     assert len(data) == 4
     sample = data[0]
     assert sample["image"].shape == (24, 32, 3)
@@ -65,12 +71,14 @@ def test_cache_reads_each_file_once_and_changes_nothing(tiny_coco: Path, index: 
 
 
 def test_a_transform_cannot_spoil_the_cache(index: AnnotationIndex) -> None:
-    class Careless(EvalTransform):
+    class Careless(TrainTransform):
         def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
             image[:] = 0
             return super().__call__(image, boxes, labels, crowd)
 
-    data = DetectionDataset(index, Careless(Preprocessing(short_side=24, long_side=100)), cache=True)
+    data = DetectionDataset(
+        index, Careless(Preprocessing(short_side=24, long_side=100), AugmentOptions(flip=0.0), seed=0), cache=True
+    )
     with pytest.raises(ValueError, match="read-only"):
         data[0]
 
@@ -80,7 +88,7 @@ def test_cache_stops_at_its_bound(
 ) -> None:
     monkeypatch.setattr(dataset_module, "CACHE_BYTES", (48 * 64 + 60 * 40) * 3)
     with caplog.at_level(logging.INFO):
-        data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=24, long_side=100)), cache=True)
+        data = DetectionDataset(index, unchanged(24, 100), cache=True)
     assert "2 of 4 images" in caplog.text
     assert "decoded each time" in caplog.text
     assert [data[i]["image_id"] for i in range(4)] == [10, 7, 42, 99]
@@ -140,7 +148,7 @@ def test_seed_worker_finds_the_data_set_in_a_subset(index: AnnotationIndex) -> N
 
 
 def test_collate_pads_pictures_and_objects(index: AnnotationIndex) -> None:
-    data = DetectionDataset(index, EvalTransform(Preprocessing(short_side=40, long_side=80)))
+    data = DetectionDataset(index, unchanged(40, 80))
     batch = collate([data[i] for i in range(4)])
     assert batch.images.dtype == torch.uint8
     assert batch.images.shape == (4, 3, 64, 96)
@@ -158,7 +166,7 @@ def test_collate_pads_pictures_and_objects(index: AnnotationIndex) -> None:
 
 
 def test_a_batch_without_objects_keeps_one_place(index: AnnotationIndex) -> None:
-    batch = collate([DetectionDataset(index, EvalTransform(Preprocessing(short_side=40, long_side=80)))[2]])
+    batch = collate([DetectionDataset(index, unchanged(40, 80))[2]])
     assert batch.boxes.shape == (1, 1, 4)
     assert batch.labels.tolist() == [[-1]]
     assert batch.crowd.tolist() == [[False]]

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from detector.data.annotations import AnnotationIndex
 from detector.data.progress import progress
-from detector.data.transforms import Transform
+from detector.data.transforms import TrainTransform
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     width as decoded; image_id as in the annotation file.
     """
 
-    def __init__(self, index: AnnotationIndex, transform: Transform | None, cache: bool = False) -> None:
+    def __init__(self, index: AnnotationIndex, transform: TrainTransform | None, cache: bool = False) -> None:
         """
         Args:
             index: the images and their objects.

@@ -1,7 +1,6 @@
-"""What happens to a decoded image before it becomes network input.
+"""What happens to a decoded training image before it becomes network input.
 
-Training: crop, flips and colours in original pixels, then one resize to a drawn size. Evaluation: that resize only.
-The resize is `preprocess.resize`, the project's only one.
+Crop, flips and colours in original pixels, then one resize to a drawn size: `preprocess.resize`, the only one here.
 
 Draws are made from generators that each loader worker seeds for itself (`dataset.seed_worker`).
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from pydantic import model_validator
@@ -31,7 +30,7 @@ _BRIGHTNESS, _SATURATION = (0.6, 1.4), (0.5, 1.5)
 _HUE = (-0.04, 0.04)
 _BLUR = (0.3, 1.5)  # standard deviation in original pixels: a lens a little out of focus
 _NOISE = (0.02, 0.06)  # standard deviation by the range of values: a camera at dusk
-# Of the images that `photometric` changes on average: rarer, because they take away what small objects are known by.
+# Shares of the images that `photometric` changes: rarer, because they take away what small objects are known by.
 _BLUR_SHARE, _GREY_SHARE = 1 / 5, 1 / 20
 
 
@@ -52,28 +51,6 @@ class Transformed(NamedTuple):
     labels: np.ndarray
     crowd: np.ndarray
     scale: np.ndarray
-
-
-class Transform(Protocol):
-    """What a data set applies to an image uint8 (h, w, 3) and its boxes (G, 4), labels (G,) and crowd flags (G,)."""
-
-    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed: ...
-
-    def reseed(self, worker_seed: int) -> None: ...
-
-
-class EvalTransform:
-    """The resize, and nothing else: the same that `Detector.predict` applies."""
-
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self.preprocessing = preprocessing
-
-    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
-        """Resize an image; boxes move with it."""
-        return _resized(image, boxes, labels, crowd, *self.preprocessing.target_size(*image.shape[:2]))
-
-    def reseed(self, worker_seed: int) -> None:
-        """Nothing is drawn here."""
 
 
 class AugmentOptions(Options):
@@ -126,10 +103,10 @@ class TrainTransform:
 
     def reseed(self, worker_seed: int) -> None:
         """Start another stream of draws: it depends on `seed`, the process's rank and this number (>= 0)."""
-        ours, theirs = np.random.SeedSequence((self.seed, process_rank(), worker_seed)).spawn(2)
-        self._generator = np.random.default_rng(ours)
+        numpy_seed, python_seed = np.random.SeedSequence((self.seed, process_rank(), worker_seed)).spawn(2)
+        self._generator = np.random.default_rng(numpy_seed)
         # Not set_random_seed: it gives every transform the same stream, so that all flips would happen together.
-        self._python = random.Random(int(theirs.generate_state(1, np.uint64)[0]))
+        self._python = random.Random(int(python_seed.generate_state(1, np.uint64)[0]))
         self._compose.set_random_state(self._generator, self._python)
 
     def state(self) -> dict[str, Any] | None:
