@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from detector import cli
 from detector.evaluation.metrics import METRICS
 from detector.inference.detector import Detector, read_checkpoint
+from detector.models.build import NetworkOptions, build_network
 from detector.training.callbacks import EMA, LOSSES, History, ProgressLines
 from detector.training.run import train
 from detector.training.task import DetectionTask
@@ -69,6 +70,34 @@ def test_the_average_is_the_formula(decay: float) -> None:
     for key, expected in naive_average(states, decay).items():
         assert torch.allclose(average[key].double(), expected.double(), atol=1e-6), key
     assert average["layers.1.num_batches_tracked"] == 30
+
+
+def test_the_average_of_a_torchvision_backbone_is_exchanged_value_by_value(small_spec: dict[str, Any]) -> None:
+    """A copy of torchvision's traced networks comes back in training mode, with graphs for both modes.
+
+    The average is never run: its values change places with those of the network that is trained, in their order.
+    """
+    small_spec["backbone"] = {"name": "torchvision", "model": "resnet18"}
+    module = lightning.LightningModule()
+    module.network = build_network(NetworkOptions.parse(small_spec), num_classes=2)
+    callback = EMA(0.5)
+    callback.setup(trainer_on("cpu"), module, "fit")
+    assert callback._average_model is not None
+    average = callback._average_model.module
+    for kind in ("named_parameters", "named_buffers"):
+        assert [name for name, _ in getattr(average, kind)()] == [name for name, _ in getattr(module, kind)()]
+
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    moved = {key: value.clone() for key, value in module.state_dict().items()}
+    module.eval()
+    callback.on_validation_epoch_start(None, module)  # type: ignore[arg-type]
+    assert not any(part.training for part in module.modules())
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    callback.on_validation_epoch_end(None, module)  # type: ignore[arg-type]
+    assert all(torch.equal(value, moved[key]) for key, value in module.state_dict().items())
 
 
 def test_the_average_is_what_is_scored_and_saved(
@@ -127,8 +156,8 @@ class FakeTrainer(SimpleNamespace):
         )  # fmt: skip
 
 
-def figures(**values: float | None) -> SimpleNamespace:
-    return SimpleNamespace(figures={name: values.get(name, 0.0) for name in METRICS} | {"per_class": {"cat": None}})
+def scored_task(**values: float | None) -> SimpleNamespace:
+    return SimpleNamespace(metrics={name: values.get(name, 0.0) for name in METRICS} | {"per_class": {"cat": None}})
 
 
 def rows(history: History) -> list[dict[str, str]]:
@@ -175,11 +204,11 @@ def test_the_best_is_the_first_of_equals_and_survives_resuming(tmp_path: Path) -
     history = History(tmp_path, every=1)
     history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
     for step, ap in ((1, 0.0), (2, 0.5), (3, 0.5)):
-        history.on_validation_end(FakeTrainer(step), figures(AP=ap))  # type: ignore[arg-type]
+        history.on_validation_end(FakeTrainer(step), scored_task(AP=ap))  # type: ignore[arg-type]
     (tmp_path / "best.ckpt").touch()
     resumed = History(tmp_path, every=1)
     resumed.load_state_dict(history.state_dict())
-    resumed.on_validation_end(FakeTrainer(4), figures(AP=0.4))  # type: ignore[arg-type]
+    resumed.on_validation_end(FakeTrainer(4), scored_task(AP=0.4))  # type: ignore[arg-type]
     said = json.loads((tmp_path / "metrics.json").read_text())
     assert (said["best"]["step"], said["best"]["AP"]) == (2, 0.5)
     assert (said["last"]["step"], said["last"]["AP"]) == (4, 0.4)
@@ -191,7 +220,7 @@ def test_a_validation_split_without_objects(tmp_path: Path, caplog: pytest.LogCa
     history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
     with caplog.at_level("INFO"):
         for step in (1, 2):
-            history.on_validation_end(FakeTrainer(step), figures(**dict.fromkeys(METRICS)))  # type: ignore[arg-type]
+            history.on_validation_end(FakeTrainer(step), scored_task(**dict.fromkeys(METRICS)))  # type: ignore[arg-type]
     assert json.loads((tmp_path / "metrics.json").read_text())["best"]["AP"] is None
     assert [row["AP"] for row in rows(history)] == ["", ""]
     assert "no AP, the validation split has no objects" in caplog.text

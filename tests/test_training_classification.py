@@ -107,7 +107,7 @@ def test_figures_are_over_all_pictures_whatever_the_batches(make_task: Callable[
             for a, b in pairwise(cuts):
                 task.validation_step(ImageBatch(batch.images[a:b], batch.labels[a:b], batch.paths[a:b]), 0)
         task.on_validation_epoch_end()
-        found.append(task.figures)
+        found.append(task.metrics)
     with torch.no_grad():
         count, top1, top5, loss = naive_score(task(batch.images).tolist(), batch.labels.tolist())
     for figures in found:
@@ -157,11 +157,11 @@ def test_vectors_are_not_decayed(make_task: Callable[..., ClassificationTask]) -
 
 def test_a_checkpoint_says_what_it_is(make_task: Callable[..., ClassificationTask]) -> None:
     task = make_task()
-    task.figures = {"top1": 0.5, "top5": 1.0, "loss_val": 1.0, "images": 4}
+    task.metrics = {"top1": 0.5, "top5": 1.0, "loss_val": 1.0, "images": 4}
     checkpoint: dict[str, Any] = {}
     task.on_save_checkpoint(checkpoint)
     provenance = checkpoint["classifier"]["provenance"]
-    assert provenance == {"config": {"lr": 1.0}, "epoch": 0, "step": 0, "metrics": task.figures}
+    assert provenance == {"config": {"lr": 1.0}, "epoch": 0, "step": 0, "metrics": task.metrics}
     assert "step" not in task.about["provenance"]
     assert {name.split(".")[0] for name in task.state_dict()} == {"network"}  # nothing of the normalisation
 

@@ -117,7 +117,7 @@ def test_v2_is_a_start_for_v2_star(small_detector: Detector, small_spec: dict[st
 
 def test_a_checkpoint_says_what_it_is(small_detector: Detector) -> None:
     task = DetectionTask(small_detector)
-    task.figures = {"AP": 0.25, "APl": None, "per_class": {"cat": 0.5}}
+    task.metrics = {"AP": 0.25, "APl": None, "per_class": {"cat": 0.5}}
     checkpoint: dict[str, Any] = {}
     task.on_save_checkpoint(checkpoint)
     about = checkpoint["detector"]

@@ -169,7 +169,7 @@ def score(
         clock.book("predict")
     else:
         task, seconds_per_image = _validate(options, detector, index, clock, out)
-        results, coco = task.results, task.figures
+        results, coco = task.results, task.metrics
         if not task.trainer.is_global_zero:
             return coco
     if coco is not None and options.metrics == "coco":

@@ -38,7 +38,7 @@ class History(lightning.Callback):
         run_dir: where they are written.
         every: steps between rows.
         losses: columns of a step: what the task logs at each step.
-        metrics: columns of a validation: keys of the task's `figures`.
+        metrics: columns of a validation: keys of the task's `metrics`.
         shown: those of them that the log shows; the best has the highest of the first.
     """
 
@@ -100,16 +100,16 @@ class History(lightning.Callback):
     def on_validation_end(self, trainer: lightning.Trainer, task: Any) -> None:
         if not trainer.is_global_zero or trainer.state.fn != "fit":
             return
-        figures = {key: value for key, value in task.figures.items() if key != "per_class" and value is not None}
-        self._write(trainer, {key: f"{value:.6f}" for key, value in figures.items()})
-        last = task.figures | {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        # As ModelCheckpoint decides about best.ckpt: the first of equals stays, and no figure (no objects) counts as 0.
+        metrics = {key: value for key, value in task.metrics.items() if key != "per_class" and value is not None}
+        self._write(trainer, {key: f"{value:.6f}" for key, value in metrics.items()})
+        last = task.metrics | {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        # As ModelCheckpoint decides about best.ckpt: the first of equals stays, and no value (no objects) counts as 0.
         if not self.best or (last[self.monitor] or 0.0) > (self.best[self.monitor] or 0.0):
             self.best = last
         write_json(self.run_dir / "metrics.json", {"best": self.best, "last": last})
         if any(row["loss"] or row[self.monitor] for row in self._read()):
             plot_curves(self.path, self.run_dir / "curves.png")
-        shown = ", ".join(f"{name} {figures[name]:.3f}" for name in self.shown if name in figures)
+        shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in self.shown if name in metrics)
         shown = shown or "no AP, the validation split has no objects"
         log.info("after epoch %d of %d: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
 

@@ -24,7 +24,7 @@ from detector.training.trainer import share_buffers, world_size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Of a validation; the first decides on the best.
+# What a validation gives; the first decides on the best.
 METRICS = ("top1", "top5", "loss_val")
 LOSSES = ("loss",)
 _NAMED = 8  # files in a message
@@ -61,7 +61,7 @@ class ClassificationTask(lightning.LightningModule):
         self.label_smoothing = label_smoothing
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
-        self.figures: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
         self.sums: Tensor = torch.zeros(0)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,16 +101,16 @@ class ClassificationTask(lightning.LightningModule):
             self.sums += score(self(batch.images).float(), batch.labels)
 
     def on_validation_epoch_end(self) -> None:
-        """The same figures on every rank, over the images of all."""
+        """The same metrics on every rank, over the images of all."""
         if world_size() > 1:
             dist.all_reduce(self.sums)
         count, top1, top5, loss = self.sums.tolist()
-        self.figures = {"top1": top1 / count, "top5": top5 / count, "loss_val": loss / count, "images": int(count)}
+        self.metrics = {"top1": top1 / count, "top5": top5 / count, "loss_val": loss / count, "images": int(count)}
         for name in METRICS:
-            self.log(name, self.figures[name], prog_bar=name == "top1")
+            self.log(name, self.metrics[name], prog_bar=name == "top1")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        now = {"epoch": int(self.current_epoch), "step": int(self.global_step), "metrics": dict(self.figures)}
+        now = {"epoch": int(self.current_epoch), "step": int(self.global_step), "metrics": dict(self.metrics)}
         checkpoint["classifier"] = self.about | {"provenance": self.about["provenance"] | now}
 
 

@@ -23,12 +23,12 @@ from detector.errors import InputError
 def share(order: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
     """This rank's batches of the images, each image exactly once over all ranks.
 
-    Lightning's and torch's distributed samplers pad the last round with repeated images, which changes the figures;
+    Lightning's and torch's distributed samplers pad the last round with repeated images, which changes the metrics;
     this does not. A rank without images gets one empty batch, because Lightning skips the end-of-epoch hook, and with
     it the gathering that the other ranks wait for, on a rank without batches.
     """
-    ours = order[rank::world]
-    return [list(ours[i : i + batch_size]) for i in range(0, len(ours), batch_size)] or [[]]
+    own = order[rank::world]
+    return [list(own[i : i + batch_size]) for i in range(0, len(own), batch_size)] or [[]]
 
 
 class EvaluationBatches(Sampler[list[int]]):

@@ -199,7 +199,7 @@ def pretrain(options: PretrainOptions) -> Path:
         log.info("%d training and %d validation images of %d classes, %d epochs", *counts)
     fit(trainer, task, data, options.ckpt if checkpoint else None)
     if trainer.is_global_zero:
-        log.info("last epoch: top-1 %.4f, top-5 %.4f", task.figures["top1"], task.figures["top5"])
+        log.info("last epoch: top-1 %.4f, top-5 %.4f", task.metrics["top1"], task.metrics["top5"])
         say_what_was_written(run_dir)
         log.info("A detector on this backbone:\n%s", next_command(options, run_dir))
     return run_dir

@@ -100,10 +100,10 @@ def check_can_go_on(
         raise InputError(f"'{path}' has finished its {epochs} epochs; raise schedule.epochs to train longer.")
     about = checkpoint[entry]
     recorded = _complete(about["spec"])
-    for part, ours in description["spec"].items():
-        if ours != recorded.get(part):
+    for part, built in description["spec"].items():
+        if built != recorded.get(part):
             raise InputError(
-                f"resume=true: {part} is {ours}, but the checkpoint was trained with {recorded.get(part)}. Leave "
+                f"resume=true: {part} is {built}, but the checkpoint was trained with {recorded.get(part)}. Leave "
                 "the change out; or leave out resume=true, and a new run starts from the weights that fit."
             )
     if about["class_names"] != description["class_names"]:

@@ -102,7 +102,7 @@ def train(options: TrainOptions) -> Path:
     )
     fit(trainer, task, data, options.ckpt if checkpoint else None)
     if trainer.is_global_zero:
-        log.info("\n%s\n", format_table(task.figures, f"{val_index.annotation_file}, last epoch"))
+        log.info("\n%s\n", format_table(task.metrics, f"{val_index.annotation_file}, last epoch"))
         say_what_was_written(run_dir)
     return run_dir
 

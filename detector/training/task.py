@@ -32,7 +32,7 @@ class FreezeOptions(Options):
 
 
 class DetectionTask(lightning.LightningModule):
-    """One detector, its losses, and COCO's figures over the validation split.
+    """One detector, its losses, and COCO's metrics over the validation split.
 
     Args:
         detector: what is trained; its network is the only child, so that checkpoint keys read `network....`.
@@ -55,7 +55,7 @@ class DetectionTask(lightning.LightningModule):
         self.val_index: AnnotationIndex | None = None
         self.results = Results.of([], [])
         self._found: list[Results] = []
-        self.figures: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
         freeze = freeze or FreezeOptions(stages=0, batch_norm=False)
         self._frozen_norms = detector.network.backbone.freeze(freeze.stages, batch_norm=freeze.batch_norm)
 
@@ -96,7 +96,7 @@ class DetectionTask(lightning.LightningModule):
         self._found.append(Results.of(places, self.detector.detect_prepared(batch.prepared)))
 
     def on_validation_epoch_end(self) -> None:
-        """Score once, on rank 0, over the detections of every rank; tell the figures to all."""
+        """Score once, on rank 0, over the detections of every rank; tell the metrics to all."""
         assert self.val_index is not None
         # In the data set's order, however many processes shared the work.
         self.results = Results.joined(_gather(self._found))
@@ -105,16 +105,16 @@ class DetectionTask(lightning.LightningModule):
             outcome = [evaluate(self.results, self.val_index)]
         if world_size() > 1:
             dist.broadcast_object_list(outcome, src=0)
-        self.figures = outcome[0]
-        # An empty split of one size has no figure (None); the monitored ones always have a number.
+        self.metrics = outcome[0]
+        # An empty split of one size has no value (None); the monitored metrics always have a number.
         for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"):
-            self.log(name, float(self.figures[name] or 0.0), prog_bar=name == "AP")
+            self.log(name, float(self.metrics[name] or 0.0), prog_bar=name == "AP")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         provenance = self.detector.provenance | {
             "epoch": int(self.current_epoch),
             "step": int(self.global_step),
-            "metrics": {key: value for key, value in self.figures.items() if key != "per_class"},
+            "metrics": {key: value for key, value in self.metrics.items() if key != "per_class"},
         }
         checkpoint["detector"] = self.detector.describe() | {"provenance": provenance}
 

@@ -55,9 +55,9 @@ NOISE = (
     r"Checkpoint directory .* exists and is not empty",  # config.yaml is in it
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
     r"The number of training batches .* is smaller than the logging interval",  # metrics.csv has a row per validation
-    r"The '.*_dataloader' does not have many workers",  # ours is called `workers`, and 1 keeps up on a CPU
+    r"The '.*_dataloader' does not have many workers",  # the option here is `workers`, and 1 keeps up on a CPU
     r"`broadcast_buffers` is deprecated",  # torch 2.6 knows no other name for it
-    r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the figures are those of all ranks already
+    r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the metrics are those of all ranks already
 )
 
 
@@ -189,7 +189,7 @@ def build_trainer(
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
         log_every_n_steps=options.trainer.log_every,
         num_sanity_val_steps=0,  # its scores of an untrained network have been taken for the best elsewhere
-        use_distributed_sampler=False,  # it pads; ours do not
+        use_distributed_sampler=False,  # it pads; those of data_module.py do not when they score
         enable_model_summary=False,
         default_root_dir=run_dir,
     )
