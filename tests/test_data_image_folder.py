@@ -17,6 +17,8 @@ from torchvision import transforms
 
 from detector.data.image_folder import (
     ImageFolder,
+    PretrainAugment,
+    PretrainInput,
     check_same_classes,
     collate_images,
     draws,
@@ -36,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def random_view() -> Callable[[Tensor], Tensor]:
-    return train_view(size=32, scale=[0.2, 1.0], flip=0.5, colour=0.4)
+    return train_view(32, PretrainAugment(scale=(0.2, 1.0), flip=0.5, colour=0.4))
 
 
 def test_the_same_samples_as_torchvision(root: Path) -> None:
@@ -79,22 +81,22 @@ def test_the_view_for_scoring_is_torchvisions() -> None:
     for height, width in ((300, 400), (500, 280), (100, 90)):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((width, height))
         theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(coarse)
-        ours = eval_view(size=224, resize=256)(torch.from_numpy(np.array(coarse)).permute(2, 0, 1))
+        ours = eval_view(PretrainInput(size=224, resize=256))(torch.from_numpy(np.array(coarse)).permute(2, 0, 1))
         difference = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(theirs).astype(int))
         assert difference.max() <= 1, "rounding of an antialiased resize"
 
 
 def test_a_training_view_without_changes_is_the_picture() -> None:
     image = torch.arange(3 * 16 * 16, dtype=torch.int64).remainder(251).to(torch.uint8).view(3, 16, 16)
-    assert torch.equal(train_view(size=16, scale=[1, 1], flip=0, colour=0)(image), image)
-    assert torch.equal(train_view(size=16, scale=[1, 1], flip=1, colour=0)(image), image.flip(2))
+    assert torch.equal(train_view(16, PretrainAugment(scale=(1, 1), flip=0, colour=0))(image), image)
+    assert torch.equal(train_view(16, PretrainAugment(scale=(1, 1), flip=1, colour=0))(image), image.flip(2))
 
 
 def test_the_share_of_the_area_that_is_seen() -> None:
     """On a ramp the range of values tells how wide, and how high, the part is that was cut out."""
     ramp = torch.arange(200).expand(200, 200)
     image = torch.stack([ramp, ramp.T, ramp]).to(torch.uint8)
-    view, shares, ratios = train_view(size=200, scale=[0.3, 0.5], flip=0.5, colour=0), [], []
+    view, shares, ratios = train_view(200, PretrainAugment(scale=(0.3, 0.5), flip=0.5, colour=0)), [], []
     with draws((0,)):
         for _ in range(100):
             x, y, _ = view(image).flatten(1).double()
@@ -110,7 +112,7 @@ def test_the_share_of_the_area_that_is_seen() -> None:
 def test_colours_change_by_so_much() -> None:
     """Of an even grey, contrast and saturation leave everything, and brightness multiplies."""
     grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
-    view = train_view(size=8, scale=[1, 1], flip=0, colour=0.4)
+    view = train_view(8, PretrainAugment(scale=(1, 1), flip=0, colour=0.4))
     values = []
     with draws((0,)):
         for _ in range(200):
@@ -202,9 +204,9 @@ def test_a_broken_picture_is_named(root: Path) -> None:
 @pytest.mark.parametrize("scale", [[0.0, 1.0], [0.6, 0.5], [0.5, 1.5]])
 def test_impossible_shares_are_refused(scale: list[float]) -> None:
     with pytest.raises(InputError, match=r"augment\.scale="):
-        train_view(size=8, scale=scale, flip=0, colour=0)
+        PretrainAugment.parse({"scale": scale}, "augment")
 
 
 def test_a_square_larger_than_the_picture_is_refused() -> None:
     with pytest.raises(InputError, match=r"input\.resize=200 is less than input\.size=224"):
-        eval_view(size=224, resize=200)
+        PretrainInput.parse({"size": 224, "resize": 200}, "input")

@@ -114,12 +114,12 @@ def naive_figures(state: dict[str, torch.Tensor], root: Path) -> tuple[float, fl
     """By torchvision's network, in one process, one image at a time."""
     import torchvision
 
-    from detector.data.image_folder import ImageFolder, eval_view
+    from detector.data.image_folder import ImageFolder, PretrainInput, eval_view
     from detector.models.light_head_rcnn import MEAN, STD
 
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=3).eval()
     network.load_state_dict(state)
-    folder = ImageFolder(root / "val", eval_view(size=32, resize=32))
+    folder = ImageFolder(root / "val", eval_view(PretrainInput(size=32, resize=32)))
     right, loss = 0, 0.0
     with torch.no_grad():
         for i in range(len(folder)):

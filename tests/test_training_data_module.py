@@ -13,7 +13,7 @@ from classified_data import write_classified_data
 from torch.utils.data import DistributedSampler
 
 from detector.data.annotations import AnnotationIndex, load_annotations, read_annotations
-from detector.data.image_folder import ImageFolder, eval_view, train_view
+from detector.data.image_folder import ImageFolder, PretrainAugment, PretrainInput, eval_view, train_view
 from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError
@@ -116,9 +116,10 @@ def test_more_pictures_a_step_than_there_are(tiny_coco: Path) -> None:
 
 
 def classified(root: Path, rank: int = 0, world: int = 1, **changes: Any) -> ClassificationData:
+    augment = PretrainAugment(scale=(0.5, 1), flip=0.5, colour=0.0)
     values: dict[str, Any] = {
-        "train": ImageFolder(root / "train", train_view(size=32, scale=[0.5, 1], flip=0.5, colour=0.0), seed=5),
-        "val": ImageFolder(root / "val", eval_view(size=32, resize=32)),
+        "train": ImageFolder(root / "train", train_view(32, augment), seed=5),
+        "val": ImageFolder(root / "val", eval_view(PretrainInput(size=32, resize=32))),
         "train_batch_size": 4, "val_batch_size": 5, "workers": 0, "seed": 5,
     }  # fmt: skip
     data = ClassificationData(**values | changes)

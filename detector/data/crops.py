@@ -18,6 +18,7 @@ from detector.data.progress import progress
 from detector.data.scenes import CLASS_NAMES, Scene, render_scene
 from detector.errors import InputError
 from detector.files import write_json
+from detector.options import Count, Natural, Options
 
 # Raise it with every change of what is cut out or written: an older data set on disk is then made anew.
 VERSION = 1
@@ -30,6 +31,19 @@ CLASSES = (*CLASS_NAMES, NOTHING)
 CONTEXT = 1.3
 _NOTHING_SIDES = (24, 96)  # pixels; larger windows without an object are rare
 _TRIES = 12
+
+
+class CropsOptions(Options):
+    """The embedded data set, cut out at first use; see data/README.md."""
+
+    seed: Natural = SEED
+    """of the scenes; another one than the detection data set's"""
+    train: Count = TRAIN
+    """scenes of the training split; each has 5 objects on average"""
+    val: Count = VAL
+    """scenes of the validation split"""
+    size: Count = SIZE
+    """side of a crop in pixels"""
 
 
 class Window(NamedTuple):

@@ -8,20 +8,56 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 import torchvision
+from pydantic import model_validator
 from torch import Tensor
 from torchvision.transforms import v2
 
 from detector.data.images import IMAGE_SUFFIXES, read_image
 from detector.errors import InputError
+from detector.options import Count, Options, Positive, Share
 
 LAYOUT = "data.root=DIR with the images in DIR/train/CLASS/ and DIR/val/CLASS/"
 
 View = Callable[[Tensor], Tensor]  # uint8 RGB (3, h, w) -> uint8 RGB (3, size, size)
+
+
+class PretrainInput(Options):
+    """Sizes of what the network sees."""
+
+    size: Count = 224
+    """side of an image in pixels (V1: 224 x 224 centre crop)"""
+    resize: Count = 256
+    """of the shorter side before the middle is cut out for scoring (V1: 256)"""
+
+    @model_validator(mode="after")
+    def _holds_the_crop(self) -> Self:
+        if self.resize < self.size:
+            raise InputError(
+                f"input.resize={self.resize} is less than input.size={self.size}; the usual ratio is 256 to 224."
+            )
+        return self
+
+
+class PretrainAugment(Options):
+    """How training images are changed at random."""
+
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    """least and largest share of an image's area that is cut out (code; V1: "slightly less aggressive")"""
+    flip: Share = 0.5
+    """probability of left for right (code)"""
+    colour: Share = 0.4
+    """brightness, contrast and saturation each change by up to this share (code)"""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range_of_shares(self) -> Self:
+        if not self.scale[0] <= self.scale[1] <= 1:
+            raise InputError(f"augment.scale={list(self.scale)}: shares of an image's area, 0 < least <= largest <= 1.")
+        return self
 
 
 class ImageBatch(NamedTuple):
@@ -104,37 +140,22 @@ def collate_images(samples: Sequence[tuple[Tensor, int, str]]) -> ImageBatch:
     return ImageBatch(images, labels, tuple(path for _, _, path in samples))
 
 
-def train_view(*, size: int, scale: Sequence[float], flip: float, colour: float) -> View:
+def train_view(size: int, augment: PretrainAugment) -> View:
     """A random part of the image, resized; then colours and mirroring.
 
     Args:
         size: side of the view in pixels.
-        scale: least and largest share of the image's area (Szegedy et al. 2015: 0.08 to 1); the aspect ratio changes
-            by up to 4/3.
-        flip: probability of left for right.
-        colour: brightness, contrast and saturation each change by up to this share.
-
-    Raises:
-        InputError: scale is not 0 < least <= largest <= 1.
+        augment: what is drawn; the aspect ratio of the part changes by up to 4/3 (Szegedy et al. 2015).
     """
-    least, largest = scale
-    if not 0 < least <= largest <= 1:
-        raise InputError(f"augment.scale={list(scale)}: shares of an image's area, 0 < least <= largest <= 1.")
-    steps: list[Any] = [v2.RandomResizedCrop(size, scale=(least, largest), antialias=True)]
-    if colour:
-        steps.append(v2.ColorJitter(colour, colour, colour))
-    return v2.Compose([*steps, v2.RandomHorizontalFlip(flip)])
+    steps: list[Any] = [v2.RandomResizedCrop(size, scale=augment.scale, antialias=True)]
+    if augment.colour:
+        steps.append(v2.ColorJitter(augment.colour, augment.colour, augment.colour))
+    return v2.Compose([*steps, v2.RandomHorizontalFlip(augment.flip)])
 
 
-def eval_view(*, size: int, resize: int) -> View:
-    """The shorter side to `resize`, then the middle square of side `size`.
-
-    Raises:
-        InputError: the square is larger than the image.
-    """
-    if resize < size:
-        raise InputError(f"input.resize={resize} is less than input.size={size}; the usual ratio is 256 to 224.")
-    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
+def eval_view(sizes: PretrainInput) -> View:
+    """The shorter side to `sizes.resize`, then the middle square of side `sizes.size`."""
+    return v2.Compose([v2.Resize(sizes.resize, antialias=True), v2.CenterCrop(sizes.size)])
 
 
 @contextmanager

@@ -22,8 +22,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from detector.data import crops
-from detector.data.image_folder import LAYOUT, ImageFolder, check_same_classes, eval_view, train_view
+from detector.data.crops import CropsOptions, ensure_crops
+from detector.data.image_folder import (
+    LAYOUT,
+    ImageFolder,
+    PretrainAugment,
+    PretrainInput,
+    check_same_classes,
+    eval_view,
+    train_view,
+)
 from detector.errors import InputError
 from detector.files import replacing
 from detector.inference.detector import read_torch_file
@@ -32,7 +40,7 @@ from detector.models.backbones.classifier import ImageClassifier, build_classifi
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
-from detector.options import BelowOne, Count, Natural, Options, Positive, Share
+from detector.options import BelowOne, Natural, Options
 from detector.training.callbacks import FirstBatchImage, History
 from detector.training.classification import LOSSES, METRICS, ClassificationTask, draw_images
 from detector.training.data_module import ClassificationData
@@ -58,53 +66,6 @@ FORMAT = "light-head-classifier"
 VERSION = 1
 ENTRY = "classifier"  # of a checkpoint
 PREFIX = "network."
-
-
-class PretrainInput(Options):
-    """Sizes of what the network sees."""
-
-    size: Count = 224
-    """side of an image in pixels (V1: 224 x 224 centre crop)"""
-    resize: Count = 256
-    """of the shorter side before the middle is cut out for scoring (V1: 256)"""
-
-    @model_validator(mode="after")
-    def _holds_the_crop(self) -> Self:
-        if self.resize < self.size:
-            raise InputError(
-                f"input.resize={self.resize} is less than input.size={self.size}; the usual ratio is 256 to 224."
-            )
-        return self
-
-
-class PretrainAugment(Options):
-    """How training images are changed at random."""
-
-    scale: tuple[Positive, Positive] = (0.08, 1.0)
-    """least and largest share of an image's area that is cut out (code; V1: "slightly less aggressive")"""
-    flip: Share = 0.5
-    """probability of left for right (code)"""
-    colour: Share = 0.4
-    """brightness, contrast and saturation each change by up to this share (code)"""
-
-    @model_validator(mode="after")
-    def _scale_is_a_range_of_shares(self) -> Self:
-        if not self.scale[0] <= self.scale[1] <= 1:
-            raise InputError(f"augment.scale={list(self.scale)}: shares of an image's area, 0 < least <= largest <= 1.")
-        return self
-
-
-class CropsOptions(Options):
-    """The embedded data set, cut out at first use; see data/README.md."""
-
-    seed: Natural = crops.SEED
-    """of the scenes; another one than the detection data set's"""
-    train: Count = crops.TRAIN
-    """scenes of the training split; each has 5 objects on average"""
-    val: Count = crops.VAL
-    """scenes of the validation split"""
-    size: Count = crops.SIZE
-    """side of a crop in pixels"""
 
 
 class PretrainData(Options):
@@ -246,10 +207,10 @@ def load_splits(options: PretrainOptions) -> tuple[ImageFolder, ImageFolder]:
     data = options.data
     if not data.root:
         raise InputError(f"data.root is not set: give {LAYOUT}, or use pretrain=crops, which needs no data.")
-    views = train_view(size=options.input.size, **options.augment.to_dict()), eval_view(**options.input.to_dict())
+    views = train_view(options.input.size, options.augment), eval_view(options.input)
     root = Path(data.root)
     if data.generate:
-        crops.ensure_crops(root, **data.generate.to_dict())
+        ensure_crops(root, **data.generate.to_dict())
     train, val = (
         ImageFolder(root / split, view, options.seed) for split, view in zip((data.train, data.val), views, strict=True)
     )
