@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,17 @@ from typing import Any
 
 # The differences from the defaults of the options. In a wheel they lie in the package, in a clone beside it.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir())
+
+
+# What text that UTF-8 cannot say becomes in a file: names of files that are no UTF-8, half a surrogate pair. In JSON,
+# \udce9 is read back as it was.
+UNENCODABLE = "backslashreplace"
+
+
+def shortened(name: str, size: int) -> str:
+    """The first characters of a file name, at most `size` bytes of them."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= size else encoded[:size].decode("utf-8", "ignore")
 
 
 @contextmanager
@@ -22,7 +34,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    stem = shortened(path.stem, 150)  # file systems allow 255 bytes
+    if stem != path.stem:
+        stem += f".{zlib.crc32(os.fsencode(path.stem)):08x}"
+    partial = path.with_name(f".{stem}.{os.getpid()}.partial{shortened(path.suffix, 50)}")
     try:
         yield partial
         os.replace(partial, path)
@@ -41,7 +56,7 @@ def write_json(path: str | Path, data: Any) -> None:
     """
     text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False, default=_plain)
     with replacing(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8", errors=UNENCODABLE)
 
 
 def _plain(value: Any) -> Any:

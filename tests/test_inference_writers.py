@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -287,3 +288,25 @@ def test_places(tmp_path: Path) -> None:
     assert [places(named("v.mp4", frame)) for frame in (0, 1, 5, 0, 1)] == [
         Path("out/v"), Path("out/v"), Path("out/v"), Path("out/v_2"), Path("out/v_2"),
     ]  # fmt: skip
+
+
+def test_names_that_are_no_utf8_or_as_long_as_can_be_cost_nobody_anything(tmp_path: Path) -> None:
+    odd, longest = os.fsdecode(b"caf\xe9.png"), "n" * 251 + ".png"
+    for name in (odd, longest, "plain.png"):
+        with (tmp_path / name).open("wb") as file:
+            Image.fromarray(paint(SIZE, *OBJECTS)).save(file, format="png")
+    sources, out = [str(tmp_path / name) for name in (odd, longest, "plain.png")], tmp_path / "out"
+    write([*sources, "aGVsbG8/" * 600], out, list(WRITERS))
+    records = json.loads((out / "detections.json").read_bytes().decode("utf-8"))
+    assert [record["path"] for record in records[:3]] == sources
+    assert [len(record["names"]) for record in records] == [2, 2, 2, 0]
+    assert "4800 characters" in records[3]["error"]
+    assert len(records[3]["error"]) < 250
+    assert all(Path(record["annotated"]).is_file() for record in records[:3])
+    assert len(list((out / "crops").iterdir())) == 6
+    assert [json.loads(line) for line in (out / "detections.jsonl").read_text("utf-8").splitlines()] == records
+    with (out / "detections.csv").open(encoding="utf-8", newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file)]
+    assert paths[0].endswith(r"caf\udce9.png")
+    assert len(paths) == 6
+    assert json.loads((out / "coco.json").read_text("utf-8"))["images"][0]["file_name"] == sources[0]

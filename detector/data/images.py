@@ -6,6 +6,7 @@ images where torch is not installed.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -162,6 +163,11 @@ def _read_file(file: Path | io.BytesIO, name: str, exif: bool, max_pixels: int |
             f"{name}: too many pixels to be safe to decode ({error}). If you trust it, allow as many with max_pixels=N."
         ) from error
     except Exception as error:  # Decoders raise what they like on damaged files: OSError, SyntaxError, struct.error ...
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"{name[:60]}...: {len(name)} characters, longer than the name of a file may be; give an image's path "
+                f"(an image in base64 is to be decoded first)."
+            ) from None
         raise _undecodable(name, error) from error
 
 

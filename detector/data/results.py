@@ -15,7 +15,7 @@ import numpy as np
 from detector.data.annotations import AnnotationIndex, id_order, look_up, show
 from detector.data.json_file import read_json
 from detector.errors import InputError
-from detector.files import replacing
+from detector.files import UNENCODABLE, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def write_results(path: str | Path, results: Results, index: AnnotationIndex) ->
         for image, label, box, score in zip(*columns, strict=True)
     )
     with replacing(path) as partial:
-        partial.write_text("[" + ",\n ".join(lines) + "]\n", encoding="utf-8")
+        partial.write_text("[" + ",\n ".join(lines) + "]\n", encoding="utf-8", errors=UNENCODABLE)
 
 
 def _numbers_of(ids: list[Any], known: Mapping[Any, int], where: str, what: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from detector.errors import InputError
 from detector.files import replacing
@@ -20,6 +22,8 @@ from detector.inference.remote import without_credentials
 
 if TYPE_CHECKING:
     import av
+
+log = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset(
     {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"}
@@ -123,24 +127,29 @@ def write_video(path: str | os.PathLike[str], rate: float, comment: str = "") ->
     """Write an .mp4, complete or not at all; without a frame, not at all.
 
         with write_video("out.mp4", rate=25) as add:
-            add(image)  # uint8 RGB (h, w, 3); the first sets the size
+            add(image)  # uint8 RGB (h, w, 3); the first sets the size; others are scaled into it, between black bars
 
     H.264 where this FFmpeg has it (browsers play it), MPEG-4 otherwise. A side of odd length is repeated once: the
     format wants even ones. The comment goes into the file's metadata.
     """
     with ExitStack() as stack:
         encoders: list[tuple[Any, Any]] = []
+        resized: list[bool] = []  # said once
 
         def add(image: np.ndarray) -> None:
             image = np.pad(image, [(0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)], mode="edge")
             if not encoders:
                 encoders.append(stack.enter_context(_encoder(path, rate, comment, image.shape[1], image.shape[0])))
             container, stream = encoders[0]
-            if image.shape[:2] != (stream.height, stream.width):
-                raise InputError(
-                    f"{path}: a frame of {image.shape[1]} x {image.shape[0]} in a video of {stream.width} x "
-                    f"{stream.height}; write another file for it."
-                )
+            size = stream.width, stream.height
+            if image.shape[1::-1] != size:
+                if not resized:
+                    log.warning(
+                        "%s: from here frames of %d x %d are scaled to the %d x %d of the first",
+                        path, *image.shape[1::-1], *size,
+                    )  # fmt: skip
+                    resized.append(True)
+                image = np.asarray(ImageOps.pad(Image.fromarray(image), size))
             container.mux(stream.encode(_import_av().VideoFrame.from_ndarray(image, format="rgb24")))
 
         yield add

@@ -26,13 +26,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from detector.errors import InputError
-from detector.files import replacing, write_json
+from detector.files import UNENCODABLE, replacing, shortened, write_json
 from detector.inference.detections import ROW_COLUMNS, Detections
 from detector.inference.sources import SourceImage, is_live, search_root
 from detector.inference.video import read_comment, write_video
 
 # What copies say about who wrote them: a file that does not is not replaced.
 MADE_BY = "light-head-detector"
+
+# Bytes of a file's name: what file systems allow less a suffix, and for an image less the words that crops add.
+_NAME_BYTES, _IMAGE_NAME_BYTES = 240, 200
 
 # Takes an image, what was found in it, and where its files go, without a suffix.
 Writer: TypeAlias = Callable[[SourceImage, Detections, Path], None]
@@ -66,7 +69,8 @@ class Places:
         path = Path(str(found.path))
         root = next((root for root in self.roots if path.is_relative_to(root)), path.parent)
         inside = path.relative_to(root) if "://" not in str(found.path) else Path(_name_of(str(found.path)))
-        inside = inside.with_name(inside.stem.replace(":", "_")) if inside.name else Path("source")
+        name = shortened(inside.stem.replace(":", "_"), _IMAGE_NAME_BYTES)
+        inside = inside.with_name(name) if inside.name else Path("source")
         place = next(place for place in _numbered(self.out / inside) if not self._is_taken(place, found))
         self.taken.add(place)
         self.last = found.path, place
@@ -163,8 +167,9 @@ def write_crops(out: Path, save: list[str], class_names: tuple[str, ...]) -> Ite
         frame = "" if found.frame is None else f"_{found.frame:06d}"
         for rank, (crop, name) in enumerate(zip(found.crop(item.image), found.names, strict=True)):
             inside = place.relative_to(out)
-            word = re.sub(r"[^\w-]", "_", name)
-            names = _numbered(out / "crops" / inside.parent / f"{inside.name}{frame}_{rank}_{word}")
+            start = f"{inside.name}{frame}_{rank}_"
+            word = shortened(re.sub(r"[^\w-]", "_", name), _NAME_BYTES - len(os.fsencode(start)))
+            names = _numbered(out / "crops" / inside.parent / (start + word))
             paths = (one.with_name(f"{one.name}.png") for one in names)
             _save_png(Image.fromarray(crop), next(path for path in paths if not _must_stay(path, found)))
 
@@ -190,10 +195,13 @@ def _text_file(path: Path, live: bool, newline: str | None = None) -> Iterator[I
     and a later run adds its own."""
     if live:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", buffering=1, encoding="utf-8", newline=newline) as file:
+        with path.open("a", buffering=1, encoding="utf-8", errors=UNENCODABLE, newline=newline) as file:
             yield file
     else:
-        with replacing(path) as part, part.open("w", encoding="utf-8", newline=newline) as file:
+        with (
+            replacing(path) as part,
+            part.open("w", encoding="utf-8", errors=UNENCODABLE, newline=newline) as file,
+        ):
             yield file
 
 
