@@ -13,7 +13,7 @@ from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
 RUN_DIR = Path("runs/demo/latest")
-PICTURES = 8
+IMAGES = 8
 
 
 def step(*arguments: str) -> float:
@@ -26,11 +26,11 @@ def step(*arguments: str) -> float:
     return time.perf_counter() - start
 
 
-def held_out_pictures(source: Path, target: Path) -> None:
+def held_out_images(source: Path, target: Path) -> None:
     """Copies of a few validation images: what `source=FOLDER` is shown with."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for path in sorted(source.glob("val_*"))[:PICTURES]:
+    for path in sorted(source.glob("val_*"))[:IMAGES]:
         shutil.copy(path, target)
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     shutil.rmtree(RUN_DIR, ignore_errors=True)
     seconds = step("tools/train.py", "recipe=demo", f"run_dir={RUN_DIR}", "overwrite=true", *sys.argv[1:])
     step("tools/eval.py", f"ckpt={RUN_DIR}/best.ckpt", f"out={RUN_DIR}/eval")
-    held_out_pictures(Path("data/shapes/images"), RUN_DIR / "held_out")
+    held_out_images(Path("data/shapes/images"), RUN_DIR / "held_out")
     step("tools/predict.py", f"ckpt={RUN_DIR}/best.ckpt", f"source={RUN_DIR}/held_out", f"out={RUN_DIR}/predictions")
     print(
         f"\nTraining took {seconds / 60:.1f} minutes. Everything lies in {RUN_DIR}:\n"

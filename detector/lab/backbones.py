@@ -1,4 +1,4 @@
-"""Every backbone beside its published figures: what it costs, what it sees, and how fast it is on this machine.
+"""Every backbone beside its published costs: what it costs, what it sees, and how fast it is on this machine.
 
 Ma et al. 2018 (ShuffleNet V2) compare backbones by tables 5, 6 and 8; section 2 is why the columns differ.
 """
