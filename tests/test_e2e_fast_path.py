@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from detector.data.images import read_image
-from detector.data.preprocess import Preprocessing
+from detector.data.preprocess import Preprocessing, resize
 from detector.export.parity import difference
 from detector.inference.detector import Detector
 from detector.models.backbones.pretrained import load_weights
@@ -69,7 +69,8 @@ def settle(detector: Detector, pictures: list[np.ndarray]) -> None:
                 layer.momentum = None
                 layer.train()
     detector.network.backbone.eval()
-    resized = [detector.preprocessing(picture) for picture in pictures]
+    sizes = [detector.preprocessing.target_size(*picture.shape[:2]) for picture in pictures]
+    resized = [resize(picture, *size) for picture, size in zip(pictures, sizes, strict=True)]
     with torch.no_grad():
         for image in resized:
             pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]

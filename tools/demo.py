@@ -35,6 +35,9 @@ def held_out_images(source: Path, target: Path) -> None:
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return
     shutil.rmtree(RUN_DIR, ignore_errors=True)
     seconds = step("tools/train.py", "recipe=demo", f"run_dir={RUN_DIR}", "overwrite=true", *sys.argv[1:])
     step("tools/eval.py", f"ckpt={RUN_DIR}/best.ckpt", f"out={RUN_DIR}/eval")
