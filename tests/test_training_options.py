@@ -20,12 +20,16 @@ NETWORK: dict[str, Any] = {"backbone": {}, "neck": {}, "rpn": {}, "light_head": 
 @pytest.mark.parametrize("recipe", cli.options_of("recipe"))
 @pytest.mark.parametrize("detector", cli.options_of("detector"))
 def test_what_is_shipped_is_accepted(recipe: str, detector: str) -> None:
-    cli.compose("train", [f"recipe={recipe}", f"detector={detector}"]).options()
+    options = cli.compose("train", [f"recipe={recipe}", f"detector={detector}"]).options()
+    assert isinstance(options, TrainOptions)
+    assert options.recipe_name == recipe
 
 
 @pytest.mark.parametrize("recipe", cli.options_of("pretrain"))
 def test_what_is_shipped_for_pretraining_is_accepted(recipe: str) -> None:
-    cli.compose("pretrain", [f"pretrain={recipe}"]).options()
+    options = cli.compose("pretrain", [f"pretrain={recipe}"]).options()
+    assert isinstance(options, PretrainOptions)
+    assert options.recipe_name == recipe
 
 
 # What every recipe and backbone resolved to before the defaults moved from YAML into code, and what has changed since.
