@@ -36,11 +36,10 @@ pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 from starlette.testclient import TestClient
 
-from detector.apps.serve import ServerOptions, serve_predictor
-from detector.apps.serve import connection as connection_module
+from detector.apps.serve import Limits, ServerOptions, serve_predictor
+from detector.apps.serve import server as server_module
 from detector.apps.serve.app import build_app
 from detector.apps.serve.guard import is_loopback
-from detector.apps.serve.limits import Limits
 from detector.apps.serve.server import run, server_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,20 +207,22 @@ def test_answers_fit_the_published_schema(client: TestClient, ruler: TestClient)
     for some in (client, ruler):
         document = some.get("/schema").json()
         assert document["openapi"].startswith("3.1")
-        schemas = document["components"]["schemas"]
-        detections = jsonschema.Draft202012Validator(schemas["Detections"])
+        found, info, health, error = (
+            jsonschema.Draft202012Validator(document | {"$ref": f"#/components/schemas/{name}"})
+            for name in ("Detections", "Info", "Health", "Error")
+        )
         answers = [
-            (detections, post(some).json()),
-            (detections, post(some, query=f"?classes={some.get('/info').json()['class_names'][0]}").json()),
-            (jsonschema.Draft202012Validator(schemas["Info"]), some.get("/info").json()),
-            (jsonschema.Draft202012Validator(schemas["Health"]), some.get("/health").json()),
-            (jsonschema.Draft202012Validator(schemas["Error"]), post(some, b"?").json()),
+            (found, post(some).json()),
+            (found, post(some, query=f"?classes={some.get('/info').json()['class_names'][0]}").json()),
+            (info, some.get("/info").json()),
+            (health, some.get("/health").json()),
+            (error, post(some, b"?").json()),
         ]
         for validator, answer in answers:
             validator.check_schema(validator.schema)
             validator.validate(answer)
-        broken = post(some).json() | {"scores": [2.0]}
-        assert not detections.is_valid(broken)
+        for broken in ({"scores": [2.0]}, {"names": ["cow"]}, {"labels": [3]}):
+            assert not found.is_valid(post(some).json() | broken)
     parameters = {name["name"] for name in document["paths"]["/predict"]["post"]["parameters"]}
     assert parameters == {"score_threshold", "max_proposals", "classes"}
 
@@ -294,7 +295,7 @@ def test_nothing_that_a_request_names_is_opened(
                 assert [answer.url for answer in answers if file.read_bytes() in answer.content] == []
 
 
-@pytest.mark.parametrize("name", ["page.html", "app.py", "__init__.py"])
+@pytest.mark.parametrize("name", ["page.html", "openapi.json", "app.py", "__init__.py"])
 def test_no_file_of_the_server_is_served(ruler: TestClient, name: str) -> None:
     own = (ROOT / "detector/apps/serve" / name).read_bytes()
     for path in (f"/{name}", f"/./{name}", f"/..%2f{name}", f"/serve/{name}", f"/..%2fserve%2f{name}"):
@@ -612,7 +613,7 @@ def test_a_connection_that_does_not_get_on_is_closed(pieces: Callable[[], Iterat
 
 
 def test_a_client_that_does_not_read_its_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "MARGIN", 0.1)
+    monkeypatch.setattr(server_module, "MARGIN", 0.1)
     request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with listening(Limits(timeout=0.3)) as port, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10_000)

@@ -14,14 +14,73 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from typing import Annotated, Self
 
-from detector.apps.serve.limits import Limits, ServerOptions
+from PIL import Image
+from pydantic import Field, model_validator
+from pydantic.types import Strict
+
 from detector.errors import InputError
 from detector.inference import loading
 from detector.inference.predictor import Predictor
-from detector.options import Count
+from detector.options import Count, Options, Positive, Share
 
-__all__ = ["Limits", "ServeOptions", "ServerOptions", "serve", "serve_predictor"]
+
+class Limits(Options):
+    """Bounds of one request, and of all of them together.
+
+    What they let the server hold: for each of `queue` requests its body, which is there twice for a moment, and of a
+    form above 1 MB once more in the temporary folder; of the one image that is decoded, up to 20 bytes a pixel, a
+    gigabyte for 50 megapixels; and some hundred kB a connection.
+
+    Nothing tells one client from another: who opens all `connections` keeps the others out, for `timeout` seconds at
+    a time. A server for strangers belongs behind a proxy that bounds the connections of each.
+    """
+
+    max_upload_mb: Positive = 20
+    """Megabytes (10^6 bytes) of a request's body."""
+    max_megapixels: Positive = 50
+    """Millions of pixels of an image, before it is resized."""
+    queue: Count = 16
+    """Requests that may be here at once, one of them in the network; more are told to come back."""
+    timeout: Positive = 30
+    """Seconds for a request to come, headers and all, for its upload, and for its answer."""
+    connections: Count = 128
+    """That may be open at once, of all clients together; at least `queue`. A proxy can bound those of each."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.connections < self.queue:
+            raise ValueError(
+                f"connections={self.connections}: expected a whole number, {self.queue} (that is, queue) or more."
+            )
+        # Above its own bound Pillow warns, and then refuses; a limit that is not reached would be a promise broken.
+        if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"max_megapixels={self.max_megapixels:g}: expected at most {Image.MAX_IMAGE_PIXELS / 1e6:g}."
+            )
+        return self
+
+    @property
+    def max_bytes(self) -> int:
+        return int(self.max_upload_mb * 1e6)
+
+    @property
+    def max_pixels(self) -> int:
+        return int(self.max_megapixels * 1e6)
+
+
+class ServerOptions(Options):
+    """Where the server listens, and what it answers."""
+
+    host: str = "127.0.0.1"
+    """This machine only; 0.0.0.0 lets in everyone who can reach it."""
+    port: Annotated[int, Strict(), Field(ge=0, le=65535)] = 8000
+    """0: any free one; the log says which."""
+    score_threshold: Share = 0.3
+    """For requests that name none."""
+    limits: Limits = Limits()
+    """Bounds of a request, and of all of them together."""
 
 
 class ServeOptions(ServerOptions):

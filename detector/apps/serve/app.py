@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import platform
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,33 +23,99 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 import detector
-from detector.apps.serve.body import Body
+from detector.apps.serve import ServerOptions
 from detector.apps.serve.guard import Guard, content_security_policy
-from detector.apps.serve.limits import ServerOptions
-from detector.apps.serve.options import NAMES, read_options
-from detector.apps.serve.schema import openapi
-from detector.apps.serve.upload import FORMATS, TooManyPixels, decode
-from detector.apps.serve.worker import Full, Worker
+from detector.apps.serve.upload import FORMATS, NAMES, Body, TooManyPixels, decode, read_options
 from detector.errors import InputError
 from detector.inference.predictor import PredictOptions, Predictor
 
-PAGE = Path(__file__).with_name("page.html")
+HERE = Path(__file__).parent
 PACKAGES = ("numpy", "pillow", "starlette", "torch", "torchvision", "uvicorn")
-BUSY_SECONDS = 1
+BUSY = {"Retry-After": "1"}  # seconds
 # The keys of `Detections.to_dict` that are not about files and videos.
 FOUND = ("height", "width", "boxes", "scores", "labels", "names")
 
 
-class Service:
-    """What the routes share."""
+def build_app(predictor: Predictor, options: ServerOptions) -> ASGIApp:
+    """The server as an ASGI application.
+
+    Args:
+        predictor: what looks at the images; one thread calls it, one image at a time.
+        options: bound to a host on the loopback, it answers to the loopback's names only.
+    """
+    predictions = Predictions(predictor, options)
+    page = (HERE / "page.html").read_text(encoding="utf-8")
+    info = describe(predictor, options)
+    fixed = {
+        "/": HTMLResponse(page),
+        "/info": JSONResponse(info),
+        "/schema": JSONResponse(openapi(info)),
+        "/health": JSONResponse({"status": "ok"}),
+    }
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        predictions.thread.shutdown(wait=True, cancel_futures=True)
+
+    app = Starlette(
+        routes=[
+            *(Route(path, answer, methods=["GET"]) for path, answer in fixed.items()),
+            Route("/predict", predictions.answer, methods=["POST"]),
+        ],
+        exception_handlers={
+            HTTPException: _refused,
+            TooManyPixels: partial(_told, 413),
+            InputError: partial(_told, 422),
+            Exception: _failed,
+        },
+        lifespan=lifespan,
+    )
+    return Guard(app, options.host, content_security_policy(page))
+
+
+class Predictions:
+    """One thread that has the network, and a bounded number of requests that may be here for it."""
 
     def __init__(self, predictor: Predictor, options: ServerOptions) -> None:
-        self.predictor, self.limits, self.score_threshold = predictor, options.limits, options.score_threshold
-        self.worker = Worker(options.limits.queue)
-        self.page = PAGE.read_text(encoding="utf-8")
+        self.predictor, self.options, self.limits = predictor, options, options.limits
+        self.places = threading.BoundedSemaphore(self.limits.queue)
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="detector")
 
-    def answer(self, data: bytes, options: PredictOptions, arrived: float) -> dict[str, Any]:
-        """Decode one image and look at it; runs in the worker's thread.
+    async def answer(self, request: Request) -> Response:
+        """POST /predict.
+
+        A place is taken before the body is read, and given back when the job has ended, or when it is known that there
+        will be none: a job that nobody waits for any more still has the network, and so keeps its place.
+        """
+        body = Body(request, self.limits)
+        if not self.places.acquire(blocking=False):
+            await body.drain()
+            raise HTTPException(503, f"The queue of {self.limits.queue} requests is full; try again.", BUSY)
+        job: Future[dict[str, Any]] | None = None
+        try:
+            data, fields = await body.read()
+            options = read_options(fields, self.predictor, self.options.score_threshold)
+            job = self.thread.submit(self.search, data, options, time.perf_counter())
+            job.add_done_callback(lambda _: self.places.release())
+            del data  # of an image in the queue, one copy is enough
+            return await self._outcome(request, asyncio.wrap_future(job))
+        finally:
+            if job is None:
+                self.places.release()
+
+    async def _outcome(self, request: Request, job: asyncio.Future[Any]) -> Response:
+        """The job's answer; one that has not begun is dropped when the client leaves or has waited too long."""
+        left = asyncio.ensure_future(_disconnected(request))
+        await asyncio.wait({job, left}, timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
+        if job.done():
+            return JSONResponse(job.result())
+        job.cancel()
+        raise HTTPException(503, f"No answer within {self.limits.timeout:g} s; try again, or a smaller image.", BUSY)
+
+    def search(self, data: bytes, options: PredictOptions, arrived: float) -> dict[str, Any]:
+        """Decode one image and look at it; runs in the thread that has the network.
 
         Args:
             data: of the image's file.
@@ -60,120 +128,63 @@ class Service:
         begun = time.perf_counter()
         image = decode(data, self.limits.max_pixels)
         decoded = time.perf_counter()
-        found = self.predict(image, options)
+        # An array, never text: text would be taken for a path or an address, and opened.
+        [(_, found)] = self.predictor.search([image], options)
+        plain = found.to_dict()
         ended = time.perf_counter()
         parts = {"queue": begun - arrived, "decode": decoded - begun, "inference": ended - decoded}
         seconds = parts | {"total": ended - arrived}
         return {
-            **found,
+            **{key: plain[key] for key in FOUND},
             "options": options.model_dump(mode="json", include={*NAMES}),
             "milliseconds": {part: round(1000 * value, 3) for part, value in seconds.items()},
         }
 
-    def predict(self, image: np.ndarray, options: PredictOptions) -> dict[str, Any]:
-        """The part of `Detections.to_dict` that says what was found in one decoded image."""
-        # An array, never text: text would be taken for a path or an address, and opened.
-        [(_, found)] = self.predictor.search([image], options)
-        plain = found.to_dict()
-        return {key: plain[key] for key in FOUND}
 
-    def info(self) -> dict[str, Any]:
-        """What a client may want to know before it sends anything. No paths, no provenance."""
-        proposals = self.predictor.proposal_limit
-        return {
-            "class_names": list(self.predictor.class_names),
-            "preprocessing": self.predictor.preprocessing.to_dict(),
-            "device": str(getattr(self.predictor, "device", "cpu")),
-            "options": {
-                "score_threshold": {"minimum": 0, "maximum": 1, "default": self.score_threshold},
-                "max_proposals": proposals and {"minimum": 1, "maximum": proposals},
-            },
-            "limits": {
-                "max_upload_bytes": self.limits.max_bytes,
-                "max_pixels": self.limits.max_pixels,
-                "queue": self.limits.queue,
-                "timeout_seconds": self.limits.timeout,
-                "formats": list(FORMATS),
-            },
-            "versions": {"detector": detector.__version__, "python": platform.python_version(), **_versions()},
-        }
+def describe(predictor: Predictor, options: ServerOptions) -> dict[str, Any]:
+    """What a client may want to know before it sends anything. No paths, no provenance."""
+    limits, proposals = options.limits, predictor.proposal_limit
+    # An exported detector needs no torch.
+    versions = {name: found.version for name in PACKAGES for found in distributions(name=name)}
+    return {
+        "class_names": list(predictor.class_names),
+        "preprocessing": predictor.preprocessing.to_dict(),
+        "device": str(getattr(predictor, "device", "cpu")),
+        "options": {
+            "score_threshold": {"minimum": 0, "maximum": 1, "default": options.score_threshold},
+            "max_proposals": proposals and {"minimum": 1, "maximum": proposals},
+        },
+        "limits": {
+            "max_upload_bytes": limits.max_bytes,
+            "max_pixels": limits.max_pixels,
+            "queue": limits.queue,
+            "timeout_seconds": limits.timeout,
+            "formats": list(FORMATS),
+        },
+        "versions": {"detector": detector.__version__, "python": platform.python_version(), **versions},
+    }
 
 
-def build_app(predictor: Predictor, options: ServerOptions) -> ASGIApp:
-    """The server as an ASGI application.
+def openapi(info: dict[str, Any]) -> dict[str, Any]:
+    """The documented interface, OpenAPI 3.1: openapi.json with the classes and limits of the running server.
 
     Args:
-        predictor: what looks at the images; one thread calls it, one image at a time.
-        options: bound to a host on the loopback, it answers to the loopback's names only.
+        info: what GET /info answers.
     """
-    service = Service(predictor, options)
-    document = openapi(service.info())
-
-    async def page(request: Request) -> Response:
-        return HTMLResponse(service.page)
-
-    async def info(request: Request) -> Response:
-        return JSONResponse(service.info())
-
-    async def schema(request: Request) -> Response:
-        return JSONResponse(document)
-
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        service.worker.close()
-
-    app = Starlette(
-        routes=[
-            Route("/", page),
-            Route("/predict", partial(answer, service=service), methods=["POST"]),
-            Route("/info", info),
-            Route("/schema", schema),
-            Route("/health", health),
-        ],
-        exception_handlers={HTTPException: _refused, Exception: _failed},
-        lifespan=lifespan,
-    )
-    return Guard(app, options.host, content_security_policy(service.page))
-
-
-async def answer(request: Request, service: Service) -> Response:
-    """POST /predict."""
-    body = Body(request, service.limits)
-    try:
-        place = service.worker.place()
-    except Full:
-        await body.drain()
-        return _error(503, f"The queue of {service.limits.queue} requests is full; try again.", BUSY_SECONDS)
-    with place:
-        try:
-            data, fields = await body.read()
-        except HTTPException as error:
-            await body.drain()
-            return _error(error.status_code, error.detail)
-        try:
-            options = read_options(fields, service.predictor, service.score_threshold)
-            job = place.submit(partial(service.answer, data, options, time.perf_counter()))
-            del data  # of an image in the queue, one copy is enough
-            return await _outcome(request, job, service.limits.timeout)
-        except TooManyPixels as error:
-            return _error(413, str(error))
-        except InputError as error:
-            return _error(422, str(error))
-
-
-async def _outcome(request: Request, job: asyncio.Future[Any], timeout: float) -> Response:
-    """The job's answer; a job that has not begun is dropped when the client leaves, or when it has waited too long."""
-    left = asyncio.ensure_future(_disconnected(request))
-    await asyncio.wait({job, left}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    left.cancel()
-    if job.done():
-        return JSONResponse(job.result())
-    job.cancel()
-    return _error(503, f"No answer within {timeout:g} s; try again, or a smaller image.", BUSY_SECONDS)
+    document: dict[str, Any] = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))
+    document["info"]["version"] = detector.__version__
+    schemas, predict = document["components"]["schemas"], document["paths"]["/predict"]["post"]
+    names, options = info["class_names"], info["options"]
+    schemas["ClassName"]["enum"] = names
+    schemas["Label"]["maximum"] = len(names) - 1
+    schemas["Image"]["description"] = f"An image's file, up to {info['limits']['max_upload_bytes']} bytes."
+    schemas["ScoreThreshold"] |= options["score_threshold"]
+    if options["max_proposals"]:
+        schemas["MaxProposals"] |= options["max_proposals"]
+    else:  # their number is fixed
+        predict["parameters"] = [one for one in predict["parameters"] if one["name"] != "max_proposals"]
+        del predict["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]["max_proposals"]
+    return document
 
 
 async def _disconnected(request: Request) -> None:
@@ -183,23 +194,12 @@ async def _disconnected(request: Request) -> None:
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, error.detail, headers=error.headers)
+    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _told(status: int, _: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, status)
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    return _error(500, "An error of the server; its log says more.")
-
-
-def _error(status: int, message: str, retry_after: int | None = None, headers: Any = None) -> Response:
-    retry = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    return JSONResponse({"error": message}, status, headers=dict(headers or {}) | retry)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # an exported detector needs no torch
-            continue
-    return found
+    return JSONResponse({"error": "An error of the server; its log says more."}, 500)

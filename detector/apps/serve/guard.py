@@ -7,7 +7,7 @@ import base64
 import hashlib
 import ipaddress
 import re
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -85,26 +85,19 @@ class Guard:
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.names is not None and _hostname(host) not in self.names:
+        if self.names is not None and _split(f"//{host}").hostname not in self.names:
             known = ", ".join(sorted(self.names))
             return JSONResponse({"error": f"This server does not answer to {host[:80]!r}; open it as {known}."}, 421)
-        if origin is not None and _netloc(origin) != host.lower():
+        if origin is not None and _split(origin).netloc.lower() != host.lower():
             return JSONResponse({"error": "Requests from pages of other sites are refused."}, 403)
         return None
 
 
-def _hostname(host: str) -> str:
+def _split(address: str) -> SplitResult:
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return urlsplit(address)
     except ValueError:
-        return ""
-
-
-def _netloc(origin: str) -> str:
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return ""
+        return urlsplit("")
 
 
 def _sha256(text: str) -> str:
