@@ -17,7 +17,7 @@ from scored_rows import evaluate, index_of
 from detector.data.results import read_results
 from detector.errors import InputError
 from detector.evaluation import LVIS_METRICS, METRICS
-from detector.evaluation.backends import score_with_hotcoco, score_with_pycocotools
+from detector.evaluation.backends import hotcoco_evaluation, pycocotools_evaluation, score
 from detector.evaluation.records import by_id
 from detector.files import write_json
 
@@ -143,7 +143,7 @@ def difference(results: list[dict], truth: dict, only: list[int] | None, scores:
     index = index_of(truth, only)
     arrays = by_id(read_results(results, index), index)
     found = evaluate(results, truth, image_ids=only, metrics=metrics)
-    table = (score_with_pycocotools if metrics == "pycocotools" else score_with_hotcoco)(*arrays).precision
+    table = score((pycocotools_evaluation if metrics == "pycocotools" else hotcoco_evaluation)(*arrays)).precision
     expected = scores.eval["precision"]
     names = {c["id"]: c["name"] for c in truth["categories"]}
     pairs: list[tuple[Any, Any]] = [(found[name], scores.stats[i]) for i, name in enumerate(METRICS)]
@@ -234,7 +234,7 @@ def packages_time(results: list[dict], truth: dict) -> float:
     """Of evaluate, accumulate and summarise, from arrays."""
     index = index_of(truth)
     arrays = by_id(read_results(results, index), index)
-    return min(timed(lambda: score_with_hotcoco(*arrays)) for _ in range(3))
+    return min(timed(lambda: score(hotcoco_evaluation(*arrays))) for _ in range(3))
 
 
 def peak_memory(folder: Path) -> str:

@@ -76,4 +76,4 @@ def test_the_benchmark_of_networks_prepares_too(small_detector: Detector, monkey
     monkeypatch.setattr(preprocess, "_padded", broken)
     monkeypatch.setattr("detector.lab.prediction.load", lambda *_, **__: small_detector)
     with pytest.raises(BrokenError):
-        _network_call("a.onnx", IMAGE, 1)
+        _network_call("a.onnx", IMAGE, threads=1)

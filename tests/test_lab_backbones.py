@@ -12,7 +12,7 @@ from backbone_files import CONF, entry
 from tool_runner import run_tool
 from torch import nn
 
-from detector.lab import backbones
+from detector.lab import latency
 from detector.lab.backbones import BackboneProfile, alexnet_profile, profile, time_classifiers
 from detector.lab.benchmark import PLOTTED
 from detector.lab.cost import memory_access, multiply_adds
@@ -85,7 +85,7 @@ def test_every_turn_times_every_network(monkeypatch: pytest.MonkeyPatch) -> None
         shown.append(f"{title}: {len(turns)}")
         return turns
 
-    monkeypatch.setattr(backbones, "progress", progress)
+    monkeypatch.setattr(latency, "progress", progress)
     times = time_classifiers(networks, 2)
     assert shown == ["batch 1: 5", "batch 8: 5"]  # three turns are not counted
     assert set(times) == {"a", "b"}

@@ -21,11 +21,10 @@ from detector.errors import InputError
 from detector.export.formats import export_onnx, export_openvino
 from detector.inference.detector import Detector
 from detector.lab import prediction
-from detector.lab.latency import WARM_UP
+from detector.lab.latency import take_turns_apart
 from detector.lab.prediction import (
     NO_PROPOSALS,
     PEERS,
-    Timing,
     contest_predictions,
     exported_peer_names,
     network_multiply_adds,
@@ -33,15 +32,8 @@ from detector.lab.prediction import (
     peak_memory,
     peer,
 )
-from detector.lab.processes import take_turns_apart
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
-
-
-def test_percentiles_by_hand() -> None:
-    timing = Timing("x", 2, [i / 1000 for i in range(101)], 0.5)
-    percentiles = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
-    assert timing.to_dict() == pytest.approx({"name": "x", "threads": 2, **percentiles, "times_of_torch": 0.5})
 
 
 def test_parts_are_those_of_a_prediction(small_detector: Detector) -> None:
@@ -61,24 +53,23 @@ def test_all_contestants_take_turns_with_every_number_of_threads(
     asked: list[int] = []
     shown = []
 
-    def progress(turns: range, title: str, unit: str) -> range:
+    def in_this_process(makers: dict[str, Any], turns: int, title: str, *, settle: int) -> dict[str, list[float]]:
+        assert (turns, settle) == (101, prediction.SETTLE)
         shown.append(title)
-        return turns
-
-    def in_this_process(makers: dict[str, Any], turns: range, *, settle: int) -> dict[str, list[float]]:
-        assert (len(turns), settle) == (WARM_UP + 2, prediction.SETTLE)
         for maker in pickle.loads(pickle.dumps(makers)).values():
             assert maker()() is not None
-        return {name: [2.0, 9.0] if name == "torch" else [3.0, 9.0] for name in makers}
+        base = [i / 1000 for i in range(1, 102)]
+        return {name: base if name == "torch" else [1.25 * seconds for seconds in base] for name in makers}
 
     monkeypatch.setattr(prediction, "take_turns_apart", in_this_process)
-    monkeypatch.setattr(prediction, "progress", progress)
-    timings = contest_predictions(tmp_path / "d.ckpt", IMAGE, threads=[1, 2], turns=2, budgets=[5])
+    timings = contest_predictions(tmp_path / "d.ckpt", IMAGE, threads=[1, 2], turns=101, budgets=[5])
     assert shown == ["1 thread", "2 threads"]
     assert asked == [1] * 5 + [2] * 5
     names = ["torch", "torch, 5 proposals", *(f"torchvision {name}" for name in (*PEERS, NO_PROPOSALS))]
-    assert [(timing.threads, timing.name) for timing in timings] == [(n, name) for n in (1, 2) for name in names]
-    assert [timing.share for timing in timings[:2]] == [1, 1.25]
+    assert [(timing["threads"], timing["name"]) for timing in timings] == [(n, name) for n in (1, 2) for name in names]
+    percentiles = {"p50_ms": 51, "p90_ms": 91, "p99_ms": 100, "times_of_torch": 1}  # of 1, 2 ... 101 ms, by hand
+    assert timings[0] == pytest.approx({"name": "torch", "threads": 1, **percentiles})
+    assert timings[1]["times_of_torch"] == pytest.approx(1.25)
 
 
 def _sleeper(milliseconds: float) -> Any:
@@ -105,7 +96,7 @@ def _broken(where: str) -> Any:
 
 def test_contestants_run_in_processes_of_their_own() -> None:
     makers = {"a": partial(_sleeper, 5), "b": partial(_sleeper, 20)}
-    times = take_turns_apart(makers, range(WARM_UP + 4), settle=2)
+    times = take_turns_apart(makers, 4, "", settle=2)
     assert [len(seconds) for seconds in times.values()] == [4, 4]
     # Least times: a busy machine makes them longer, never shorter.
     assert 0.005 <= min(times["a"]) < 0.02 <= min(times["b"])
@@ -117,13 +108,13 @@ def test_contestants_run_in_processes_of_their_own() -> None:
     [
         ("made", "b: ValueError: cannot be made"),
         ("called", "b: ValueError: cannot be called"),
-        ("ended", "b: .* code 3"),
+        ("ended", "b: .* terminated abruptly"),
     ],
 )
 def test_a_contestant_that_fails_is_named(where: str, message: str) -> None:
     makers = {"a": partial(_sleeper, 1), "b": partial(_broken, where)}
     with pytest.raises(InputError, match=message):
-        take_turns_apart(makers, range(WARM_UP + 1), settle=0)
+        take_turns_apart(makers, 1, "", settle=0)
     assert not multiprocessing.active_children()
 
 

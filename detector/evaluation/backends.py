@@ -37,22 +37,13 @@ class Scores(NamedTuple):
     precision: np.ndarray  # (T, R, K, A, M)
 
 
-def score_with_hotcoco(results: Results, index: AnnotationIndex, *, federated: bool = False) -> Scores:
-    """COCO's metrics, or LVIS's: see detector.evaluation.metrics.
-
-    Raises:
-        InputError: hotcoco is not installed; federated, and the ground truth does not say what was looked for.
-    """
-    return _run(hotcoco_evaluation(results, index, federated=federated))
-
-
-def score_with_pycocotools(results: Results, index: AnnotationIndex) -> Scores:
-    """COCO's metrics from COCO's own code.
-
-    Raises:
-        InputError: pycocotools is not installed.
-    """
-    return _run(pycocotools_evaluation(results, index))
+def score(evaluation: Any) -> Scores:
+    """What `hotcoco_evaluation` or `pycocotools_evaluation` finds."""
+    with redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return Scores(np.asarray(evaluation.stats), evaluation.eval["precision"])
 
 
 def hotcoco_evaluation(
@@ -68,13 +59,13 @@ def hotcoco_evaluation(
 
     Args:
         results, index: what is scored, and against what.
-        federated: by LVIS's rules.
+        federated: by LVIS's rules: its metrics instead of COCO's, see detector.evaluation.metrics.
         crowds: with crowd regions.
         areas: (B,) float64, what takes the place of the objects' areas; None: their areas.
         detection_areas: (D,) float64, the same of the detections; None: the areas of their boxes.
 
     Raises:
-        InputError: as `score_with_hotcoco`.
+        InputError: hotcoco is not installed; federated, and the ground truth does not say what was looked for.
     """
     try:
         import hotcoco
@@ -129,14 +120,6 @@ def pycocotools_evaluation(results: Results, index: AnnotationIndex) -> Any:
     detections = _rows(results.images, results.labels, results.boxes, area=areas, score=results.scores)
     with redirect_stdout(io.StringIO()):
         return COCOeval(api_of(objects), api_of(detections), "bbox")
-
-
-def _run(evaluation: Any) -> Scores:
-    with redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return Scores(np.asarray(evaluation.stats), evaluation.eval["precision"])
 
 
 def _rows(images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, **columns: np.ndarray) -> list[dict[str, Any]]:

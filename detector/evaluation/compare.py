@@ -7,9 +7,8 @@ cancels. What it does not know is how much another training run with another see
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.records import SIZES
 from detector.evaluation.resampling import (
+    ClassMatches,
     MatchedDetections,
     average_precision,
     draw_images,
@@ -137,7 +137,7 @@ def _changes(sides: Sequence[MatchedDetections], score_threshold: float, top: in
     order = np.argsort(-change, kind="stable")
     better = [i for i in order[:top] if change[i] > 0]
     worse = [i for i in order[::-1][:top] if change[i] < 0]
-    seen = [_Seen(side, score_threshold, {*better, *worse}) for side in sides]
+    seen = [_Seen.of(side, score_threshold) for side in sides]
 
     def entry(i: int) -> dict[str, Any]:
         return {
@@ -179,40 +179,37 @@ def contributions(matches: MatchedDetections, score_threshold: float) -> np.ndar
     return parts / max(1, len(classes))
 
 
-class _Seen:
-    """Hits and false alarms of some images above a score, by class."""
+class _Seen(NamedTuple):
+    """What one detector found above a score, at IoU 0.5: counts (K, M) of hits and of false alarms, and how many of the
+    IoU thresholds the hits pass, as a share of all (M,)."""
 
-    def __init__(self, matches: MatchedDetections, score_threshold: float, images: set[Any]) -> None:
-        self.found: dict[int, Counter[int]] = {i: Counter() for i in images}
-        self.false: dict[int, Counter[int]] = {i: Counter() for i in images}
-        self.passed: Counter[int] = Counter()
-        for label, m in enumerate(matches.by_class["all"]):
-            for row in np.flatnonzero((m.score >= score_threshold) & np.isin(m.image, list(images))):
-                image = int(m.image[row])
-                if m.hit[0, row]:
-                    self.found[image][label] += 1
-                    self.passed[image] += int(m.hit[:, row].sum())
-                elif m.counted[0, row]:
-                    self.false[image][label] += 1
-        self.thresholds = len(matches.by_class["all"][0].hit)
+    found: np.ndarray
+    false: np.ndarray
+    passed: np.ndarray
+
+    @classmethod
+    def of(cls, matches: MatchedDetections, score_threshold: float) -> _Seen:
+        def count(m: ClassMatches, weights: np.ndarray) -> np.ndarray:
+            return np.bincount(m.image, (m.score >= score_threshold) * weights, minlength=len(m.objects))
+
+        classes = matches.by_class["all"]
+        found = np.stack([count(m, m.hit[0]) for m in classes]).astype(int)
+        false = np.stack([count(m, m.counted[0] & ~m.hit[0]) for m in classes]).astype(int)
+        return cls(found, false, np.sum([count(m, m.hit[0] * m.hit.mean(axis=0)) for m in classes], axis=0))
 
     def summary(self, image: int) -> dict[str, Any]:
-        found = self.found[image].total()
-        placed = self.passed[image] / (found * self.thresholds) if found else None
-        return {"found": found, "false": self.false[image].total(), "placed": placed}
+        found = int(self.found[:, image].sum())
+        placed = float(self.passed[image] / found) if found else None
+        return {"found": found, "false": int(self.false[:, image].sum()), "placed": placed}
 
 
 def _in_words(a: _Seen, b: _Seen, image: int, names: Sequence[str]) -> str:
-    changes = (
-        ("found", b.found[image] - a.found[image]),
-        ("lost", a.found[image] - b.found[image]),
-        ("new false alarms", b.false[image] - a.false[image]),
-        ("false alarms gone", a.false[image] - b.false[image]),
-    )
+    found, false = (b.found - a.found)[:, image], (b.false - a.false)[:, image]
+    changes = {"found": found, "lost": -found, "new false alarms": false, "false alarms gone": -false}
     parts = [
-        f"{what}: {', '.join(f'{count} {names[label]}' for label, count in sorted(counter.items()))}"
-        for what, counter in changes
-        if counter
+        f"{what}: {', '.join(f'{count[label]} {names[label]}' for label in np.flatnonzero(count > 0).tolist())}"
+        for what, count in changes.items()
+        if (count > 0).any()
     ]
     before, after = (side.summary(image)["placed"] for side in (a, b))
     if before is not None and after is not None and abs(after - before) >= 0.05:
@@ -228,20 +225,20 @@ def format_comparison(result: Mapping[str, Any], a: str, b: str, images: int = 5
         a, b: names of the two.
         images: how many of the images that changed are listed on each side.
     """
-    rows = []
-    for name, row in [*result["figures"].items(), *result["per_class"].items()]:
-        interval = "-" if row["low"] is None else f"{row['low']:+.4f} .. {row['high']:+.4f}"
-        share = "-" if row["b_better"] is None else f"{row['b_better']:.1%}"
-        rows.append(
-            [name, _number(row["a"]), _number(row["b"]), _number(row["difference"], sign=True), interval, share]
-        )
+    rows = [
+        [
+            name,
+            *(_number(row[key], form) for key, form in (("a", ".4f"), ("b", ".4f"), ("difference", "+.4f"))),
+            None if row["low"] is None else f"{row['low']:+.4f} .. {row['high']:+.4f}",
+            _number(row["b_better"], ".1%"),
+        ]
+        for name, row in [*result["figures"].items(), *result["per_class"].items()]
+    ]
     table = markdown_table(("metric", "a", "b", "b - a", "95% interval", "b better"), rows)
     lines = [f"a: {a}", f"b: {b}", f"{result['images']} images, {result['draws']} draws", "", table]
     for key in ("better", "worse"):
-        if rows := [
-            [row.get("file_name") or row["image_id"], f"{row['change']:+.5f}", row["what"]]
-            for row in result[key][:images]
-        ]:
+        if changed := result[key][:images]:
+            rows = [[row.get("file_name") or row["image_id"], f"{row['change']:+.5f}", row["what"]] for row in changed]
             heads = ("image", "change of AP", f"{key} in b: what changed")
             lines += ["", markdown_table(heads, rows, align="lrl")]
     return "\n".join([*lines, "", verdict(result)])
@@ -260,5 +257,5 @@ def verdict(result: Mapping[str, Any]) -> str:
     return f"These images do not tell: {span} holds zero. More images, or a larger difference, would."
 
 
-def _number(value: float | None, sign: bool = False) -> str:
-    return "-" if value is None else f"{value:{'+' if sign else ''}.4f}"
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)

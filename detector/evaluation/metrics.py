@@ -21,7 +21,7 @@ from typing import Any
 from detector.data.annotations import AnnotationIndex
 from detector.data.results import Results
 from detector.errors import InputError
-from detector.evaluation.backends import score_with_hotcoco, score_with_pycocotools
+from detector.evaluation.backends import hotcoco_evaluation, pycocotools_evaluation, score
 from detector.evaluation.records import by_id
 from detector.evaluation.tables import markdown_table
 from detector.evaluation.voc import score_voc
@@ -61,9 +61,10 @@ def evaluate(results: Results, index: AnnotationIndex, metrics: str = "coco") ->
         return score_voc(results, index)
     names = LVIS_METRICS if metrics == "lvis" else METRICS
     if metrics == "pycocotools":
-        scores = score_with_pycocotools(results, index)
+        evaluation = pycocotools_evaluation(results, index)
     else:
-        scores = score_with_hotcoco(results, index, federated=metrics == "lvis")
+        evaluation = hotcoco_evaluation(results, index, federated=metrics == "lvis")
+    scores = score(evaluation)
     found: dict[str, Any] = dict(zip(names, map(_existing, scores.stats), strict=True))
     precision = scores.precision[:, :, :, 0, -1]  # (IoU, recall, class): all areas, most detections
     found["per_class"] = {

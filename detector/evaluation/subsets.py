@@ -69,13 +69,18 @@ def score_subsets(outcomes: Outcomes, properties: Mapping[Any, Mapping[str, floa
     aspect, own_aspect = ((sides[:, 1] / sides[:, 0].clip(min=1e-9)).clip(max=_NONE) for sides in width_height)
     neighbours, overlap = _crowding(records)
     counts = np.bincount(records.index.images[~records.index.crowd], minlength=len(records.index))
-    return {
-        **_by_object(records, {"coco_size": COCO_SIZES, "size": SIDES}, records.index.areas, None),
-        **_by_object(records, {"aspect": ASPECTS}, aspect, own_aspect),
-        **_by_object(records, {"neighbours": NEIGHBOURS}, neighbours, _of_its_object(outcomes, neighbours)),
-        **_by_object(records, {"overlap": OVERLAPS}, overlap, _of_its_object(outcomes, overlap)),
-        **_by_image(records, {"objects": (OBJECTS, counts.astype(float))} | _thirds(records, properties or {})),
-    }
+    quantities = (
+        ({"coco_size": COCO_SIZES, "size": SIDES}, records.index.areas, None),
+        ({"aspect": ASPECTS}, aspect, own_aspect),
+        ({"neighbours": NEIGHBOURS}, neighbours, _of_its_object(outcomes, neighbours)),
+        ({"overlap": OVERLAPS}, overlap, _of_its_object(outcomes, overlap)),
+    )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for tables, values, own in quantities:
+        found |= _by_object(records, tables, values, own)
+    for table, (bins, values) in ({"objects": (OBJECTS, counts)} | _thirds(records, properties or {})).items():
+        found[table] = _by_image(records, bins, values)
+    return found
 
 
 def _by_object(
@@ -91,31 +96,24 @@ def _by_object(
     precision = scores.eval["precision"][:, :, :, :, -1]  # (IoU, recall, class, bin)
     found: dict[str, list[dict[str, Any]]] = {table: [] for table in tables}
     for place, (table, name, low, high) in enumerate(bins):
-        inside = (values >= low) & (values <= high) & ~records.index.crowd
-        found[table].append(
-            {"name": name, "low": low, "high": high, "truths": int(inside.sum())}
-            | {"AP": existing_mean(precision[:, :, :, place]), "AP50": existing_mean(precision[0, :, :, place])}
-        )
+        inside = int((_inside(values, low, high) & ~records.index.crowd).sum())
+        ap, ap50 = existing_mean(precision[..., place]), existing_mean(precision[0, ..., place])
+        found[table].append({"name": name, "low": low, "high": high, "truths": inside, "AP": ap, "AP50": ap50})
     return found
 
 
-def _by_image(
-    records: Records, tables: Mapping[str, tuple[tuple[Bin, ...], np.ndarray]]
-) -> dict[str, list[dict[str, Any]]]:
-    members = {
-        (table, name, low, high): np.flatnonzero((values >= low) & (values <= high)).tolist()
-        for table, (bins, values) in tables.items()
-        for name, low, high in bins
-    }
-    metrics = evaluator(records).slice_by({str(place): ids for place, ids in enumerate(members.values())})
-    found: dict[str, list[dict[str, Any]]] = {table: [] for table in tables}
-    for place, ((table, name, low, high), ids) in enumerate(members.items()):
-        scores = {key: metrics[str(place)][key] for key in ("AP", "AP50")}
-        found[table].append(
-            {"name": name, "low": low, "high": high, "images": len(ids)}
-            | {key: None if value < 0 else float(value) for key, value in scores.items()}
-        )
-    return found
+def _by_image(records: Records, bins: tuple[Bin, ...], values: np.ndarray) -> list[dict[str, Any]]:
+    members = [np.flatnonzero(_inside(values, low, high)).tolist() for _, low, high in bins]
+    metrics = evaluator(records).slice_by({str(place): ids for place, ids in enumerate(members)})
+    rows = []
+    for place, (name, low, high) in enumerate(bins):
+        ap, ap50 = (None if value < 0 else float(value) for value in map(metrics[str(place)].get, ("AP", "AP50")))
+        rows.append({"name": name, "low": low, "high": high, "images": len(members[place]), "AP": ap, "AP50": ap50})
+    return rows
+
+
+def _inside(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    return (values >= low) & (values <= high)
 
 
 def _crowding(records: Records) -> tuple[np.ndarray, np.ndarray]:
@@ -132,28 +130,22 @@ def _crowding(records: Records) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_its_object(outcomes: Outcomes, values: np.ndarray) -> np.ndarray:
-    known = outcomes.about >= 0
-    own = np.zeros(len(known))
-    own[known] = values[outcomes.about[known]]
-    return own
+    return np.append(values, 0.0)[outcomes.about]  # -1, no object: the last
 
 
 def _thirds(
     records: Records, properties: Mapping[Any, Mapping[str, float]]
 ) -> dict[str, tuple[tuple[Bin, ...], np.ndarray]]:
     """Bins of equally many images, fewer where many have the same value, and the value of each image (M,)."""
-    known = [properties[image_id] for image_id in records.index.image_ids if image_id in properties]
+    rows = [properties.get(image_id, {}) for image_id in records.index.image_ids]
     tables = {}
-    for name in known[0] if known else ():
-        values = np.array([properties.get(image_id, {}).get(name, np.nan) for image_id in records.index.image_ids])
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = np.array([row.get(name, np.nan) for row in rows])
         there = np.sort(values[~np.isnan(values)])
         edges = (-np.inf, *np.quantile(there, [1 / 3, 2 / 3]).tolist(), np.inf)
-        groups = [there[(there > low) & (there <= high)] for low, high in pairwise(edges)]
-        bins = [(group[0], group[-1]) for group in groups if len(group)]
-        tables[name] = (
-            tuple((f"{_short(low)}-{_short(high)}", float(low), float(high)) for low, high in bins),
-            values,
-        )
+        groups = [there[(there > low) & (there <= high)].tolist() for low, high in pairwise(edges)]
+        bins = [(f"{_short(group[0])}-{_short(group[-1])}", group[0], group[-1]) for group in groups if group]
+        tables[name] = (tuple(bins), values)
     return tables
 
 

@@ -35,44 +35,35 @@ def worst(outcomes: Outcomes, score_threshold: float, count: int = 12) -> list[d
     badness = np.bincount(unfound, minlength=images) + np.bincount(
         records.results.images[wrong], weights=records.results.scores[wrong], minlength=images
     )
-    rows = list(records.per_image())
-    order = np.argsort(-badness, kind="stable")[:count]
+    names, rows = records.index.class_names, list(records.per_image())
+
+    def entry(objects: slice, found: slice) -> dict[str, Any]:
+        detections = [
+            {
+                "name": names[records.results.labels[d]],
+                "bbox": records.results.boxes[d].tolist(),
+                "score": float(records.results.scores[d]),
+                "kind": KINDS[outcomes.kind[d]],
+                "iou": float(outcomes.iou[d]),
+                "truth": int(outcomes.about[d] - objects.start) if outcomes.about[d] >= 0 else None,
+            }
+            for d in found.start + np.flatnonzero(shown[found])
+        ]
+        truths = [
+            {"name": names[label], "bbox": box.tolist(), "state": STATES[state]}
+            for label, box, state in zip(
+                records.index.labels[objects], records.index.xywh[objects], states[objects], strict=True
+            )
+        ]
+        return {"detections": detections, "truths": truths}
+
     return [
         {
             "image_id": records.index.image_ids[i],
             "file_name": records.index.file_names[i],
             "badness": float(badness[i]),
-            "detections": _detections(outcomes, rows[i][1], rows[i][0].start, shown),
-            "truths": _objects(outcomes, rows[i][0], states),
+            **entry(*rows[i]),
         }
-        for i in order.tolist()
+        for i in np.argsort(-badness, kind="stable")[:count].tolist()
         if badness[i] > 0
-    ]
-
-
-def _detections(outcomes: Outcomes, found: slice, first_object: int, shown: np.ndarray) -> list[dict[str, Any]]:
-    records = outcomes.records
-    return [
-        {
-            "name": records.index.class_names[records.results.labels[d]],
-            "bbox": records.results.boxes[d].tolist(),
-            "score": float(records.results.scores[d]),
-            "kind": KINDS[outcomes.kind[d]],
-            "iou": float(outcomes.iou[d]),
-            "truth": int(outcomes.about[d] - first_object) if outcomes.about[d] >= 0 else None,
-        }
-        for d in range(found.start, found.stop)
-        if shown[d]
-    ]
-
-
-def _objects(outcomes: Outcomes, objects: slice, states: np.ndarray) -> list[dict[str, Any]]:
-    records = outcomes.records
-    return [
-        {
-            "name": records.index.class_names[records.index.labels[g]],
-            "bbox": records.index.xywh[g].tolist(),
-            "state": STATES[states[g]],
-        }
-        for g in range(objects.start, objects.stop)
     ]

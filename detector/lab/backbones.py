@@ -6,8 +6,8 @@ Ma et al. 2018 (ShuffleNet V2) compare backbones by tables 5, 6 and 8; section 2
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from detector.data.progress import progress
 from detector.lab.cost import memory_access, multiply_adds, parameters
-from detector.lab.latency import WARM_UP, take_turns
+from detector.lab.latency import milliseconds, take_turns
 from detector.lab.receptive_field import TheoreticalField, effective_field, effective_side, theoretical_field
 from detector.models.backbones import BackboneOptions, build_backbone
 from detector.models.backbones.classifier import build_classifier
@@ -114,16 +113,13 @@ def time_classifiers(
     ready = {name: (fuse(network), size) for name, (network, size) in networks.items()}
     found: dict[str, dict[int, float]] = {name: {} for name in networks}
     for batch in BATCHES:
-        calls = {name: _call(network, batch, size) for name, (network, size) in ready.items()}
-        times = take_turns(calls, progress(range(WARM_UP + turns), f"batch {batch}", unit="turn"))
-        for name, seconds in times.items():
-            found[name][batch] = 1000 * statistics.median(seconds)
+        calls = {
+            name: partial(network, torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last))
+            for name, (network, size) in ready.items()
+        }
+        for name, seconds in take_turns(calls, turns, f"batch {batch}").items():
+            found[name][batch] = milliseconds(seconds)
     return found
-
-
-def _call(network: nn.Module, batch: int, size: int) -> Callable[[], Tensor]:
-    images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    return lambda: network(images)
 
 
 def _profile(name: str, network: nn.Module, size: int) -> BackboneProfile:

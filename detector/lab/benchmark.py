@@ -13,9 +13,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -40,11 +39,11 @@ from detector.files import CONF, replacing, write_json
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector
 from detector.lab.backbones import CLASSES, BackboneProfile, alexnet_profile, profile, time_classifiers
-from detector.lab.latency import Contest, machine
+from detector.lab.latency import machine, milliseconds
 from detector.lab.peers import align_contests, backbone_contests, training_contest
 from detector.lab.prediction import (
     PEERS,
-    Timing,
+    PERCENTILES,
     contest_networks,
     contest_predictions,
     exported_peer_names,
@@ -122,14 +121,18 @@ def benchmark(options: BenchmarkOptions) -> None:
 
 def benchmark_peers(options: BenchmarkOptions, turns: int) -> None:
     """Parts of this package beside torchvision's."""
-    rows = [one.to_dict() for one in progress(_peer_contests(options, turns), "contests", total=6, unit="contest")]
-    table = [(row["name"], f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.2f}") for row in rows]
-    heads = ("what", "this package, ms", "torchvision, ms", "times faster")
-    log.info("%s\n%s", machine(), markdown_table(heads, table))
+    rows = list(progress(_peer_contests(options, turns), "contests", total=6, unit="contest"))
+    columns = {
+        "what": ("name", ""),
+        "this package, ms": ("ours_ms", ".1f"),
+        "torchvision, ms": ("peer_ms", ".1f"),
+        "times faster": ("ratio", ".2f"),
+    }
+    log.info("%s\n%s", machine(), _table(rows, columns))
     _write(options.out, {"machine": machine(), "turns": turns, "contests": rows})
 
 
-def _peer_contests(options: BenchmarkOptions, turns: int) -> Iterator[Contest]:
+def _peer_contests(options: BenchmarkOptions, turns: int) -> Iterator[dict[str, Any]]:
     yield from align_contests(turns)
     yield from backbone_contests(turns)
     with tempfile.TemporaryDirectory() as folder:
@@ -171,40 +174,42 @@ def chosen(only: Sequence[str] | None) -> list[str]:
     return list(only) if only else [name for name in known if name not in ("timm", "torchvision")]
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:+.1f}%"
-
-
-_COLUMNS: dict[str, Callable[[BackboneProfile], object]] = {
-    "backbone": lambda one: one.name,
-    "input": lambda one: one.image_size,
-    "parameters, M": lambda one: _number(one.parameters, 2),
-    "multiply-adds, M": lambda one: _number(one.multiply_adds, 1),
-    "published, M": lambda one: _number(one.published, 0 if (one.published or 0) >= 10 else 1),
-    "deviation": lambda one: _percent(one.deviation),
-    "MAC, M": lambda one: _number(one.memory_access, 1),
-    "multiply-adds at 800x1200, G": lambda one: _number(one.detection_multiply_adds, 2),
-    "field of a block": lambda one: _number(max(one.field.blocks.values(), default=None) if one.field else None, 0),
-    "field of c5, px": lambda one: _number(one.field.stages["c5"] if one.field else None, 0),
-    "effective, px": lambda one: _number(one.effective, 0),
-    "batch 1, ms": lambda one: _number(one.milliseconds.get(1), 1),
-    "batch 8, ms": lambda one: _number(one.milliseconds.get(8), 1),
+_COLUMNS = {
+    "backbone": ("name", ""),
+    "input": ("image_size", ""),
+    "parameters, M": ("parameters", ".2f"),
+    "multiply-adds, M": ("multiply_adds", ".1f"),
+    "published, M": ("published", ".4g"),
+    "deviation": ("deviation", "+.1%"),
+    "MAC, M": ("memory_access", ".1f"),
+    "multiply-adds at 800x1200, G": ("detection_multiply_adds", ".2f"),
+    "field of a block": ("block", ""),
+    "field of c5, px": ("c5", ""),
+    "effective, px": ("effective", ".0f"),
+    "batch 1, ms": (1, ".1f"),
+    "batch 8, ms": (8, ".1f"),
 }
 
 
 def backbone_table(profiles: Sequence[BackboneProfile]) -> str:
     """A Markdown table, a line for each backbone."""
-    return markdown_table([*_COLUMNS], [[of(one) for of in _COLUMNS.values()] for one in profiles], width=None)
+    rows: list[dict[Any, Any]] = [{**vars(one), **one.milliseconds, "deviation": one.deviation} for one in profiles]
+    for row in rows:
+        if field := row["field"]:
+            row |= {"block": max(field.blocks.values(), default=None), "c5": field.stages["c5"]}
+    return _table(rows, _COLUMNS)
+
+
+def _table(rows: Iterable[Mapping[Any, Any]], columns: Mapping[str, tuple[Any, str]]) -> str:
+    """A Markdown table; columns: head -> (key of a row, format). What a row lacks is left empty."""
+    cells = [["" if row.get(key) is None else format(row[key], spec) for key, spec in columns.values()] for row in rows]
+    return markdown_table([*columns], cells, width=None)
 
 
 def deviations(profiles: Sequence[BackboneProfile]) -> str:
     """A line for each backbone whose multiply-adds differ from the published ones by more than EXPLAINED."""
     lines = [
-        f"- {one.name}: {_percent(one.deviation)} ({one.source}). {one.note or 'Not explained.'}"
+        f"- {one.name}: {one.deviation:+.1%} ({one.source}). {one.note or 'Not explained.'}"
         for one in profiles
         if one.deviation is not None and abs(one.deviation) > EXPLAINED
     ]
@@ -252,7 +257,7 @@ def benchmark_predict(options: BenchmarkOptions, turns: int) -> None:
         import_openvino()
         import_nncf()
     image = read_image(options.source) if options.source else drawn_image()
-    threads = list(options.threads or range(1, (os.cpu_count() or 1) + 1))
+    threads = options.threads or range(1, (os.cpu_count() or 1) + 1)
     timings = contest_predictions(
         options.ckpt, image, threads=threads, turns=turns, exports=list(exports.values()), budgets=options.budgets
     )
@@ -265,7 +270,7 @@ def benchmark_predict(options: BenchmarkOptions, turns: int) -> None:
     used = {RUNTIMES[path.suffix] for path in exports.values() if path.suffix in RUNTIMES}
     where = ", ".join([machine(), *(f"{name} {version(name)}" for name in sorted(used))])
     log.info("%s; %s\n%s", where, size, prediction_tables(timings, spent, memory, efficiency, threads[-1]))
-    content = {"machine": where, "picture": size, "turns": turns, "contestants": [one.to_dict() for one in timings]}
+    content = {"machine": where, "picture": size, "turns": turns, "contestants": timings}
     _write(options.out, content | {"parts_ms": spent, "peak_memory_mb": memory, "per_multiply_add": efficiency})
 
 
@@ -288,7 +293,7 @@ def drawn_image() -> np.ndarray:
 
 
 def per_multiply_add(
-    detector: Detector, exports: dict[str, Path], image: np.ndarray, threads: list[int], turns: int
+    detector: Detector, exports: dict[str, Path], image: np.ndarray, threads: Sequence[int], turns: int
 ) -> list[dict[str, Any]]:
     """Milliseconds and multiply-adds of the exports, and of torchvision's detectors in OpenVINO."""
     costs: dict[str, int] = {}
@@ -298,34 +303,34 @@ def per_multiply_add(
         costs[name] = network_multiply_adds(detector, image, ExportedDetector.load(path).info.canvas)
     times = contest_networks(image, list(exports.values()), threads=threads, turns=turns)
     return [
-        {"name": name, "threads": number, "ms": 1000 * statistics.median(seconds), "multiply_adds": costs[name]}
+        {"name": name, "threads": number, "ms": milliseconds(seconds), "multiply_adds": costs[name]}
         for number, contest in times.items()
         for name, seconds in contest.items()
     ]
 
 
 def prediction_tables(
-    timings: list[Timing],
+    timings: list[dict[str, Any]],
     spent: dict[str, float],
     memory: dict[str, float],
     efficiency: list[dict[str, Any]],
     threads: int,
 ) -> str:
     """What `benchmark_predict` measured, as Markdown tables."""
-    times = [
-        (t.name, t.threads, *(f"{t.percentile(share):.1f}" for share in (0.5, 0.9, 0.99)), f"{t.share:.2f}")
-        for t in timings
-    ]
+    who = {"what": ("name", ""), "threads": ("threads", "")}
+    times = {f"p{share}, ms": (f"p{share}_ms", ".1f") for share in PERCENTILES}
     tables = [
-        markdown_table(("what", "threads", "p50, ms", "p90, ms", "p99, ms", "times torch"), times, width=None),
+        _table(timings, who | times | {"times torch": ("times_of_torch", ".2f")}),
         markdown_table((f"part (torch, {threads} threads)", "ms"), [(part, f"{ms:.2f}") for part, ms in spent.items()]),
         markdown_table(("peak memory of a process", "MB"), [(name, f"{size:.0f}") for name, size in memory.items()]),
     ]
     if efficiency:
-        costs = [(row, row["multiply_adds"] / 1e9) for row in efficiency]
-        rates = [(r["name"], r["threads"], f"{r['ms']:.1f}", f"{c:.3f}", f"{r['ms'] / c:.1f}") for r, c in costs]
-        heads = ("network alone", "threads", "ms", "multiply-adds, G", "ms per G")
-        tables.append(markdown_table(heads, rates, width=None))
+        rows = [
+            row | {"G": row["multiply_adds"] / 1e9, "rate": 1e9 * row["ms"] / row["multiply_adds"]}
+            for row in efficiency
+        ]
+        rates = {"ms": ("ms", ".1f"), "multiply-adds, G": ("G", ".3f"), "ms per G": ("rate", ".1f")}
+        tables.append(_table(rows, who | rates))
     return "\n\n".join(tables)
 
 

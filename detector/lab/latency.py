@@ -1,79 +1,116 @@
-"""Timing that survives a noisy machine: contestants take turns, the ratio is taken per turn, medians are reported."""
+"""Timing that survives a noisy machine: contestants take turns, and are compared turn by turn.
+
+Each may have a process of its own. Runtimes keep threads that go on spinning after a call, and allocators, caches and
+thread pools of one get in the way of another: in one process p50 was up to twice that of a process alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
+from detector.data.progress import progress
+from detector.errors import InputError
 
-@dataclass(frozen=True)
-class Contest:
-    """Seconds of two contestants that took turns.
-
-    Attributes:
-        name: what was measured.
-        ours, peer: seconds per turn, of this package and of the other one.
-    """
-
-    name: str
-    ours: list[float]
-    peer: list[float]
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster this package is: the median over the turns of peer / ours."""
-        return statistics.median(theirs / mine for mine, theirs in zip(self.ours, self.peer, strict=True))
-
-    def to_dict(self) -> dict[str, float | str]:
-        return {
-            "name": self.name,
-            "ours_ms": 1000 * statistics.median(self.ours),
-            "peer_ms": 1000 * statistics.median(self.peer),
-            "ratio": self.ratio,
-        }
-
+Call: TypeAlias = Callable[[], object]
+# Makes, in its process, what is timed. Pickled: a function of a module, or a partial of one.
+Maker: TypeAlias = Callable[[], Call]
 
 # Turns that are not counted: lazy initialisation, and an allocator that still has to learn which sizes to keep.
 WARM_UP = 3
 
 
-def contest(name: str, ours: Callable[[], object], peer: Callable[[], object], *, turns: int) -> Contest:
-    """Time two callables in alternation, WARM_UP turns of each unmeasured first."""
-    times = take_turns({"ours": ours, "peer": peer}, range(WARM_UP + turns))
-    return Contest(name, times["ours"], times["peer"])
+def take_turns(calls: Mapping[str, Call], turns: int, title: str) -> dict[str, list[float]]:
+    """Seconds of each callable in each of `turns` turns, after WARM_UP that are not counted.
 
-
-def take_turns(calls: Mapping[str, Callable[[], object]], turns: Iterable[int]) -> dict[str, list[float]]:
-    """Seconds of each callable in each turn; a turn calls them all, one after the other.
+    A turn calls them all, one after the other.
 
     Args:
         calls: by name.
-        turns: a range, or a progress bar over one; the first WARM_UP are not counted.
+        title: before the progress bar.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in turns:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            _wait_for_device()
-            if turn >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
-    return times
+    return _alternate({name: partial(_seconds, call) for name, call in calls.items()}, turns, title)
 
 
-def _wait_for_device() -> None:
+def take_turns_apart(makers: Mapping[str, Maker], turns: int, title: str, *, settle: int) -> dict[str, list[float]]:
+    """As `take_turns`, each contestant in a process of its own.
+
+    Args:
+        makers: by name.
+        settle: calls that are not timed before each that is: another process used the caches last.
+
+    Raises:
+        InputError: a contestant could not be made or failed; the message names it.
+    """
+
+    def answer(name: str, future: Future[float]) -> float:
+        try:
+            return future.result()
+        except Exception as error:  # of any library, or of a process that ended
+            raise InputError(f"{name}: {type(error).__name__}: {error}") from error
+
+    with contextlib.ExitStack() as processes:
+        pools = {
+            name: processes.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+            for name in makers
+        }
+        for name, ready in {name: pools[name].submit(_make, maker) for name, maker in makers.items()}.items():
+            answer(name, ready)
+
+        def timed(name: str) -> float:
+            return answer(name, pools[name].submit(_seconds_of_own, settle))
+
+        return _alternate({name: partial(timed, name) for name in makers}, turns, title)
+
+
+def _alternate(timers: Mapping[str, Callable[[], float]], turns: int, title: str) -> dict[str, list[float]]:
+    rows = [[timer() for timer in timers.values()] for _ in progress(range(WARM_UP + turns), title, unit="turn")]
+    return {name: list(column) for name, column in zip(timers, zip(*rows[WARM_UP:], strict=True), strict=True)}
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+_own: list[Call] = []  # in the process of a contestant: what it times
+
+
+def _make(maker: Maker) -> float:
+    _own.append(maker())
+    return 0.0
+
+
+def _seconds_of_own(settle: int) -> float:
+    for _ in range(settle):
+        _own[0]()
+    return _seconds(_own[0])
+
+
+def milliseconds(seconds: Sequence[float]) -> float:
+    """The median."""
+    return 1000 * statistics.median(seconds)
+
+
+def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the turns of one contestant's time divided by another's."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def machine() -> str:
-    """The processor's name, torch's threads, and its version: without them a figure of speed says nothing."""
+    """The processor's name, torch's threads, and its version: without them a time says nothing."""
     return f"{next(_processor_names())}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

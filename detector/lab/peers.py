@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torchvision
@@ -16,7 +17,7 @@ from detector.data.collate import Batch, collate
 from detector.data.dataset import DetectionDataset
 from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
-from detector.lab.latency import Contest, contest
+from detector.lab.latency import Call, median_ratio, milliseconds, take_turns
 from detector.models.backbones import build_backbone
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
 from detector.models.build import NetworkOptions, build_network
@@ -26,7 +27,18 @@ from detector.models.ps_roi_align import ps_roi_align
 STEPS_PER_TURN = 2
 
 
-def align_contests(turns: int) -> Iterator[Contest]:
+def contest(name: str, own: Call, peer: Call, turns: int) -> dict[str, Any]:
+    """What was measured: "name", "ours_ms" and "peer_ms" (medians), "ratio" (how many times faster this package is)."""
+    times = take_turns({"own": own, "peer": peer}, turns, name)
+    return {
+        "name": name,
+        "ours_ms": milliseconds(times["own"]),
+        "peer_ms": milliseconds(times["peer"]),
+        "ratio": median_ratio(times["peer"], times["own"]),
+    }
+
+
+def align_contests(turns: int) -> Iterator[dict[str, Any]]:
     """PS-RoI Align against torchvision's operator: N=2, P=1000, 490 channels, 50 x 76 (an 800 x 1216 input)."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 490, 50, 76, generator=generator).to(memory_format=torch.channels_last).requires_grad_()
@@ -34,24 +46,20 @@ def align_contests(turns: int) -> Iterator[Contest]:
     rois = torch.cat((corner, corner + 8 + torch.rand(2, 1000, 2, generator=generator) * 300), dim=-1)
     numbered = torch.cat((torch.arange(2.0).repeat_interleave(1000)[:, None], rois.flatten(0, 1)), dim=1)
 
-    def ours() -> Tensor:
+    def own() -> Tensor:
         return ps_roi_align(features, rois, spatial_scale=1 / 16, output_size=7)
 
     def peer() -> Tensor:
         return torchvision.ops.ps_roi_align(features, numbered, 7, spatial_scale=1 / 16, sampling_ratio=2)
 
     with torch.no_grad():
-        yield contest("PS-RoI Align, forward", ours, peer, turns=turns)
-    yield contest(
-        "PS-RoI Align, forward + backward",
-        lambda: ours().sum().backward(),
-        lambda: peer().sum().backward(),
-        turns=turns,
-    )
+        yield contest("PS-RoI Align, forward", own, peer, turns)
+    name = "PS-RoI Align, forward + backward"
+    yield contest(name, lambda: own().sum().backward(), lambda: peer().sum().backward(), turns)
 
 
 @torch.no_grad()
-def backbone_contests(turns: int) -> Iterator[Contest]:
+def backbone_contests(turns: int) -> Iterator[dict[str, Any]]:
     """ShuffleNet V2 1x as it predicts (folded) against torchvision's module in eval mode, up to stage 4.
 
     Both get the same contiguous images; this package's pays for its change to channels_last itself.
@@ -69,7 +77,7 @@ def backbone_contests(turns: int) -> Iterator[Contest]:
     ):
         images = torch.randn(shape)
         torch.testing.assert_close(own(images)["c5"], stages(images), rtol=1e-3, atol=1e-4)
-        yield contest(f"backbone v2_1x, {name}", partial(own, images), partial(stages, images), turns=turns)
+        yield contest(f"backbone v2_1x, {name}", partial(own, images), partial(stages, images), turns)
 
 
 def _randomise_statistics(network: torch.nn.Module) -> None:
@@ -80,7 +88,9 @@ def _randomise_statistics(network: torch.nn.Module) -> None:
             module.get_buffer("running_var").uniform_(0.1, 0.5)
 
 
-def training_contest(options: NetworkOptions, augment: AugmentOptions, index: AnnotationIndex, turns: int) -> Contest:
+def training_contest(
+    options: NetworkOptions, augment: AugmentOptions, index: AnnotationIndex, turns: int
+) -> dict[str, Any]:
     """A training step, from reading files to the optimiser, against torchvision's light two-stage detector.
 
     Same images, same transforms, same resize (short side 320), batch 8, two steps a turn; a third of the turns,
@@ -93,12 +103,11 @@ def training_contest(options: NetworkOptions, augment: AugmentOptions, index: An
     peer = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, num_classes=len(index.class_names) + 1
     ).train()
-    name = "training step, batch 8 at 320"
     return contest(
-        name,
-        _steps(own, batches, lambda batch: own.losses(batch)),
+        "training step, batch 8 at 320",
+        _steps(own, batches, own.losses),
         _steps(peer, batches, lambda batch: peer(*_torchvision_targets(batch))),
-        turns=max(1, turns // 3),
+        max(1, turns // 3),
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
+import contextlib
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torchvision
 from torch import Tensor, nn
 
 from detector.data.preprocess import canvas_size, prepare
-from detector.data.progress import progress
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.export.formats import convert_for_openvino, import_openvino
@@ -28,8 +26,7 @@ from detector.inference.detector import Detector
 from detector.inference.loading import load
 from detector.inference.runtime import OFTEN, openvino_options
 from detector.lab.cost import detection_multiply_adds, multiply_adds
-from detector.lab.latency import WARM_UP
-from detector.lab.processes import Maker, take_turns_apart
+from detector.lab.latency import WARM_UP, Call, Maker, median_ratio, milliseconds, take_turns_apart
 
 # The light detectors that torchvision has: two stages, and one.
 PEERS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large")
@@ -41,42 +38,18 @@ NO_PROPOSALS = f"{TWO_STAGES}, no proposals"
 PEER_THRESHOLD = 0.3
 SETTLE = 3  # predictions before each that is timed, see `take_turns_apart`
 TORCH = "torch"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One contestant with one number of threads.
-
-    Attributes:
-        name, threads: who and how.
-        seconds: of each turn.
-        share: its time divided by that of the checkpoint in torch: the median over the turns.
-    """
-
-    name: str
-    threads: int
-    seconds: list[float]
-    share: float
-
-    def percentile(self, share: float) -> float:
-        """Milliseconds that this share of the turns took at most."""
-        return 1000 * float(np.quantile(self.seconds, share))
-
-    def to_dict(self) -> dict[str, Any]:
-        p50, p90, p99 = (self.percentile(share) for share in (0.5, 0.9, 0.99))
-        times = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "times_of_torch": self.share}
-        return {"name": self.name, "threads": self.threads, **times}
+PERCENTILES = (50, 90, 99)
 
 
 def contest_predictions(
     ckpt: str | Path,
     image: np.ndarray,
     *,
-    threads: Iterable[int],
+    threads: Sequence[int],
     turns: int,
     exports: Sequence[str | Path] = (),
     budgets: Sequence[int] = (),
-) -> list[Timing]:
+) -> list[dict[str, Any]]:
     """From an image in memory to its boxes, all contestants taking turns, each in a process of its own.
 
     Args:
@@ -87,32 +60,44 @@ def contest_predictions(
         exports: files of tools/export.py.
         budgets: numbers of proposals that the checkpoint is run with too.
 
+    Returns:
+        For each number of threads and contestant {"name", "threads", "p50_ms", "p90_ms", "p99_ms": what that share of
+        the turns took at most, "times_of_torch": median over the turns of its time divided by the checkpoint's}.
+
     Raises:
         InputError: a contestant fails.
     """
-    timings = []
+    calls = {TORCH: partial(_torch_call, ckpt, image)}
+    calls |= {f"{TORCH}, {n} proposals": partial(_torch_call, ckpt, image, max_proposals=n) for n in budgets}
+    calls |= {Path(path).name: partial(_export_call, path, image) for path in exports}
+    calls |= {f"torchvision {name}": partial(_peer_call, name, image) for name in (*PEERS, NO_PROPOSALS)}
+    return [
+        {"name": name, "threads": number}
+        | {f"p{share}_ms": 1000 * float(np.percentile(seconds, share)) for share in PERCENTILES}
+        | {"times_of_torch": median_ratio(seconds, times[TORCH])}
+        for number, times in _by_threads(calls, threads, turns).items()
+        for name, seconds in times.items()
+    ]
+
+
+def _by_threads(
+    makers: Mapping[str, Callable[..., Call]], threads: Sequence[int], turns: int
+) -> dict[int, dict[str, list[float]]]:
+    """Seconds of contestants, by number of threads, then by name; each maker takes the number as `threads`."""
+    found = {}
     for number in threads:
-        makers: dict[str, Maker] = {TORCH: partial(_torch_call, ckpt, image, number)}
-        makers |= {
-            f"{TORCH}, {budget} proposals": partial(_torch_call, ckpt, image, number, max_proposals=budget)
-            for budget in budgets
-        }
-        makers |= {Path(path).name: partial(_export_call, path, image, number) for path in exports}
-        makers |= {f"torchvision {name}": partial(_peer_call, name, image, number) for name in (*PEERS, NO_PROPOSALS)}
-        times = take_turns_apart(makers, progress(range(WARM_UP + turns), _counted(number), unit="turn"), settle=SETTLE)
-        for name, seconds in times.items():
-            share = statistics.median(own / base for own, base in zip(seconds, times[TORCH], strict=True))
-            timings.append(Timing(name, number, seconds, share))
-    return timings
+        own: dict[str, Maker] = {name: partial(maker, threads=number) for name, maker in makers.items()}
+        found[number] = take_turns_apart(own, turns, f"{number} thread" + "s" * (number > 1), settle=SETTLE)
+    return found
 
 
-def _torch_call(ckpt: str | Path, image: np.ndarray, threads: int, **options: Any) -> Callable[[], object]:
+def _torch_call(ckpt: str | Path, image: np.ndarray, *, threads: int, **options: Any) -> Call:
     torch.set_num_threads(threads)
     detector = Detector.load(ckpt, "cpu")
     return lambda: detector.predict(image, **options)
 
 
-def _export_call(path: str | Path, image: np.ndarray, threads: int) -> Callable[[], object]:
+def _export_call(path: str | Path, image: np.ndarray, *, threads: int) -> Call:
     detector = load(path, threads=threads)
     for _ in range(OFTEN + 1):  # as for a camera: OpenVINO has compiled for the size by then
         detector.predict(image)
@@ -131,15 +116,11 @@ def peer(name: str) -> nn.Module:
     return model
 
 
-def _peer_call(name: str, image: np.ndarray, threads: int) -> Callable[[], object]:
+def _peer_call(name: str, image: np.ndarray, *, threads: int) -> Call:
     torch.set_num_threads(threads)
     model = peer(name)
 
-    @torch.inference_mode()
-    def call() -> object:
-        return model([_tensor(image)])
-
-    return call
+    return torch.inference_mode()(lambda: model([_tensor(image)]))
 
 
 def _tensor(image: np.ndarray) -> Tensor:
@@ -152,34 +133,32 @@ def parts(detector: Detector, image: np.ndarray, turns: int) -> dict[str, float]
     The borders are forward hooks. pre-process: reading the source, resize, padding, normalisation; RPN: with the
     proposals' decoding and suppression; post-process: the head's boxes, their suppression, restoring.
     """
-    network, clock = detector.network, Clock()
+    network = detector.network
+    borders: dict[str, Callable[..., Any]] = {
+        "pre-process": network.backbone.register_forward_pre_hook,
+        "backbone": network.backbone.register_forward_hook,
+        "neck": network.neck.register_forward_hook,
+        "RPN": network.head.thin.register_forward_pre_hook,
+        "head": network.head.register_forward_hook,
+    }
+    seconds: dict[str, list[float]] = {part: [] for part in (*borders, "post-process")}
 
-    def book(part: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:  # not the seconds: what a hook gives replaces the module's input or output
-            clock.book(part)
+    def border(
+        part: str, *_: object
+    ) -> None:  # not the seconds: what a hook gives replaces the module's input or output
+        clock.book(part)
 
-        return hook
-
-    borders = [
-        network.backbone.register_forward_pre_hook(book("pre-process")),
-        network.backbone.register_forward_hook(book("backbone")),
-        network.neck.register_forward_hook(book("neck")),
-        network.head.thin.register_forward_pre_hook(book("RPN")),
-        network.head.register_forward_hook(book("head")),
-    ]
-    seconds: dict[str, list[float]] = {}
-    try:
+    with contextlib.ExitStack() as hooks:
+        for part, register in borders.items():
+            hooks.enter_context(register(partial(border, part)))
         for turn in range(WARM_UP + turns):
             clock = Clock()
             detector.predict(image)
             clock.book("post-process")
             if turn >= WARM_UP:
                 for part, spent in clock.seconds.items():
-                    seconds.setdefault(part, []).append(spent)
-    finally:
-        for border in borders:
-            border.remove()
-    return {part: 1000 * statistics.median(spent) for part, spent in seconds.items()}
+                    seconds[part].append(spent)
+    return {part: milliseconds(spent) for part, spent in seconds.items()}
 
 
 def network_multiply_adds(detector: Detector, image: np.ndarray, canvas: tuple[int, int] | None = None) -> int:
@@ -197,7 +176,7 @@ def contest_networks(
     image: np.ndarray,
     exports: Sequence[str | Path],
     *,
-    threads: Iterable[int],
+    threads: Sequence[int],
     turns: int,
 ) -> dict[int, dict[str, list[float]]]:
     """Seconds of networks alone: exports on an image that is resized and padded already, and torchvision's
@@ -210,23 +189,11 @@ def contest_networks(
     Raises:
         InputError: a contestant fails; openvino or nncf is not installed.
     """
-    times = {}
     with tempfile.TemporaryDirectory() as folder:
         files = write_peers(image, Path(folder))
-        for number in threads:
-            makers: dict[str, Maker] = {
-                name: partial(_exported_peer_call, path, image, number) for name, path in files.items()
-            }
-            makers |= {Path(path).name: partial(_network_call, path, image, number) for path in exports}
-            title = f"exported networks, {_counted(number)}"
-            times[number] = take_turns_apart(
-                makers, progress(range(WARM_UP + turns), title, unit="turn"), settle=SETTLE
-            )
-    return times
-
-
-def _counted(threads: int) -> str:
-    return f"{threads} thread" + "s" * (threads > 1)
+        calls = {name: partial(_exported_peer_call, path, image) for name, path in files.items()}
+        calls |= {Path(path).name: partial(_network_call, path, image) for path in exports}
+        return _by_threads(calls, threads, turns)
 
 
 def exported_peer_names(name: str) -> tuple[str, str]:
@@ -242,38 +209,34 @@ def write_peers(image: np.ndarray, folder: Path) -> dict[str, Path]:
     """
     openvino, nncf = import_openvino(), import_nncf()
     files: dict[str, Path] = {}
+    pixels = _tensor(image)
     for name in PEERS:
-        model = _convert_peer(name, image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's code about being traced
+            model = convert_for_openvino(_OneImage(name), example_input=pixels)
+        model.reshape(list(pixels.shape))
         whole, quantized = folder / f"{name}.xml", folder / f"{name}.int8.xml"
         openvino.save_model(model, whole, compress_to_fp16=False)
         # Read again: in the file there are no nodes that nobody uses, on which NNCF fails.
         model = openvino.Core().read_model(whole)
         with quiet(nncf):
-            model = nncf.quantize(model, nncf.Dataset([_tensor(image).numpy()]), subset_size=1)
+            model = nncf.quantize(model, nncf.Dataset([pixels.numpy()]), subset_size=1)
         openvino.save_model(model, quantized, compress_to_fp16=False)
         files |= dict(zip(exported_peer_names(name), (whole, quantized), strict=True))
     return files
 
 
-def _convert_peer(name: str, image: np.ndarray) -> Any:
-    class OneImage(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = peer(name)
+class _OneImage(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model = peer(name)
 
-        def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            found = self.model([image])[0]
-            return found["boxes"], found["scores"], found["labels"]
-
-    pixels = _tensor(image)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's code about being traced
-        model = convert_for_openvino(OneImage(), example_input=pixels)
-    model.reshape(list(pixels.shape))
-    return model
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        (found,) = self.model([image])
+        return found["boxes"], found["scores"], found["labels"]
 
 
-def _exported_peer_call(path: Path, image: np.ndarray, threads: int) -> Callable[[], object]:
+def _exported_peer_call(path: Path, image: np.ndarray, *, threads: int) -> Call:
     import openvino
 
     compiled = openvino.Core().compile_model(path, "CPU", openvino_options(threads))
@@ -281,7 +244,7 @@ def _exported_peer_call(path: Path, image: np.ndarray, threads: int) -> Callable
     return lambda: compiled(values, share_inputs=True)
 
 
-def _network_call(path: str | Path, image: np.ndarray, threads: int) -> Callable[[], object]:
+def _network_call(path: str | Path, image: np.ndarray, *, threads: int) -> Call:
     exported = load(path, threads=threads)
     (prepared,) = prepare([image], exported.preprocessing, exported.canvas)
     return lambda: exported.detect(prepared)
@@ -319,6 +282,6 @@ def memory_of(files: Mapping[str, str | Path], size: tuple[int, int], threads: i
         for name, path in files.items()
     }
     for name in PEERS:
-        code = f"from detector.lab.prediction import _peer_call; _peer_call({name!r}, image, {threads})()"
+        code = f"from detector.lab.prediction import _peer_call; _peer_call({name!r}, image, threads={threads})()"
         found[f"torchvision {name}"] = peak_memory(setup + code)
     return found

@@ -5,12 +5,12 @@ Ma et al. 2018 (ShuffleNet V2), section 4, explain the lead of Xception and V2* 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,19 +68,20 @@ def theoretical_field(backbone: Backbone) -> TheoreticalField:
 def _field_within(open_copy: Backbone, width: int) -> TheoreticalField | None:
     """None where the field reaches an end of a row of `width` pixels."""
     image = torch.ones(1, 3, 1, width, dtype=torch.float64, requires_grad=True)
-    with _outputs_of_blocks(open_copy) as outputs:
-        features = open_copy(image)
-    sides = {key: _side(features[key], image) for key in FEATURES}
-    if max(sides.values()) > width:
-        return None
     blocks: dict[str, int] = {}
-    for key, stage in zip(FEATURES, open_copy.stages[1:], strict=True):
-        stride = open_copy.strides[key]
-        maps = [_joined(outputs[block]) for block in _blocks(open_copy, stage) if block in outputs]
-        own = [_side(x, image) for x in maps if -(-width // x.shape[3]) == stride]
-        if len(own) > 1:
-            blocks[key] = max(1 + (after - before) // stride for before, after in pairwise(own))
-    return TheoreticalField(sides, blocks)
+    with contextlib.ExitStack() as hooks:
+        for key, stage in zip(FEATURES, open_copy.stages[1:], strict=True):
+
+            def measure(_: nn.Module, inputs: tuple[Any, ...], output: Any, key: str = key) -> None:
+                given, found = _tensors(inputs), _tensors(output)
+                if found[0].shape[3] == given[0].shape[3] == -(-width // open_copy.strides[key]):
+                    blocks[key] = max(blocks.get(key, 0), _side(found, given))
+
+            for block in _blocks(open_copy, stage):
+                hooks.enter_context(block.register_forward_hook(measure))
+        features = open_copy(image)
+    stages = {key: _side([features[key]], [image]) for key in FEATURES}
+    return None if max(stages.values()) > width else TheoreticalField(stages, blocks)
 
 
 def effective_field(
@@ -182,13 +183,19 @@ def _open_layer(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _side(x: Tensor, image: Tensor) -> int:
-    """Side of the field of the feature in the middle of a map (1, C, 1, w), in pixels; more than there are if cut."""
-    (gradient,) = torch.autograd.grad(x[0, :, 0, x.shape[3] // 2].sum(), image, retain_graph=True)
-    (seen,) = gradient[0].abs().sum(dim=(0, 1)).nonzero(as_tuple=True)
-    first, last = int(seen[0]), int(seen[-1])
-    cut = first == 0 or last == image.shape[3] - 1
-    return image.shape[3] + 1 if cut else last - first + 1
+def _side(output: Sequence[Tensor], given: Sequence[Tensor]) -> int:
+    """Side of the field of the feature in the middle of maps (1, C, 1, w), in cells of what was given, maps of one
+    size; more than there are if it is cut."""
+    middle = [x[0, :, 0, x.shape[3] // 2].sum() for x in output]
+    gradients = torch.autograd.grad(torch.stack(middle).sum(), given, retain_graph=True)
+    (seen,) = torch.cat(gradients, dim=1)[0].abs().sum(dim=(0, 1)).nonzero(as_tuple=True)
+    first, last, width = int(seen[0]), int(seen[-1]), given[0].shape[3]
+    return width + 1 if first == 0 or last == width - 1 else last - first + 1
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those that a block takes or gives, be it one or a tuple."""
+    return [values] if isinstance(values, Tensor) else [x for value in values for x in _tensors(value)]
 
 
 def _blocks(backbone: Backbone, stage: Sequence[str]) -> Iterator[nn.Module]:
@@ -200,28 +207,6 @@ def _blocks(backbone: Backbone, stage: Sequence[str]) -> Iterator[nn.Module]:
             yield from children
         else:
             yield module
-
-
-@contextmanager
-def _outputs_of_blocks(backbone: Backbone) -> Iterator[dict[nn.Module, Tensor | tuple[Tensor, ...]]]:
-    """What each block gives, filled by the forward passes made meanwhile."""
-    outputs: dict[nn.Module, Tensor | tuple[Tensor, ...]] = {}
-
-    def remember(block: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs[block] = output
-
-    hooks = [
-        block.register_forward_hook(remember) for stage in backbone.stages[1:] for block in _blocks(backbone, stage)
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _joined(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else torch.cat(list(output), dim=1)
 
 
 def _draw_weights(network: nn.Module, generator: torch.Generator) -> None:
