@@ -184,7 +184,7 @@ def test_what_is_plain_is_repaired_and_counted(
         np.testing.assert_array_equal(getattr(index, name), getattr(expected, name))
     assert (index.image_ids, index.category_ids) == (expected.image_ids, expected.category_ids)
     assert all(type(number) is int for number in (*index.image_ids, *index.category_ids))
-    assert [(fault.rule, fault.count) for fault in index.faults] == [("repaired_values", repaired)]
+    assert [(fault.check, fault.count) for fault in index.faults] == [("repaired_values", repaired)]
     assert f"train.json: {repaired} values" in caplog.text
 
 
@@ -214,7 +214,7 @@ def test_all_faults_are_collected_and_the_first_is_refused(tiny_coco: Path) -> N
     with pytest.raises(InputError, match=r"`width` of image id 10 is -3.*3 more of its entries.*tools/doctor\.py"):
         load(tiny_coco, change)
     index = read_annotations(tiny_coco / "annotations" / "train.json", tiny_coco / "images")
-    assert [(fault.rule, fault.count) for fault in index.faults] == [
+    assert [(fault.check, fault.count) for fault in index.faults] == [
         ("entries", 1), ("entries", 1), ("unknown_images", 1), ("unknown_categories", 1),
     ]  # fmt: skip
     assert index.annotation_ids.tolist() == [4, 5]
@@ -246,7 +246,7 @@ def test_sizes_of_the_file_with_boxes_of_the_turned_image(tiny_coco: Path, caplo
     assert index.sizes[0].tolist() == [48, 64]
     assert index.objects(0)[0][0].tolist() == [40, 6, 60, 16]
     np.testing.assert_array_equal(index.read(0), cv2.rotate(stored, cv2.ROTATE_90_CLOCKWISE))
-    assert [(fault.rule, fault.count) for fault in index.faults] == [("exif_frame", 1)]
+    assert [(fault.check, fault.count) for fault in index.faults] == [("exif_frame", 1)]
     assert caplog.text.count("only fit after it") == 1
 
 

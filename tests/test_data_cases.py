@@ -22,7 +22,7 @@ def load(shared: Path, case: str, split: str = "val") -> AnnotationIndex:
 @pytest.mark.parametrize(("case", "repaired"), [("area_null", 1), ("iscrowd_null", 1), ("iscrowd_text", 4)])
 def test_plain_values_are_repaired(shared: Path, case: str, repaired: int) -> None:
     index = load(shared, case)
-    assert [(fault.rule, fault.count) for fault in index.faults] == [("repaired_values", repaired)]
+    assert [(fault.check, fault.count) for fault in index.faults] == [("repaired_values", repaired)]
     assert not index.crowd.any()
     assert index.areas.tolist() == [1400] * 4
 
@@ -46,6 +46,6 @@ def test_an_image_in_the_place_of_its_name(shared: Path) -> None:
 
 def test_sizes_of_the_stored_file_with_boxes_of_the_turned_image(shared: Path) -> None:
     index = load(shared, "exif_size_of_the_file", "train")
-    assert [fault.rule for fault in index.faults] == ["exif_frame"]
+    assert [fault.check for fault in index.faults] == ["exif_frame"]
     assert index.clipped.sum() == 0
     assert index.read(0).shape[:2] == tuple(index.sizes[0])

@@ -244,7 +244,7 @@ def test_an_interrupted_run_leaves_the_old_set(tmp_path: Path, monkeypatch: pyte
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes, "_append", interrupt)
+    monkeypatch.setattr(shapes, "jpeg", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ensure_shapes(root, train=5, val=2)
     assert contents(root) == before

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
@@ -18,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
+from detector.data.finding import ERROR, EXAMPLES, Finding
 from detector.data.images import exif_orientation, read_image
 from detector.data.json_file import read_json
-from detector.data.rules import ERROR, EXAMPLES, KEYS, RULES, Fault, Key
+from detector.data.rules import KEYS, RULES, Key, brief
 from detector.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +83,7 @@ class AnnotationIndex:
     class_names: tuple[str, ...]
     category_ids: tuple[Any, ...]
     annotation_ids: np.ndarray
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Finding, ...] = ()
     lvis: list[_Row] | None = None
     frequencies: tuple[str | None, ...] = ()
     other_ids: frozenset[Any] = frozenset()
@@ -98,17 +102,19 @@ class AnnotationIndex:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     @property
+    def corners(self) -> np.ndarray:
+        """(B, 4) float64, xyxy, as in the file."""
+        return _corners(self.xywh)
+
+    @property
     def degenerate(self) -> np.ndarray:
         """(B,) bool; no area inside its image. Training leaves it out, metrics count it, it can never be found."""
-        found: np.ndarray = np.less_equal(self.boxes[:, 2:], self.boxes[:, :2]).any(axis=1)
-        return found
+        return np.less_equal(self.boxes[:, 2:], self.boxes[:, :2]).any(axis=1)
 
     @property
     def clipped(self) -> np.ndarray:
         """(B,) bool; the box sticks out of its image, by more than rounding."""
-        corners = np.concatenate((self.xywh[:, :2], self.xywh[:, :2] + self.xywh[:, 2:]), axis=1)
-        found: np.ndarray = (np.abs(self.boxes - corners) > _ROUNDING).any(axis=1)
-        return found
+        return (np.abs(self.boxes - self.corners) > _ROUNDING).any(axis=1)
 
     @property
     def empty(self) -> np.ndarray:
@@ -194,11 +200,13 @@ class AnnotationIndex:
         """
         errors = [fault for fault in self.faults if fault.severity == ERROR]
         if errors:
+            remedy = "" if errors[0].check == "file" else f"; {errors[0].remedy}"  # each of these says its own
             more = sum(fault.count for fault in errors) - 1
             hint = f" {more} more of its entries are at fault: tools/doctor.py lists them." if more else ""
-            raise InputError(f"{errors[0]}{hint}")
+            raise InputError(f"{self.annotation_file}: {errors[0].examples[0]}{remedy}.{hint}")
         for fault in self.faults:
-            logger.warning("%s", fault)
+            what = f"{fault.count} {fault.message}, the first: {fault.examples[0]}; {fault.remedy}"
+            logger.warning("%s: %s.", self.annotation_file, what)
         return self
 
     def describe(self, row: int) -> str:
@@ -276,11 +284,12 @@ def read_annotations(
     """
     path = Path("annotations in memory") if isinstance(source, Mapping) else Path(source)
     reader = _Reader(path, image_dir)
+    content = source
     try:
-        content = source if isinstance(source, Mapping) else read_json(path, "annotation file", _without_segmentation)
+        if not isinstance(source, Mapping):
+            content = read_json(path, "annotation file", _without_segmentation)
     except InputError as error:
-        reader.refuse(str(error).removeprefix(f"{path}: ").removesuffix("."))
-        content = {}
+        reader.report("file", [str(error).removeprefix(f"{path}: ").removesuffix(".")])
     return reader.read(content)
 
 
@@ -308,7 +317,7 @@ def look_up(ids: Sequence[Hashable], known: Mapping[Any, int]) -> tuple[np.ndarr
 def _other_type(value: Any) -> Any:
     if not isinstance(value, str):
         return str(value)
-    return int(value) if value.lstrip("-").isdecimal() else None
+    return int(value) if re.fullmatch(r"-?\d{1,20}", value) else None
 
 
 def _check_class_names(path: Path, names: tuple[str, ...], expected: Sequence[str] | None) -> None:
@@ -335,187 +344,166 @@ class _Reader:
     def __init__(self, path: Path, image_dir: str | os.PathLike[str] | None) -> None:
         self.path, self.has_images = path, image_dir is not None
         self.folder = Path(image_dir) if image_dir is not None else Path()
-        self.faults: list[Fault] = []
+        self.faults: list[Finding] = []
 
-    def report(self, rule: str, texts: Iterable[str], count: int | None = None) -> None:
-        """Note a fault of these entries; none where there are none. `texts` are read as far as they are shown."""
-        listed = list(texts)
-        if listed:
-            self.faults.append(Fault(rule, self.path, count or len(listed), tuple(listed[:EXAMPLES])))
-
-    def refuse(self, why: str) -> None:
-        self.report("file", [why])
+    def report(self, rule: str, texts: Sequence[str], count: int | None = None) -> None:
+        """Note a fault of these entries; none where there are none."""
+        if texts:
+            severity, message, remedy = RULES[rule]
+            examples = tuple(texts[:EXAMPLES])
+            self.faults.append(Finding(rule, severity, count or len(texts), message, examples, remedy))
 
     def read(self, content: Any) -> AnnotationIndex:
         sections = self._sections(content)
         images, annotations, categories = (self._columns(name, sections[name]) for name in _SECTIONS)
-        if not self.faults and not sections["images"]:
-            self.refuse("`images` is empty; list at least one image")
-        known = self._known_categories(categories)
-        rows = self._known_images(images)
+        rows, labels_by_id = self._first_of_each_id(images, categories)
+        classes = [categories["entry"][i] for i in labels_by_id.values()]
         self._repeats("annotation_ids", "annotation id", [a["id"] for a in sections["annotations"] if "id" in a])
-        places, labels = self._places(annotations, rows, known)
+        places = self._look_up("image_id", annotations, rows, "images")
+        numbers = {number: label for label, number in enumerate(labels_by_id)}
+        labels = self._look_up("category_id", annotations, numbers, "categories")
         order = np.argsort(places, kind="stable")
         order = order[(places[order] >= 0) & (labels[order] >= 0)]
-        xywh = _array(annotations["bbox"], 4)[order]
-        areas = np.array([np.nan if area is None else area for area in annotations["area"]], np.float64)[order]
-        flags = {
-            name: np.fromiter(map(bool, annotations[name]), bool, len(places))[order]
+        xywh = np.array(annotations["bbox"], np.float64).reshape(-1, 4)[order]
+        areas = np.array(annotations["area"], np.float64)[order]  # None becomes NaN
+        crowd, difficult, ignored = (
+            np.array([bool(flag) for flag in annotations[name]], bool)[order]
             for name in ("iscrowd", "difficult", "ignore")
-        }
-        sizes = np.array(
-            [(h or 0, w or 0) for h, w in zip(images["height"], images["width"], strict=True)], np.int64
-        ).reshape(-1, 2)
+        )
+        sizes = np.array([[h or 0, w or 0] for h, w in zip(images["height"], images["width"], strict=True)], np.int64)
+        sizes = sizes.reshape(-1, 2)
         sizes[(sizes == 0).any(axis=1)] = 0  # one without the other is no size
         self._turn(sizes, images, places[order], xywh)
-        boxes = _clip(xywh, sizes[places[order]])
-        counts = np.bincount(places[order], minlength=len(sizes))
-        entries = images["entry"]
+        lvis = [{key: entry.get(key) for key in _LVIS_KEYS} for entry in images["entry"]]
         index = AnnotationIndex(
             annotation_file=self.path,
             image_dir=self.folder,
             image_ids=images["id"],
             file_names=[name or "" for name in images["file_name"]],
             sizes=sizes,
-            offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+            offsets=np.searchsorted(places[order], np.arange(len(sizes) + 1)),
             xywh=xywh,
-            boxes=boxes,
+            boxes=_clip(_corners(xywh), sizes[places[order]]),
             labels=labels[order],
-            crowd=flags["iscrowd"],
-            difficult=flags["iscrowd"] | flags["difficult"] | flags["ignore"],
+            crowd=crowd,
+            difficult=crowd | difficult | ignored,
             areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
-            class_names=tuple(name for name, _ in known.values()),
-            category_ids=tuple(known),
+            class_names=tuple(categories["name"][i] for i in labels_by_id.values()),
+            category_ids=tuple(labels_by_id),
             annotation_ids=_ids([annotations["entry"][i].get("id") for i in order]),
-            lvis=[{key: entry.get(key) for key in _LVIS_KEYS} for entry in entries]
-            if any(key in entry for entry in entries for key in _LVIS_KEYS)
-            else None,
-            frequencies=tuple(entry.get("frequency") for _, entry in known.values()),
+            lvis=lvis if any(value is not None for entry in lvis for value in entry.values()) else None,
+            frequencies=tuple(entry.get("frequency") for entry in classes),
         )
-        bad = np.flatnonzero(index.degenerate)
-        texts = (f"`bbox` of {index.describe(row)} is {xywh[row].tolist()}" for row in bad[:EXAMPLES].tolist())
+        bad = np.flatnonzero(index.degenerate).tolist()
+        texts = [f"`bbox` of {index.describe(row)} is {xywh[row].tolist()}" for row in bad[:EXAMPLES]]
         self.report("degenerate_boxes", texts, len(bad))
         order_of_rules = list(RULES)
-        return replace(index, faults=tuple(sorted(self.faults, key=lambda fault: order_of_rules.index(fault.rule))))
+        return replace(index, faults=tuple(sorted(self.faults, key=lambda fault: order_of_rules.index(fault.check))))
 
     def _sections(self, content: Any) -> dict[str, list[_Row]]:
+        """The entries of each section; none where the file cannot be used at all."""
         if self.faults:
             return {name: [] for name in _SECTIONS}
-        given = content if isinstance(content, Mapping) else {}
-        lacking = [name for name in _SECTIONS if not isinstance(given.get(name), list)]
         if not isinstance(content, Mapping):
-            self.refuse(
+            why = (
                 f"holds a JSON {type(content).__name__}, not an object with `images`, `annotations` and `categories`; "
                 f"a results file is not an annotation file"
             )
-        elif lacking:
-            self.refuse(
+        elif lacking := [name for name in _SECTIONS if not isinstance(content.get(name), list)]:
+            why = (
                 f"no list under the key `{'`, `'.join(lacking)}`; a COCO annotation file has `images`, `annotations` "
                 f"and `categories` (add an empty `annotations` list if nothing is annotated)"
             )
-        if lacking:
-            return {name: [] for name in _SECTIONS}
-        sections = {}
-        for name in _SECTIONS:
-            sections[name] = [item for item in content[name] if isinstance(item, dict)]
-            if len(sections[name]) < len(content[name]):
-                others = ((i, item) for i, item in enumerate(content[name]) if not isinstance(item, dict))
-                self.report("entries", [f"entry {i} of `{name}` is not an object: {repr(x)[:80]}" for i, x in others])
-        return sections
+        elif not content["images"]:
+            why = "`images` is empty; list at least one image"
+        else:
+            return {name: self._objects(name, content[name]) for name in _SECTIONS}
+        self.report("file", [why])
+        return {name: [] for name in _SECTIONS}
+
+    def _objects(self, section: str, items: list[Any]) -> list[_Row]:
+        others = [(i, item) for i, item in enumerate(items) if not isinstance(item, dict)]
+        self.report("entries", [f"entry {i} of `{section}` is not an object: {brief(item)}" for i, item in others])
+        return [item for item in items if isinstance(item, dict)] if others else items
 
     def _columns(self, section: str, items: list[_Row]) -> dict[str, list[Any]]:
         """The values of each key of the entries that lack nothing, and these entries themselves as "entry"."""
-        keys = [key for key in KEYS if key.section == section]
         sound = np.ones(len(items), bool)
-        columns: dict[str, list[Any]] = {}
-        for key in keys:
-            columns[key.name] = self._column(key, items, sound)
+        columns = {key.name: self._column(key, items, sound) for key in KEYS if key.section == section}
         columns["entry"] = items
-        if not sound.all():
-            kept = np.flatnonzero(sound).tolist()
-            columns = {name: [values[i] for i in kept] for name, values in columns.items()}
-        return columns
+        if sound.all():
+            return columns
+        kept = np.flatnonzero(sound).tolist()
+        return {name: [values[i] for i in kept] for name, values in columns.items()}
 
     def _column(self, key: Key, items: list[_Row], sound: np.ndarray) -> list[Any]:
+        """The values of one key; None where it is absent or wrong. Entries of no use without it lose `sound`."""
         values = [item.get(key.name) for item in items]
+        places = [i for i, item in enumerate(items) if key.name in item] if None in values else range(len(items))
         required = key.required and (key.name != "file_name" or self.has_images)
-        types = set(map(type, values))
-        if not required and not any(value is None and key.name in items[i] for i, value in enumerate(values)):
-            types.discard(type(None))
-        if types <= set(key.plain) or _are_plain_numbers(key, values):
-            return values
         wrong: list[str] = []
         repaired: list[str] = []
-        for i, value in enumerate(values):
-            if value is None and (not required or key.name not in items[i]):
-                if required:
-                    wrong.append(f"{_entry(key.section, items[i], i)} has no `{key.name}`")
-                    sound[i] = False
-                elif key.name in items[i]:
-                    repaired.append(f"`{key.name}` of {_entry(key.section, items[i], i)} is null (read as absent)")
-                continue
-            try:
-                values[i] = key.read(value)
-            except (ValueError, TypeError, OverflowError):
-                name = _entry(key.section, items[i], i)
-                wrong.append(f"`{key.name}` of {name} is {repr(value)[:80]}, expected {key.expected}")
-                values[i] = None
-                sound[i] &= not required
-                continue
-            if _is_repaired(value, values[i]):
-                name = _entry(key.section, items[i], i)
-                repaired.append(f"`{key.name}` of {name} is {repr(value)[:80]} (read as {values[i]!r})")
+        if required:
+            absent = sorted(set(range(len(items))).difference(places))
+            sound[absent] = False
+            wrong += [f"{_entry(key.section, items[i], i)} has no `{key.name}`" for i in absent]
+        if not key.all_plain(values if len(places) == len(items) else [values[i] for i in places]):
+            for i in places:
+                what = f"`{key.name}` of {_entry(key.section, items[i], i)} is"
+                if values[i] is None and not required:
+                    repaired.append(f"{what} null (read as absent)")
+                    continue
+                try:
+                    new, plain = key.read(values[i])
+                except ValidationError:
+                    wrong.append(f"{what} {brief(values[i])}, expected {key.expected}")
+                    new, plain = None, True
+                    sound[i] &= not required
+                if not plain:
+                    repaired.append(f"{what} {brief(values[i])} (read as {new!r})")
+                values[i] = new
         self.report("entries", wrong)
         self.report("repaired_values", repaired)
         return values
 
-    def _known_categories(self, categories: dict[str, list[Any]]) -> dict[Any, tuple[str, _Row]]:
-        """Name and entry of each category id, ascending; of a repeated id, the first."""
+    def _first_of_each_id(
+        self, images: dict[str, list[Any]], categories: dict[str, list[Any]]
+    ) -> tuple[dict[Any, int], dict[Any, int]]:
+        """Places of the images and of the categories, these by ascending id; of a repeated id, the first."""
         if not self.faults and not categories["id"]:
             self.report("no_categories", ["`categories` is empty"])
         self._repeats("category_ids", "category id", categories["id"])
         self._repeats("category_names", "category name", categories["name"])
-        rows = zip(categories["id"], categories["name"], categories["entry"], strict=True)
-        first = {number: (name, entry) for number, name, entry in reversed(list(rows))}
-        return dict(sorted(first.items(), key=lambda item: id_order(item[0])))
-
-    def _known_images(self, images: dict[str, list[Any]]) -> dict[Any, int]:
-        """Row of each image id; of a repeated one, the first."""
         self._repeats("image_ids", "image id", images["id"])
         if self.has_images:
             self._repeats("file_names", "file", images["file_name"])
-        return {number: row for row, number in reversed(list(enumerate(images["id"])))}
+        rows, classes = (
+            {number: row for row, number in reversed(list(enumerate(ids)))} for ids in (images["id"], categories["id"])
+        )
+        return rows, dict(sorted(classes.items(), key=lambda item: id_order(item[0])))
 
     def _repeats(self, rule: str, what: str, values: list[Any]) -> None:
         try:
-            if len(set(values)) == len(values):
-                return
+            counts = Counter(values)
         except TypeError:  # a list as an annotation id, which nobody uses
-            values = list(map(repr, values))
-        repeated = {value: count for value, count in Counter(values).items() if count > 1}
-        self.report(rule, [f"{what} {value!r} appears more than once, {n} times" for value, n in repeated.items()])
+            counts = Counter(map(brief, values))
+        repeated = [(value, count) for value, count in counts.items() if count > 1]
+        self.report(rule, [f"{what} {brief(value)} appears more than once, {n} times" for value, n in repeated])
 
-    def _places(
-        self, annotations: dict[str, list[Any]], rows: Mapping[Any, int], known: Mapping[Any, Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Image and label of each annotation, -1 where unknown."""
-        found = []
-        for key, numbers, section in (
-            ("image_id", rows, "images"),
-            ("category_id", {number: label for label, number in enumerate(known)}, "categories"),
+    def _look_up(
+        self, key: str, annotations: dict[str, list[Any]], known: Mapping[Any, int], section: str
+    ) -> np.ndarray:
+        """Image or label of each annotation, -1 where unknown."""
+        places, other_type = look_up(annotations[key], known)
+        for rule, mask, words in (
+            (f"unknown_{section}", places < 0, f"is not in `{section}`"),
+            ("repaired_values", other_type, f"is of another type in `{section}`"),
         ):
-            ids = annotations[key]
-            places, other_type = look_up(ids, numbers)
-            for rule, mask, words in (
-                (f"unknown_{section}", places < 0, f"is not in `{section}`"),
-                ("repaired_values", other_type, f"is of another type in `{section}`"),
-            ):
-                at = np.flatnonzero(mask).tolist()
-                names = [_entry("annotations", annotations["entry"][i], i) for i in at[:EXAMPLES]]
-                texts = [f"{key} {ids[i]!r} of {name} {words}" for i, name in zip(at, names, strict=False)]
-                self.report(rule, texts, len(at))
-            found.append(places)
-        return found[0], found[1]
+            at = np.flatnonzero(mask).tolist()
+            names = {i: _entry("annotations", annotations["entry"][i], i) for i in at[:EXAMPLES]}
+            texts = [f"{key} {brief(annotations[key][i])} of {name} {words}" for i, name in names.items()]
+            self.report(rule, texts, len(at))
+        return places
 
     def _turn(self, sizes: np.ndarray, images: dict[str, list[Any]], places: np.ndarray, xywh: np.ndarray) -> None:
         """Swap the declared sides of images whose boxes only fit after the EXIF rotation, in place.
@@ -543,44 +531,26 @@ class _Reader:
         return orientation >= 5 and stored == tuple(declared.tolist()) and stored[0] != stored[1]
 
 
-def _are_plain_numbers(key: Key, values: list[Any]) -> bool:
-    """Whether a whole column is boxes, or numbers, that need no look one by one."""
-    if key.name not in ("bbox", "area"):
-        return False
-    try:
-        array = np.array(values)
-    except ValueError:  # ragged
-        return False
-    shape = (len(values), 4) if key.name == "bbox" else (len(values),)
-    return array.dtype.kind in "iuf" and array.shape == shape and bool(np.isfinite(array).all())
-
-
-def _is_repaired(old: Any, new: Any) -> bool:
-    if isinstance(old, list):
-        return any(isinstance(value, str) for value in old)
-    return isinstance(old, str) != isinstance(new, str) or (isinstance(old, float) and isinstance(new, int))
-
-
 def _entry(section: str, item: _Row, position: int) -> str:
     noun = {"images": "image", "annotations": "annotation", "categories": "category"}[section]
-    return f"{noun} id {item['id']!r}" if "id" in item else f"{noun} number {position} (it has no id)"
-
-
-def _array(values: list[Any], width: int) -> np.ndarray:
-    return np.array(values, np.float64).reshape(-1, width)
+    return f"{noun} id {brief(item['id'])}" if "id" in item else f"{noun} number {position} (it has no id)"
 
 
 def _ids(values: list[Any]) -> np.ndarray:
     if set(map(type, values)) <= {int}:
-        return np.array(values, np.int64)
+        with suppress(OverflowError):
+            return np.array(values, np.int64)
     array = np.empty(len(values), object)
     array[:] = values
     return array
 
 
-def _clip(xywh: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes (B, 4) float32 xyxy inside their images (B, 2)."""
-    boxes = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
-    limits = np.where(sizes > 0, sizes, np.inf)[:, [1, 0, 1, 0]]
+def _corners(xywh: np.ndarray) -> np.ndarray:
+    return np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
+
+
+def _clip(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes (B, 4) xyxy inside their images (B, 2), where their sizes are known, float32."""
     known = (sizes > 0).all(axis=1, keepdims=True)
-    return np.where(known, boxes.clip(0, limits), boxes).astype(np.float32)
+    low, high = np.where(known, 0, -np.inf), np.where(known, sizes[:, [1, 0, 1, 0]], np.inf)
+    return corners.clip(low, high).astype(np.float32)

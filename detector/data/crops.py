@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import Field
+from pydantic.types import Strict
 
 from detector.data import shapes
 from detector.data.preprocess import resize
-from detector.data.progress import progress
-from detector.data.scenes import CLASS_NAMES, Scene, render_scene
-from detector.errors import InputError
-from detector.files import write_json
+from detector.data.scenes import CLASS_NAMES, Scene
 from detector.options import Count, Natural, Options
 
 # Raise it with every change of what is cut out or written: an older data set on disk is then made anew.
 VERSION = 1
-SEED = 1  # shapes.py: 0
-TRAIN, VAL, SIZE = 1200, 200, 64
 STAMP = "crops.json"
 NOTHING = "nothing"
 CLASSES = (*CLASS_NAMES, NOTHING)
@@ -36,13 +33,13 @@ _TRIES = 12
 class CropsOptions(Options):
     """The embedded data set, cut out at first use; see data/README.md."""
 
-    seed: Natural = SEED
+    seed: Natural = 1
     """of the scenes; another one than the detection data set's"""
-    train: Count = TRAIN
+    train: Count = 1200
     """scenes of the training split; each has 5 objects on average"""
-    val: Count = VAL
+    val: Count = 200
     """scenes of the validation split"""
-    size: Count = SIZE
+    size: Annotated[int, Strict(), Field(ge=32)] = 64
     """side of a crop in pixels"""
 
 
@@ -55,40 +52,35 @@ class Window(NamedTuple):
     side: int
 
 
-def ensure_crops(root: Path, *, seed: int = SEED, train: int = TRAIN, val: int = VAL, size: int = SIZE) -> Path:
+def ensure_crops(root: Path, **given: int) -> Path:
     """Make the data set unless it is there already; see `shapes.make_once`.
 
     Args:
         root: where it belongs; becomes root/{train,val}/CLASS/*.jpg.
-        seed: of the scenes; another one than the detection data set's.
-        train, val: number of scenes; each has 5 objects on average.
-        size: side of a crop in pixels.
+        given: `CropsOptions`.
 
     Returns:
         root.
 
     Raises:
-        InputError: a parameter is out of range, root cannot be written, or root holds something else.
+        InputError: an option is out of range, root cannot be written, or root holds something else.
     """
-    stamp = _stamp(seed, train, val, size)
-    return shapes.make_once(
-        root, STAMP, stamp, lambda folder: generate(folder, seed=seed, train=train, val=val, size=size), "crops"
-    )
+    options = CropsOptions.parse(given, "data.generate")
+    stamp = {"version": VERSION, "scenes": shapes.VERSION} | options.to_dict()
+    return shapes.make_once(root, STAMP, stamp, lambda folder: generate(folder, options), "crops")
 
 
-def generate(folder: Path, *, seed: int, train: int, val: int, size: int) -> None:
-    """Write the data set into an existing folder, the stamp last. Arguments as for `ensure_crops`."""
-    stamp = _stamp(seed, train, val, size)
-    for split, count in zip(shapes.SPLITS, (train, val), strict=True):
+def generate(folder: Path, options: CropsOptions) -> None:
+    """Write the data set into an existing folder."""
+    for split, count in zip(shapes.SPLITS, (options.train, options.val), strict=True):
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True)
-        for index in progress(range(count), f"drawing crops/{split}"):
-            scene = render_scene(shapes.scene_seed(seed, split, index))
-            for number, window in enumerate(windows(scene, _window_seed(seed, split, index))):
+        for index, scene in shapes.drawn_scenes("crops", split, count, options.seed):
+            # The seed of the window without an object; no scene has it.
+            for number, window in enumerate(windows(scene, shapes.scene_seed(options.seed, split, index, 1))):
                 crop = scene.image[window.y : window.y + window.side, window.x : window.x + window.side]
-                data = shapes.jpeg(resize(np.ascontiguousarray(crop), size, size), scene.jpeg_quality)
+                data = shapes.jpeg(resize(np.ascontiguousarray(crop), options.size, options.size), scene.jpeg_quality)
                 (folder / split / window.name / f"{index:06d}_{number}.jpg").write_bytes(data)
-    write_json(folder / STAMP, stamp)
 
 
 def windows(scene: Scene, seed: np.random.SeedSequence) -> Iterator[Window]:
@@ -109,18 +101,3 @@ def windows(scene: Scene, seed: np.random.SeedSequence) -> Iterator[Window]:
         if (scene.owner[y : y + side, x : x + side] < 0).all():
             yield Window(NOTHING, x, y, side)
             return
-
-
-def _window_seed(seed: int, split: str, index: int) -> np.random.SeedSequence:
-    """The seed of the window without an object; no scene has it."""
-    return np.random.SeedSequence(seed, spawn_key=(shapes.SPLITS.index(split), index, 1))
-
-
-def _stamp(seed: int, train: int, val: int, size: int) -> dict[str, int]:
-    if seed < 0 or train < 1 or val < 1 or size < 32:
-        raise InputError(
-            f"embedded crops: seed={seed}, train={train}, val={val}, size={size}; "
-            "seed must not be negative, train and val must be at least 1, size at least 32."
-        )
-    versions = {"version": VERSION, "scenes": shapes.VERSION}
-    return versions | {"seed": seed, "train": train, "val": val, "size": size}

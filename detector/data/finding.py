@@ -1,16 +1,19 @@
-"""What a check of a data set gives."""
+"""What a check of a data set gives: the reader of annotation files, training and the data doctor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from detector.data.annotations import AnnotationIndex
-from detector.data.rules import EXAMPLES
+if TYPE_CHECKING:
+    from detector.data.annotations import AnnotationIndex
 
 # The splits of a data set by name, the training split first.
-Splits: TypeAlias = Mapping[str, AnnotationIndex]
+Splits: TypeAlias = "Mapping[str, AnnotationIndex]"
+
+ERROR, WARNING, INFO = "error", "warning", "info"
+EXAMPLES = 5  # of the entries that a finding is about
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+import reprlib
+from contextlib import suppress
+from typing import Annotated, Any, NamedTuple
 
-ERROR, WARNING, INFO = "error", "warning", "info"
-EXAMPLES = 5  # of the entries that break a rule
+from annotated_types import Len
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+
+from detector.data.finding import ERROR, WARNING
+
 _LONGEST_NAME = 255  # bytes of a file name on every common file system
+_FARTHEST = 1e9  # pixels; what lies beyond is no place in any image
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 3
+
+
+def brief(value: Any) -> str:
+    """A value from a file, for a message: as Python writes it, shortened."""
+    return _SHORT.repr(value)
 
 
 class Rule(NamedTuple):
@@ -81,129 +92,82 @@ RULES: dict[str, Rule] = {
 }
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What breaks one rule at one key of one file.
-
-    Attributes:
-        rule: a key of RULES.
-        file: the annotation file.
-        count: how many entries are concerned.
-        examples: the first few, each naming its entry and key.
-    """
-
-    rule: str
-    file: Path
-    count: int
-    examples: tuple[str, ...]
-
-    @property
-    def severity(self) -> str:
-        return RULES[self.rule].severity
-
-    def __str__(self) -> str:
-        """One sentence: the file, the first entry at fault, the remedy."""
-        if self.severity == WARNING:
-            message = f"{self.count} {RULES[self.rule].message}, the first: {self.examples[0]}"
-        else:
-            message = self.examples[0]
-        remedy = "" if self.rule == "file" else f"; {RULES[self.rule].remedy}"  # each of these says its own
-        return f"{self.file}: {message}{remedy}."
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError
+    return value
 
 
-class Key(NamedTuple):
+def _short_name(value: str) -> str:
+    parts = value.replace("\\", "/").split("/")
+    too_long = any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in parts)
+    if not value or "\0" in value or too_long or value.startswith("data:image/"):
+        raise ValueError
+    return value
+
+
+# A bool is an int in Python; here it is no number.
+_NoFlag = BeforeValidator(_no_flag)
+_Number = Annotated[float, Field(allow_inf_nan=False), _NoFlag]
+_Place = Annotated[float, Field(ge=-_FARTHEST, le=_FARTHEST), _NoFlag]
+_Length = Annotated[int, Field(gt=0, lt=_FARTHEST), _NoFlag]
+_ImageId = Annotated[int | str, _NoFlag]
+# A text of digits is a number; another text is an id too.
+_CategoryId = Annotated[int | Annotated[str, Field(pattern=r"[^\d.+-]")], Field(union_mode="left_to_right"), _NoFlag]
+_Name = Annotated[str, Field(coerce_numbers_to_str=True), _NoFlag]
+_FileName = Annotated[str, AfterValidator(_short_name)]
+_Flag = Annotated[bool | _Number, Field(union_mode="left_to_right"), AfterValidator(bool)]
+
+
+class Key:
     """One key of the entries of one section.
 
     Attributes:
         section, name: where it is.
         required: an entry without it is refused; otherwise absent and null mean the same.
-        plain: the types of values that need no look, None for those of a box, which are looked at together.
-        read: the value as it is used, for all other types; raises ValueError, TypeError or OverflowError.
         expected: what it must be, in words.
     """
 
-    section: str
-    name: str
-    required: bool
-    plain: tuple[type, ...]
-    read: Callable[[Any], Any]
-    expected: str
+    def __init__(self, section: str, name: str, required: bool, kind: Any, expected: str) -> None:
+        """
+        Args:
+            kind: its type: what passes it in pydantic's strict mode is as COCO writes it, what passes in lax mode only
+                is repaired.
+        """
+        self.section, self.name, self.required, self.expected = section, name, required, expected
+        self._one: TypeAdapter[Any] = TypeAdapter(kind)
+        self._all: TypeAdapter[list[Any]] = TypeAdapter(list[kind])
 
+    def all_plain(self, values: list[Any]) -> bool:
+        """Whether all values are as COCO writes them."""
+        with suppress(ValidationError):
+            self._all.validate_python(values, strict=True)
+            return True
+        return False
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
+    def read(self, value: Any) -> tuple[Any, bool]:
+        """A value as it is used, and whether it is as COCO writes it.
 
-
-def _integer(value: Any) -> int:
-    number = _number(value)
-    if not number.is_integer():
-        raise ValueError
-    return int(value) if isinstance(value, int) else int(number)
-
-
-def _image_id(value: Any) -> int | str:
-    return value if isinstance(value, str) else _integer(value)
-
-
-def _category_id(value: Any) -> int | str:
-    """A text of digits is a number; another text is an id too."""
-    try:
-        return _integer(value)
-    except ValueError:
-        if isinstance(value, str) and value:
-            return value
-        raise
-
-
-def _length(value: Any) -> int:
-    length = _integer(value)
-    if length <= 0:
-        raise ValueError
-    return length
-
-
-def read_flag(value: Any) -> bool:
-    words = {"false": False, "true": True}
-    text = value.strip().lower() if isinstance(value, str) else value
-    return words[text] if text in words else bool(_number(value))
-
-
-def _name(value: Any) -> str:
-    return value if isinstance(value, str) else str(_integer(value))
-
-
-def _file_name(value: Any) -> str:
-    parts = value.replace("\\", "/").split("/") if isinstance(value, str) else [""]
-    if not value or "\0" in value or any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in parts):
-        raise ValueError
-    if value.startswith("data:image/"):
-        raise ValueError
-    return str(value)
-
-
-def read_box(value: Any) -> list[float]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 4:
-        raise ValueError
-    return [_number(number) for number in value]
+        Raises:
+            ValidationError: it is not what is expected.
+        """
+        with suppress(ValidationError):
+            return self._one.validate_python(value, strict=True), True
+        return self._one.validate_python(value), False
 
 
 KEYS: tuple[Key, ...] = (
-    Key("images", "id", True, (int,), _image_id, "an integer or a text"),
-    Key("images", "file_name", True, (), _file_name, "a file name, relative to the folder of the images"),
-    Key("images", "width", False, (), _length, "a positive integer"),
-    Key("images", "height", False, (), _length, "a positive integer"),
-    Key("categories", "id", True, (int,), _category_id, "an integer or a text"),
-    Key("categories", "name", True, (str,), _name, "a text"),
-    Key("annotations", "image_id", True, (int,), _image_id, "an id, an integer or a text"),
-    Key("annotations", "category_id", True, (int,), _category_id, "an id, an integer or a text"),
-    Key("annotations", "bbox", True, (), read_box, "4 finite numbers"),
-    Key("annotations", "area", False, (), _number, "a finite number"),
-    Key("annotations", "iscrowd", False, (int, bool), read_flag, "0 or 1"),
-    Key("annotations", "difficult", False, (int, bool), read_flag, "0 or 1"),
-    Key("annotations", "ignore", False, (int, bool), read_flag, "0 or 1"),
+    Key("images", "id", True, _ImageId, "an integer or a text"),
+    Key("images", "file_name", True, _FileName, "a file name, relative to the folder of the images"),
+    Key("images", "width", False, _Length, "a positive integer"),
+    Key("images", "height", False, _Length, "a positive integer"),
+    Key("categories", "id", True, _CategoryId, "an integer or a text"),
+    Key("categories", "name", True, _Name, "a text"),
+    Key("annotations", "image_id", True, _ImageId, "an id, an integer or a text"),
+    Key("annotations", "category_id", True, _CategoryId, "an id, an integer or a text"),
+    Key("annotations", "bbox", True, Annotated[list[_Place], Len(4, 4)], "4 finite numbers"),
+    Key("annotations", "area", False, _Number, "a finite number"),
+    Key("annotations", "iscrowd", False, _Flag, "0 or 1"),
+    Key("annotations", "difficult", False, _Flag, "0 or 1"),
+    Key("annotations", "ignore", False, _Flag, "0 or 1"),
 )

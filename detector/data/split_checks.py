@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 
 import numpy as np
 
 from detector.data.annotations import AnnotationIndex
 from detector.data.boxes import box_iou
-from detector.data.finding import Finding, Splits, found
-from detector.data.rules import ERROR, INFO, WARNING
+from detector.data.finding import ERROR, INFO, WARNING, Finding, Splits, found
 from detector.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -106,15 +104,13 @@ def _duplicates(splits: Splits) -> list[Finding]:
 
 def _repeated(index: AnnotationIndex) -> list[int]:
     """Rows that repeat an earlier box of their image and class."""
-    groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
-    for row, key in enumerate(zip(index.images.tolist(), index.labels.tolist(), index.crowd.tolist(), strict=True)):
-        groups[key].append(row)
-    repeats = []
-    for rows in groups.values():
+    _, group = np.unique(np.stack((index.images, index.labels, index.crowd)), axis=1, return_inverse=True)
+    order, corners = np.argsort(group, kind="stable"), index.corners
+    repeats: list[int] = []
+    for rows in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
         if len(rows) > 1:
-            corners = np.concatenate((index.xywh[rows, :2], index.xywh[rows, :2] + index.xywh[rows, 2:]), axis=1)
-            again = np.tril(box_iou(corners, corners), -1) > DUPLICATE_IOU
-            repeats += [rows[i] for i in np.flatnonzero(again.any(axis=1))]
+            again = np.tril(box_iou(corners[rows], corners[rows]), -1) > DUPLICATE_IOU
+            repeats += rows[again.any(axis=1)].tolist()
     return sorted(repeats)
 
 

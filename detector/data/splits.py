@@ -9,22 +9,9 @@ from typing import Any
 from pydantic import Field
 
 from detector.data.annotations import AnnotationIndex, load_annotations
-from detector.data.shapes import ensure_shapes
+from detector.data.shapes import ShapesOptions, ensure_shapes
 from detector.errors import InputError
-from detector.options import Count, Flag, Natural, Options
-
-
-class GenerateOptions(Options):
-    """The embedded data set, drawn at first use; see data/README.md."""
-
-    seed: Natural = 0
-    """of the scenes"""
-    train: Count = 1200
-    """images of the training split"""
-    val: Count = 200
-    """images of the validation split"""
-    size: Count = 256
-    """side of an image in pixels"""
+from detector.options import Count, Flag, Options
 
 
 class SplitOptions(Options):
@@ -43,7 +30,7 @@ class DataOptions(Options):
 
     root: str | None = Field(default=None, coerce_numbers_to_str=True)
     """folder of the data set"""
-    generate: GenerateOptions | None = None
+    generate: ShapesOptions | None = None
     """draw the embedded data set there"""
     train: SplitOptions = SplitOptions(annotations="annotations/train.json")
     val: SplitOptions = SplitOptions(annotations="annotations/val.json")

@@ -9,9 +9,8 @@ import numpy as np
 
 from detector.apps.doctor.annotations import input_scales
 from detector.data.annotations import AnnotationIndex
-from detector.data.finding import Finding
+from detector.data.finding import INFO, WARNING, Finding
 from detector.data.preprocess import STRIDE, Preprocessing
-from detector.data.rules import INFO, WARNING
 from detector.models.anchor_fit import POOR_IOU, best_anchor_iou, coverage, propose
 
 # More than this share of objects that no anchor comes near is worth a warning. Chosen by this project.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from detector.data.finding import Finding, Splits, found
+from detector.data.finding import EXAMPLES, WARNING, Finding, Splits, found
 from detector.data.preprocess import Preprocessing
-from detector.data.rules import EXAMPLES, RULES, WARNING
+from detector.data.rules import RULES
 
 # Pixels of the original image: what sticks out by less is an annotator's hand, not a fault.
 TOLERANCE = 1.0
@@ -19,12 +20,13 @@ TINY = 2.0
 def check_faults(splits: Splits) -> list[Finding]:
     """What the reader of annotation files found, a finding for each of its rules."""
     findings = []
-    for name, rule in RULES.items():
-        faults = [(split, fault) for split, index in splits.items() for fault in index.faults if fault.rule == name]
+    for name in RULES:
+        faults = [(split, fault) for split, index in splits.items() for fault in index.faults if fault.check == name]
         if faults:
             count = sum(fault.count for _, fault in faults)
-            examples = [f"{split}: {fault.file.name}: {text}" for split, fault in faults for text in fault.examples]
-            findings.append(Finding(name, rule.severity, count, rule.message, tuple(examples[:EXAMPLES]), rule.remedy))
+            files = {split: splits[split].annotation_file.name for split, _ in faults}
+            examples = [f"{split}: {files[split]}: {text}" for split, fault in faults for text in fault.examples]
+            findings.append(replace(faults[0][1], count=count, examples=tuple(examples[:EXAMPLES])))
     return findings
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from detector.data.annotations import AnnotationIndex
-from detector.data.finding import Finding, Splits, found
-from detector.data.rules import INFO, WARNING
+from detector.data.finding import INFO, WARNING, Finding, Splits, found
 
 # A class with fewer boxes than this in the training split is hardly learnt. Chosen by this project.
 FEW = 10

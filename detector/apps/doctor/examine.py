@@ -13,9 +13,8 @@ from detector.apps.doctor.anchors import boxes_at_input, check_anchors
 from detector.apps.doctor.annotations import check_boxes, check_faults
 from detector.apps.doctor.balance import check_balance
 from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
-from detector.data.finding import Finding, Splits
+from detector.data.finding import ERROR, INFO, WARNING, Finding, Splits
 from detector.data.preprocess import Preprocessing
-from detector.data.rules import ERROR, INFO, WARNING
 from detector.data.split_checks import check_splits
 from detector.evaluation.tables import markdown_table
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from detector.data.annotations import AnnotationIndex
-from detector.data.finding import Finding, Splits, found
+from detector.data.finding import ERROR, WARNING, Finding, Splits, found
 from detector.data.images import exif_orientation, read_image
 from detector.data.preprocess import resize
 from detector.data.progress import progress
-from detector.data.rules import ERROR, WARNING
 from detector.errors import InputError
 
 # Two images are alike when at most this many of the 64 bits of their difference hashes differ, and small copies of
