@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
 
-from detector.apps.evaluate import EvalOptions, ScoringOptions, evaluation_data, score
+from detector.apps.evaluate import score
+from detector.apps.scoring import EvalOptions, PathText, ScoringOptions, evaluation_data
 from detector.data.annotations import AnnotationIndex, read_annotations
 from detector.data.json_file import read_json
 from detector.data.results import Results, read_results
@@ -33,8 +32,6 @@ from detector.options import Count, Natural, Share
 from detector.training.device_options import DeviceOptions
 
 log = logging.getLogger(__name__)
-
-PathText = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 class CompareOptions(ScoringOptions):

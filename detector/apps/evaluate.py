@@ -13,22 +13,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from detector.apps.report.reporting import ReportOptions, write_evaluation_report
+from detector.apps.report.reporting import write_evaluation_report
+from detector.apps.scoring import EvalOptions, evaluation_data
 from detector.data.annotations import AnnotationIndex, read_annotations
 from detector.data.progress import progress
 from detector.data.results import Results, read_results, write_results
-from detector.data.splits import DataOptions, load_split
+from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.evaluation.metrics import evaluate as evaluate_results
 from detector.evaluation.metrics import format_table, save_metrics
 from detector.inference.runtime import ExportedDetector, is_export
-from detector.options import Count, Natural, Options
-from detector.training.device_options import DeviceOptions
 
 if TYPE_CHECKING:
     from detector.inference.detector import Detector
@@ -36,63 +33,6 @@ if TYPE_CHECKING:
     from detector.training.task import DetectionTask
 
 log = logging.getLogger(__name__)
-
-
-class GivenSplitOptions(Options):
-    """Instead of the split that the checkpoint was validated with."""
-
-    annotations: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """relative to data.root, for example annotations/test.json"""
-    images: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """folder of the images, relative to data.root"""
-    limit: Count | None = None
-    """only the first N images"""
-
-
-class GivenDataOptions(Options):
-    """null: the validation split that the checkpoint was trained with."""
-
-    root: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """folder of the data set"""
-    val: GivenSplitOptions = GivenSplitOptions()
-
-
-class BatchOptions(Options):
-    """How images come."""
-
-    batch_size: Count = 8
-    """images a step and device"""
-
-
-class ScoringOptions(Options):
-    """What every scoring of a checkpoint asks: also that of a comparison."""
-
-    workers: Natural = 1
-    """loader processes; 0 loads in this one"""
-    data: GivenDataOptions = GivenDataOptions()
-    val: BatchOptions = BatchOptions()
-    trainer: DeviceOptions = DeviceOptions()
-
-
-class EvalOptions(ScoringOptions):
-    """What to score, against what, and what to write."""
-
-    ckpt: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """best.ckpt or last.ckpt of a run, or an export"""
-    results: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """or anybody's detections in COCO's results format, scored without a model ..."""
-    annotations: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """... against this annotation file, with the images of ..."""
-    images: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """... this folder; null: the report shows none"""
-    out: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """null: eval/ beside the checkpoint (eval_N_proposals/ with max_proposals=N), or the results"""
-    metrics: Literal["coco", "pycocotools", "lvis", "voc"] = "coco"
-    """pycocotools: the same numbers as coco, slowly"""
-    report: Literal[False] | ReportOptions = ReportOptions()
-    """diagnosis.json and report.html; false leaves them out"""
-    max_proposals: Count | None = None
-    """ckpt: the head looks at so many proposals, what a smaller budget costs; null: all"""
 
 
 def evaluate(options: EvalOptions) -> dict[str, Any]:
@@ -246,23 +186,3 @@ def find_all(detector: Predictor, index: AnnotationIndex, batch_size: int) -> Re
         places = range(start, min(start + batch_size, len(index)))
         parts.append(Results.of(places, detector.detect_images([index.read(i) for i in places])))
     return Results.joined(parts)
-
-
-def recorded_data(detector: Detector | ExportedDetector) -> DataOptions | None:
-    """The data that a detector was trained on; None where it does not say."""
-    recorded = detector.provenance.get("config", {}).get("data")
-    return None if recorded is None else DataOptions.parse_recorded(recorded, "data")
-
-
-def evaluation_data(given: GivenDataOptions, detector: Detector | ExportedDetector) -> DataOptions:
-    """The data that a detector was trained on, with what the command line gives instead.
-
-    Raises:
-        InputError: neither says which data.
-    """
-    data = recorded_data(detector)
-    if data is None and not given.root:
-        raise InputError("This checkpoint does not say which data it was trained on; give data.root=DIR.")
-    if data is None or (given.root and given.root != data.root):
-        data = (data or DataOptions()).model_copy(update={"root": given.root, "generate": None, "missing": None})
-    return data.model_copy(update={"val": data.val.model_copy(update=given.val.model_dump(exclude_none=True))})

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from pydantic import Field, Strict, field_validator
 
-from detector.apps.evaluate import GivenDataOptions, evaluation_data, recorded_data
+from detector.apps.scoring import GivenDataOptions, evaluation_data, recorded_data
 from detector.data.annotations import AnnotationIndex
 from detector.data.images import list_images, read_image
 from detector.data.progress import progress

@@ -14,15 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from detector.apps.report.sections import (
-    calibration_section,
-    class_section,
-    confusion_section,
-    curve_section,
-    proposal_section,
-    slice_section,
-    tide_section,
-)
+from detector.apps.report import sections
 from detector.errors import InputError
 from detector.files import replacing
 
@@ -124,7 +116,7 @@ def report_data(report: Report, image_count: int) -> dict[str, Any]:
     """What the page's script reads; floats in seven digits but those of `metrics`, which are whole."""
     diagnosis = report.diagnosis
     left_out = dict(report.left_out)
-    curves = curve_section(diagnosis["curves"])
+    curves = sections.curve_section(diagnosis["curves"])
     if curves is None:
         left_out["curves"] = "There is no object to find in the annotations, so there is no curve."
     if not image_count:
@@ -133,14 +125,14 @@ def report_data(report: Report, image_count: int) -> dict[str, Any]:
     data = {
         "about": report.about,
         "best": best["best"] if best else None,
-        "classes": class_section(report.metrics, diagnosis),
+        "classes": sections.class_section(report.metrics, diagnosis),
         "names": list(report.metrics.get("per_class", {})),
         "curves": curves,
-        "tide": tide_section(diagnosis["tide"]),
-        "confusion": confusion_section(diagnosis["confusion"]),
-        "calibration": calibration_section(diagnosis["calibration"]),
-        "slices": slice_section(diagnosis["slices"]),
-        "proposals": proposal_section(report.two_stages) if report.two_stages else None,
+        "tide": sections.tide_section(diagnosis["tide"]),
+        "confusion": sections.confusion_section(diagnosis["confusion"]),
+        "calibration": diagnosis["calibration"],
+        "slices": sections.slice_section(diagnosis["slices"]),
+        "proposals": sections.proposal_section(report.two_stages) if report.two_stages else None,
         "pictures": _image_section(report, image_count),
         "cost": report.cost,
         "times": _time_section(report.seconds),

@@ -6,7 +6,6 @@ import logging
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import yaml
 import detector as package
 from detector.apps.report.images import worst_images
 from detector.apps.report.page import IMAGE_BUDGET, Report, format_times, write_report
+from detector.apps.scoring import EvalOptions, ReportOptions
 from detector.data.annotations import AnnotationIndex
 from detector.data.preprocess import canvas_size
 from detector.data.results import Results
@@ -23,26 +23,11 @@ from detector.evaluation.clock import Clock
 from detector.evaluation.diagnosis import diagnose
 from detector.files import write_json
 from detector.inference.runtime import ExportedDetector
-from detector.options import Natural, Options
 
 if TYPE_CHECKING:
-    from detector.apps.evaluate import EvalOptions
     from detector.inference.detector import Detector
 
 log = logging.getLogger(__name__)
-
-
-class ReportOptions(Options):
-    """What diagnosis.json and report.html look into."""
-
-    pictures: Natural = 12
-    """show the images with the most errors, at most this many"""
-    properties: Natural = 200
-    """read this many images to slice by brightness, contrast, sharpness and resolution"""
-    proposals: Natural = 100
-    """run the two stages apart on this many images"""
-    doctor: Natural = 1000
-    """examine the data set as tools/doctor.py does if it has at most this many images"""
 
 
 def write_evaluation_report(
@@ -74,14 +59,13 @@ def write_evaluation_report(
     made = {} if detector is None else detector.provenance
     model = _look_at_model(options, wanted, clock, index, detector, seconds_per_image)
     diagnosis = diagnose(results, index, properties=wanted.properties if has_images else 0, worst_count=wanted.pictures)
-    write_json(out / "diagnosis.json", diagnosis | {"two_stages": model.two_stages})
+    write_json(out / "diagnosis.json", diagnosis | {"two_stages": model.get("two_stages")})
     clock.book("diagnosis")
-    left_out = dict(model.left_out)
     shown: list[dict[str, Any]] = []
     if not has_images:
-        left_out["pictures"] = "There are no images: give their folder (images=DIR) to see the worst of them."
+        model["left_out"]["pictures"] = "There are no images: give their folder (images=DIR) to see the worst of them."
     elif not wanted.pictures:
-        left_out["pictures"] = "No image was wanted (report.pictures=0)."
+        model["left_out"]["pictures"] = "No image was wanted (report.pictures=0)."
     else:
         shown = worst_images(diagnosis["worst"], results, index, IMAGE_BUDGET)
     now = datetime.now().isoformat(sep=" ", timespec="minutes")
@@ -91,9 +75,7 @@ def write_evaluation_report(
         about=_about(diagnosis, index, options.metrics, now),
         metrics=metrics,
         diagnosis=diagnosis,
-        two_stages=model.two_stages,
         images=shown,
-        cost=model.cost,
         seconds=clock.seconds,
         provenance=[
             (kind, str(source)),
@@ -103,9 +85,7 @@ def write_evaluation_report(
             ("version", package.__version__),
             ("written", now),
         ],
-        configs=[("Configuration of this evaluation", _yaml(options.to_dict())), *model.configs],
-        extra=[("Data set", model.data_set)] if model.data_set else [],
-        left_out=left_out,
+        **model,
     )
     size = write_report(out / "report.html", report)
     clock.book("report")
@@ -123,17 +103,6 @@ def _about(diagnosis: Mapping[str, Any], index: AnnotationIndex, protocol: str, 
     return about
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What a report says of the model, and why it does not say more."""
-
-    left_out: Mapping[str, str]
-    two_stages: Mapping[str, Any] | None = None
-    cost: Mapping[str, Any] | None = None
-    data_set: Mapping[str, Any] | None = None
-    configs: Sequence[tuple[str, str]] = ()
-
-
 def _look_at_model(
     options: EvalOptions,
     wanted: ReportOptions,
@@ -141,38 +110,41 @@ def _look_at_model(
     index: AnnotationIndex,
     detector: Detector | ExportedDetector | None,
     seconds_per_image: Sequence[float],
-) -> _Model:
+) -> dict[str, Any]:
+    """What a report says of the model, or why it does not: fields of Report."""
+    about: dict[str, Any] = {
+        "left_out": {},
+        "configs": [("Configuration of this evaluation", _yaml(options.to_dict()))],
+    }
     if detector is None:
-        return _Model(
-            {
-                "model": "There is no model: results from a file were scored (results=).",
-                "proposals": "The two stages can be looked at where there is a model: give ckpt= instead of results=.",
-            }
-        )
+        about["left_out"] = {
+            "model": "There is no model: results from a file were scored (results=).",
+            "proposals": "The two stages can be looked at where there is a model: give ckpt= instead of results=.",
+        }
+        return about
     if isinstance(detector, ExportedDetector):
         checkpoint = "give the checkpoint itself, ckpt=best.ckpt."
-        return _Model(
-            {
-                "model": f"An export says nothing of its cost: {checkpoint}",
-                "proposals": f"An export is one graph: to see the two stages apart, {checkpoint}",
-            }
-        )
-    stages, left_out = None, {}
+        about["left_out"] = {
+            "model": f"An export says nothing of its cost: {checkpoint}",
+            "proposals": f"An export is one graph: to see the two stages apart, {checkpoint}",
+        }
+        return about
     if wanted.proposals:
         from detector.apps.report.two_stages import two_stages
 
-        stages = two_stages(detector, index, limit=wanted.proposals)
+        about["two_stages"] = two_stages(detector, index, limit=wanted.proposals)
         clock.book("proposals")
     else:
-        left_out["proposals"] = "The two stages were not looked at apart (report.proposals=0)."
-    cost = _cost(detector, index, options, seconds_per_image)
+        about["left_out"]["proposals"] = "The two stages were not looked at apart (report.proposals=0)."
+    about["cost"] = _cost(detector, index, options, seconds_per_image)
     clock.book("cost")
-    data_set = _examined(detector, index, wanted.doctor, options.workers)
+    if wanted.doctor:
+        about["extra"] = [("Data set", _examined(detector, index, wanted.doctor, options.workers))]
     clock.book("doctor")
-    configs = [("The network", _yaml(detector.describe()["spec"]))]
+    about["configs"].append(("The network", _yaml(detector.describe()["spec"])))
     if recipe := detector.provenance.get("config"):
-        configs.append(("Configuration of the training run", _yaml(recipe)))
-    return _Model(left_out, stages, cost, data_set, configs)
+        about["configs"].append(("Configuration of the training run", _yaml(recipe)))
+    return about
 
 
 def _cost(
@@ -212,9 +184,7 @@ def _cost(
 
 
 def _examined(detector: Detector, index: AnnotationIndex, limit: int, workers: int) -> dict[str, Any]:
-    """What the data doctor finds in the split that was scored, as a section; empty where it was not asked."""
-    if not limit:
-        return {}
+    """What the data doctor finds in the split that was scored, as a section."""
     if len(index) > limit:
         return {"not examined": f"{len(index)} images are more than report.doctor={limit}: run tools/doctor.py."}
     from detector.apps.doctor.examine import examine

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 # Numbers in all curves together; more classes get fewer points each.
 _POINTS = 120_000
 _MATRIX = 100  # classes that a reader can tell apart in a matrix
@@ -17,6 +19,10 @@ _ERRORS = {
     "duplicate": "an object that a better detection has",
     "background": "there is nothing (IoU up to 0.1)",
     "missed": "an object that no detection is about",
+}
+_BOTH = {
+    "false_positives": "all wrong detections gone",
+    "false_negatives": "all objects that were not found gone",
 }
 _SLICES = {
     "coco_size": ("Size of the object, as COCO divides it", "area"),
@@ -80,16 +86,10 @@ def tide_section(tide: Mapping[str, Any]) -> dict[str, Any]:
     """Kinds of error with their worth, the costliest first, and counts by class."""
     errors = sorted(tide["errors"].items(), key=lambda item: -item[1]["dAP"])
     rows = [[kind, error["dAP"], error["count"], _ERRORS.get(kind, "")] for kind, error in errors]
-    both = (
-        ("false_positives", "all wrong detections gone"),
-        ("false_negatives", "all objects that were not found gone"),
-    )
-    rows += [[key.replace("_", " "), tide[key]["dAP"], tide[key]["count"], words] for key, words in both]
+    rows += [[key.replace("_", " "), tide[key]["dAP"], tide[key]["count"], words] for key, words in _BOTH.items()]
     kinds = list(tide["errors"])
     return {
-        "AP50": tide["AP50"],
-        "foreground_iou": tide["foreground_iou"],
-        "background_iou": tide["background_iou"],
+        **{key: tide[key] for key in ("AP50", "foreground_iou", "background_iou")},
         "rows": rows,
         "kinds": kinds,
         "per_class": [[name, *(counts[kind] for kind in kinds)] for name, counts in tide["per_class"].items()],
@@ -98,34 +98,29 @@ def tide_section(tide: Mapping[str, Any]) -> dict[str, Any]:
 
 def confusion_section(confusion: Mapping[str, Any]) -> dict[str, Any]:
     """The cells that are not zero; of many classes only those with the most confusions, and background."""
-    names, matrix = confusion["names"], confusion["matrix"]
+    names, matrix = np.array(confusion["names"], object), np.array(confusion["matrix"])
     background = len(names) - 1
-    totals = [sum(row) for row in matrix]
-    cells = [(r, c, count) for r, row in enumerate(matrix) for c, count in enumerate(row) if count]
-    wrong = sorted((cell for cell in cells if cell[0] != cell[1] and background not in cell[:2]), key=lambda x: -x[2])
-    kept, shortened = list(range(len(names))), None
-    if len(names) > _MATRIX + 1:
-        amount = [0] * len(names)
-        for row, column, count in wrong:
-            amount[row] += count
-            amount[column] += count
-        kept = [*sorted(sorted(range(background), key=lambda i: -amount[i])[:_MATRIX]), background]
+    totals = matrix.sum(axis=1)
+    wrong = matrix[:background, :background] * ~np.eye(background, dtype=bool)
+    rows, columns = np.nonzero(wrong)
+    largest = np.argsort(-wrong[rows, columns], kind="stable")[:_LARGEST]
+    kept, shortened = np.arange(len(names)), None
+    if background > _MATRIX:
+        most = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:_MATRIX]
+        kept = np.append(np.sort(most), background)
         shortened = f"Of {background} classes, the {_MATRIX} that are confused most."
-    place = {old: new for new, old in enumerate(kept)}
+    shown = matrix[np.ix_(kept, kept)]
     return {
-        "iou": confusion["iou"],
-        "score_threshold": confusion["score_threshold"],
-        "names": [names[i] for i in kept],
-        "totals": [totals[i] for i in kept],
-        "cells": [[place[r], place[c], count] for r, c, count in cells if r in place and c in place],
-        "largest": [[names[r], names[c], count, count / totals[r]] for r, c, count in wrong[:_LARGEST]],
+        **{key: confusion[key] for key in ("iou", "score_threshold")},
+        "names": names[kept].tolist(),
+        "totals": totals[kept].tolist(),
+        "cells": np.column_stack((*np.nonzero(shown), shown[shown > 0])).tolist(),
+        "largest": [
+            [names[r], names[c], int(wrong[r, c]), float(wrong[r, c] / totals[r])]
+            for r, c in zip(rows[largest], columns[largest], strict=True)
+        ],
         "shortened": shortened,
     }
-
-
-def calibration_section(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """All but the values of each class, which are in the table of classes."""
-    return {key: value for key, value in calibration.items() if key != "per_class"}
 
 
 def slice_section(slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -149,55 +144,48 @@ def proposal_section(stages: Mapping[str, Any]) -> dict[str, Any]:
     """Recall of the proposals, AP and time against their number, and what the anchors reach."""
     recall, budgets, anchors = stages["recall"], stages["budgets"], stages["anchors"]
     sizes = [size for size in _SIZES if size in recall]
-    tables = [
-        {
-            "title": f"Objects that some proposal reaches: share at IoU 0.5{words}",
-            "columns": ["objects", "of them", *(f"{number} proposals" for number in recall["proposals"])],
-            "rows": [[size, recall[size]["truths"], *_or_nothing(recall[size][key], recall)] for size in sizes],
-        }
+    numbers = recall["proposals"]
+    none = [None] * len(numbers)
+    reached = [
+        _table(
+            f"Objects that some proposal reaches: share at IoU 0.5{words}",
+            ["objects", "of them", *(f"{number} proposals" for number in numbers)],
+            [[size, recall[size]["truths"], *(recall[size][key] or none)] for size in sizes],
+        )
         for key, words in (("recall50", ""), ("recall", " to 0.95, mean"))
     ]
-    tables.append(
-        {
-            "title": "What a number of proposals costs and gives",
-            "columns": ["proposals", "AP", "AP50", "ms"],
-            "rows": [[str(row["proposals"]), row["AP"], row["AP50"], row["ms"]] for row in budgets],
-        }
+    cost = _table(
+        "What a number of proposals costs and gives",
+        ["proposals", "AP", "AP50", "ms"],
+        [[str(row["proposals"]), row["AP"], row["AP50"], row["ms"]] for row in budgets],
     )
-    tables.append(
-        {
-            "title": f"Anchors: best IoU of each object with one (foreground: {anchors['foreground_iou']:g})",
-            "columns": ["objects", "of them", "out of reach", "under 0.3", "0.3 to 0.5", "0.5 to 0.7", "0.7 and more"],
-            "rows": [
-                [size, anchors[size]["truths"], anchors[size]["unmatched"], *_shares(anchors[size]["histogram"])]
-                for size in sizes
-            ],
-        }
+    best = _table(
+        f"Anchors: best IoU of each object with one (foreground: {anchors['foreground_iou']:g})",
+        ["objects", "of them", "out of reach", "under 0.3", "0.3 to 0.5", "0.5 to 0.7", "0.7 and more"],
+        [
+            [size, anchors[size]["truths"], anchors[size]["unmatched"], *_shares(anchors[size]["histogram"])]
+            for size in sizes
+        ],
     )
     known = [row for row in budgets if row["AP"] is not None]
+    tradeoff = {"count": "proposals", "AP": "AP", "ms": "ms"}
     return {
         "text": (
             f"The two stages apart, on {stages['images']} images, one at a time. The network proposes at most "
             f"{stages['limit']} boxes an image; {stages['ms_shared']:.3g} ms are spent before the head, whatever "
             "their number."
         ),
-        "tradeoff": {
-            "count": [row["proposals"] for row in known],
-            "AP": [row["AP"] for row in known],
-            "ms": [row["ms"] for row in known],
-        }
-        if known
-        else None,
-        "tables": [table | {"counts": ["of them"], "plain": ["ms"]} for table in tables],
+        "tradeoff": {key: [row[source] for row in known] for key, source in tradeoff.items()} if known else None,
+        "tables": [*reached, cost, best],
     }
 
 
-def _or_nothing(values: Sequence[float] | None, recall: Mapping[str, Any]) -> Sequence[float | None]:
-    return values if values is not None else [None] * len(recall["proposals"])
+def _table(title: str, columns: list[str], rows: list[list[Any]]) -> dict[str, Any]:
+    return {"title": title, "columns": columns, "rows": rows, "counts": ["of them"], "plain": ["ms"]}
 
 
 def _shares(histogram: Sequence[int]) -> list[float | None]:
     """Shares of 20 bins of IoU in four ranges."""
     total = sum(histogram)
-    parts = (histogram[:6], histogram[6:10], histogram[10:14], histogram[14:])
-    return [sum(part) / total if total else None for part in parts]
+    parts = np.add.reduceat(histogram, (0, 6, 10, 14)).tolist()
+    return [part / total if total else None for part in parts]

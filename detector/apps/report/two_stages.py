@@ -7,15 +7,14 @@ ranked, so that a smaller number is the beginning of the list: what a network wi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from detector.data.preprocess import Prepared, prepare, restore
+from detector.data.annotations import AnnotationIndex
+from detector.data.preprocess import prepare, restore
 from detector.data.progress import progress
 from detector.data.results import Results
 from detector.errors import InputError
@@ -24,10 +23,6 @@ from detector.evaluation.records import SIZES
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.models.boxes import pairwise_iou
-from detector.models.rpn import Proposals
-
-if TYPE_CHECKING:
-    from detector.data.annotations import AnnotationIndex
 
 RECALL_AT = (10, 50, 100, 300, 1000)
 BUDGETS = (10, 25, 50, 100, 200, 300, 1000)
@@ -69,8 +64,7 @@ def two_stages(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}: at least 1 image; leave it out to take all.")
-    numbers = _numbers(budgets, detector)
-    recall_at = _numbers(RECALL_AT, detector)
+    numbers, recall_at = _numbers(budgets, detector), _numbers(RECALL_AT, detector)
     if tuple(index.class_names) != detector.class_names:
         raise InputError(
             f"The data set has the classes {list(index.class_names)}, the detector {list(detector.class_names)}; "
@@ -79,22 +73,30 @@ def two_stages(
     places = range(len(index) if limit is None else min(limit, len(index)))
     _look(detector, index, places[0], numbers, recall_at)  # the first pass through a network is a slow one
     looks = [_look(detector, index, i, numbers, recall_at) for i in progress(places, "two stages")]
-    areas = np.concatenate([index.areas[_objects(index, i)] for i in places])
     milliseconds = 1000 * np.array([look.seconds for look in looks])  # (N, 1 + budgets)
+    recall, anchors = _by_size(
+        np.concatenate([look.reach for look in looks]),
+        np.concatenate([look.anchor_iou for look in looks]),
+        np.concatenate([index.areas[_objects(index, i)] for i in places]),
+        detector.network.rpn.options.foreground_iou,
+    )
+    scored = index.select(places)
+    rows = []
+    for place, number in enumerate(numbers):
+        metrics = evaluate(Results.of(places, [look.found[place] for look in looks]), scored)
+        spent = float(np.median(milliseconds[:, 0] + milliseconds[:, place + 1]))
+        rows.append({"proposals": number, "AP": metrics["AP"], "AP50": metrics["AP50"], "ms": spent})
     return {
         "images": len(looks),
         "limit": detector.proposal_limit,
-        "recall": {"proposals": recall_at, **_recall(np.concatenate([look.reach for look in looks]), areas)},
-        "budgets": _by_budget(looks, index, places, numbers, milliseconds),
+        "recall": {"proposals": recall_at, **recall},
+        "budgets": rows,
         "ms_shared": float(np.median(milliseconds[:, 0])),
-        "anchors": _coverage(
-            np.concatenate([look.anchor_iou for look in looks]), areas, detector.network.rpn.options.foreground_iou
-        ),
+        "anchors": anchors,
     }
 
 
-@dataclass(frozen=True)
-class _Look:
+class _Look(NamedTuple):
     """What one image told.
 
     Attributes:
@@ -121,8 +123,7 @@ def _numbers(wanted: Sequence[int], detector: Detector) -> list[int]:
 @torch.no_grad()
 def _look(detector: Detector, index: AnnotationIndex, i: int, numbers: list[int], recall_at: list[int]) -> _Look:
     network, device = detector.network.eval(), detector.device
-    image = index.read(i)
-    (prepared,) = prepare([image], detector.preprocessing)
+    (prepared,) = prepare([index.read(i)], detector.preprocessing)
     inputs = detector.inputs(prepared)
     clock = [_now(device)]
     regions = network.propose(*inputs)
@@ -131,13 +132,38 @@ def _look(detector: Detector, index: AnnotationIndex, i: int, numbers: list[int]
     for number in numbers:
         found += network.classify(regions, number).per_image()
         clock.append(_now(device))
-    objects = torch.from_numpy(index.boxes[_objects(index, i)] * np.tile(prepared.scales[0], 2)).float().to(device)
+    scale, size = prepared.scales[0], prepared.original_sizes[0].tolist()
+    objects = torch.from_numpy(index.boxes[_objects(index, i)] * np.tile(scale, 2)).float().to(device)
+    iou = pairwise_iou(regions.proposals.boxes[0], objects)  # (P, G), 0 where not valid: these boxes are empty
+    arrays = [[tensor.cpu().numpy() for tensor in one] for one in found]
     return _Look(
-        reach=_reach(regions.proposals, objects, recall_at),
+        reach=iou.cummax(dim=0).values.cpu().numpy()[np.array(recall_at) - 1].T,
         anchor_iou=pairwise_iou(regions.anchors, objects).amax(dim=0).cpu().numpy(),
-        found=[_restored(boxes, prepared) for boxes in found],
+        found=[Found(restore(boxes, scale, size), scores, labels) for boxes, scores, labels in arrays],
         seconds=np.diff(clock).tolist(),
     )
+
+
+def _by_size(
+    reach: np.ndarray, anchor_iou: np.ndarray, areas: np.ndarray, foreground_iou: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Recall of the proposals and reach of the anchors, from best IoUs (G, R) and (G,), for objects of each size."""
+    recall: dict[str, Any] = {}
+    anchors: dict[str, Any] = {"foreground_iou": foreground_iou, "edges": EDGES.tolist()}
+    for size, (low, high) in SIZES.items():
+        chosen = (areas >= low) & (areas <= high)  # the bounds of a size belong to it, as in COCO
+        hit, best = reach[chosen, :, None] >= IOUS, anchor_iou[chosen]  # (G, R, 10), (G,)
+        recall[size] = {
+            "truths": len(hit),
+            "recall50": hit[:, :, 0].mean(axis=0).tolist() if len(hit) else None,
+            "recall": hit.mean(axis=(0, 2)).tolist() if len(hit) else None,
+        }
+        anchors[size] = {
+            "truths": len(best),
+            "unmatched": float((best < foreground_iou).mean()) if len(best) else None,
+            "histogram": np.histogram(best, EDGES)[0].tolist(),
+        }
+    return recall, anchors
 
 
 def _now(device: torch.device) -> float:
@@ -150,58 +176,3 @@ def _objects(index: AnnotationIndex, i: int) -> np.ndarray:
     """Rows of the objects of image i that are no crowd regions."""
     rows = np.arange(index.offsets[i], index.offsets[i + 1])
     return rows[~index.crowd[rows]]
-
-
-def _reach(proposals: Proposals, objects: Tensor, recall_at: list[int]) -> np.ndarray:
-    iou = pairwise_iou(proposals.boxes[0], objects)  # (P, G), 0 where not valid: these boxes are empty
-    best = iou.cummax(dim=0).values.cpu().numpy()
-    return best[np.array(recall_at) - 1].T
-
-
-def _restored(found: tuple[Tensor, Tensor, Tensor], prepared: Prepared) -> Found:
-    boxes, scores, labels = (tensor.cpu().numpy() for tensor in found)
-    height, width = prepared.original_sizes[0].tolist()
-    return Found(restore(boxes, prepared.scales[0], (height, width)), scores, labels)
-
-
-def _by_budget(
-    looks: list[_Look], index: AnnotationIndex, places: Sequence[int], numbers: list[int], milliseconds: np.ndarray
-) -> list[dict[str, Any]]:
-    scored = index.select(places)
-    rows = []
-    for place, number in enumerate(numbers):
-        metrics = evaluate(Results.of(range(len(scored)), [look.found[place] for look in looks]), scored)
-        spent = float(np.median(milliseconds[:, 0] + milliseconds[:, place + 1]))
-        rows.append({"proposals": number, "AP": metrics["AP"], "AP50": metrics["AP50"], "ms": spent})
-    return rows
-
-
-def _by_size(areas: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Which objects have each of COCO's sizes, (G,) bool; the bounds of a size belong to it, as in COCO."""
-    for name, (low, high) in SIZES.items():
-        yield name, (areas >= low) & (areas <= high)
-
-
-def _recall(reach: np.ndarray, areas: np.ndarray) -> dict[str, dict[str, Any]]:
-    """From best IoUs (G, R)."""
-    found = {}
-    for name, chosen in _by_size(areas):
-        hit = reach[chosen, :, None] >= IOUS  # (G, R, 10)
-        found[name] = {
-            "truths": len(hit),
-            "recall50": hit[:, :, 0].mean(axis=0).tolist() if len(hit) else None,
-            "recall": hit.mean(axis=(0, 2)).tolist() if len(hit) else None,
-        }
-    return found
-
-
-def _coverage(anchor_iou: np.ndarray, areas: np.ndarray, foreground_iou: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"foreground_iou": foreground_iou, "edges": EDGES.tolist()}
-    for name, chosen in _by_size(areas):
-        own = anchor_iou[chosen]
-        found[name] = {
-            "truths": len(own),
-            "unmatched": float((own < foreground_iou).mean()) if len(own) else None,
-            "histogram": np.histogram(own, EDGES)[0].tolist(),
-        }
-    return found

@@ -1,0 +1,108 @@
+"""What is scored, on which data, and what is written: the options of an evaluation, and of all that scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from detector.data.splits import DataOptions
+from detector.errors import InputError
+from detector.options import Count, Natural, Options
+from detector.training.device_options import DeviceOptions
+
+if TYPE_CHECKING:
+    from detector.inference.detector import Detector
+    from detector.inference.runtime import ExportedDetector
+
+PathText = Annotated[str, Field(coerce_numbers_to_str=True)]
+
+
+class GivenSplitOptions(Options):
+    """Instead of the split that the checkpoint was validated with."""
+
+    annotations: PathText | None = None
+    """relative to data.root, for example annotations/test.json"""
+    images: PathText | None = None
+    """folder of the images, relative to data.root"""
+    limit: Count | None = None
+    """only the first N images"""
+
+
+class GivenDataOptions(Options):
+    """null: the validation split that the checkpoint was trained with."""
+
+    root: PathText | None = None
+    """folder of the data set"""
+    val: GivenSplitOptions = GivenSplitOptions()
+
+
+class BatchOptions(Options):
+    """How images come."""
+
+    batch_size: Count = 8
+    """images a step and device"""
+
+
+class ScoringOptions(Options):
+    """What every scoring of a checkpoint asks: also that of a comparison."""
+
+    workers: Natural = 1
+    """loader processes; 0 loads in this one"""
+    data: GivenDataOptions = GivenDataOptions()
+    val: BatchOptions = BatchOptions()
+    trainer: DeviceOptions = DeviceOptions()
+
+
+class ReportOptions(Options):
+    """What diagnosis.json and report.html look into."""
+
+    pictures: Natural = 12
+    """show the images with the most errors, at most this many"""
+    properties: Natural = 200
+    """read this many images to slice by brightness, contrast, sharpness and resolution"""
+    proposals: Natural = 100
+    """run the two stages apart on this many images"""
+    doctor: Natural = 1000
+    """examine the data set as tools/doctor.py does if it has at most this many images"""
+
+
+class EvalOptions(ScoringOptions):
+    """What to score, against what, and what to write."""
+
+    ckpt: PathText | None = None
+    """best.ckpt or last.ckpt of a run, or an export"""
+    results: PathText | None = None
+    """or anybody's detections in COCO's results format, scored without a model ..."""
+    annotations: PathText | None = None
+    """... against this annotation file, with the images of ..."""
+    images: PathText | None = None
+    """... this folder; null: the report shows none"""
+    out: PathText | None = None
+    """null: eval/ beside the checkpoint (eval_N_proposals/ with max_proposals=N), or the results"""
+    metrics: Literal["coco", "pycocotools", "lvis", "voc"] = "coco"
+    """pycocotools: the same numbers as coco, slowly"""
+    report: Literal[False] | ReportOptions = ReportOptions()
+    """diagnosis.json and report.html; false leaves them out"""
+    max_proposals: Count | None = None
+    """ckpt: the head looks at so many proposals, what a smaller budget costs; null: all"""
+
+
+def recorded_data(detector: Detector | ExportedDetector) -> DataOptions | None:
+    """The data that a detector was trained on; None where it does not say."""
+    recorded = detector.provenance.get("config", {}).get("data")
+    return None if recorded is None else DataOptions.parse_recorded(recorded, "data")
+
+
+def evaluation_data(given: GivenDataOptions, detector: Detector | ExportedDetector) -> DataOptions:
+    """The data that a detector was trained on, with what the command line gives instead.
+
+    Raises:
+        InputError: neither says which data.
+    """
+    data = recorded_data(detector)
+    if data is None and not given.root:
+        raise InputError("This checkpoint does not say which data it was trained on; give data.root=DIR.")
+    if data is None or (given.root and given.root != data.root):
+        data = (data or DataOptions()).model_copy(update={"root": given.root, "generate": None, "missing": None})
+    return data.model_copy(update={"val": data.val.model_copy(update=given.val.model_dump(exclude_none=True))})
