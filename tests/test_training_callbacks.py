@@ -18,7 +18,7 @@ from detector import cli
 from detector.evaluation.metrics import METRICS
 from detector.inference.detector import Detector, read_checkpoint
 from detector.models.build import NetworkOptions, build_network
-from detector.training.callbacks import EMA, LOSSES, History, ProgressLines
+from detector.training.callbacks import DETECTION, EMA, History, ProgressLines
 from detector.training.run import train
 from detector.training.task import DetectionTask
 
@@ -152,7 +152,7 @@ class FakeTrainer(SimpleNamespace):
         super().__init__(
             is_global_zero=True, global_step=step, current_epoch=1, max_epochs=3, estimated_stepping_batches=30,
             num_val_batches=[7], state=SimpleNamespace(fn="fit"),
-            callback_metrics={name: torch.tensor(1.5) for name in LOSSES},
+            callback_metrics={name: torch.tensor(1.5) for name in DETECTION.losses},
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from detector.data.image_folder import ImageFolder, PretrainAugment, PretrainInp
 from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError
-from detector.training.data_module import ClassificationData, DetectionData, EvaluationBatches
+from detector.training.data_module import ClassificationData, DetectionData, by_canvas, share
 
 PREPROCESSING = Preprocessing(short_side=64, long_side=96)
 
@@ -45,11 +45,12 @@ def module(root: Path, **changes: Any) -> DetectionData:
 def test_each_picture_exactly_once_over_all_ranks(world: int, count: int, batch_size: int) -> None:
     rng = np.random.default_rng(count)
     index = index_of([(int(h), int(w)) for h, w in rng.integers(30, 200, (count, 2))])
-    shares = [list(EvaluationBatches(index, PREPROCESSING, batch_size, rank, world)) for rank in range(world)]
-    assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
+    order = by_canvas(index, PREPROCESSING)
+    shares = [share(order, batch_size, rank, world) for rank in range(world)]
+    assert sorted(i for batches in shares for batch in batches for i in batch) == list(range(count))
     # No rank is without a batch: Lightning would skip the hook in which the others wait for it.
-    assert all(share == [[]] or all(1 <= len(batch) <= batch_size for batch in share) for share in shares)
-    loads = [sum(map(len, share)) for share in shares]
+    assert all(batches == [[]] or all(1 <= len(batch) <= batch_size for batch in batches) for batches in shares)
+    loads = [sum(map(len, batches)) for batches in shares]
     assert max(loads) - min(loads) <= 1
 
 
@@ -57,13 +58,14 @@ def test_torchs_sampler_repeats_pictures_where_ours_does_not() -> None:
     theirs = [i for rank in range(4) for i in DistributedSampler(range(6), 4, rank, shuffle=False)]
     assert sorted(theirs) == [0, 0, 1, 1, 2, 3, 4, 5]
     index = index_of([(64, 64)] * 6)
-    ours = [i for rank in range(4) for batch in EvaluationBatches(index, PREPROCESSING, 2, rank, 4) for i in batch]
+    order = by_canvas(index, PREPROCESSING)
+    ours = [i for rank in range(4) for batch in share(order, 2, rank, 4) for i in batch]
     assert sorted(ours) == [0, 1, 2, 3, 4, 5]
 
 
 def test_pictures_of_one_canvas_lie_side_by_side() -> None:
     index = index_of([(64, 64), (64, 96), (64, 64), (0, 0), (64, 96), (640, 640), (96, 64)])
-    batches = list(EvaluationBatches(index, PREPROCESSING, 3, 0, 1))
+    batches = share(by_canvas(index, PREPROCESSING), 3, 0, 1)
     assert batches == [[3, 0, 2], [5, 1, 4], [6]]  # unknown size; 64 x 64; 64 x 96; 96 x 64
 
 

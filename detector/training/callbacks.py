@@ -6,9 +6,9 @@ import csv
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -21,12 +21,31 @@ from detector.evaluation.metrics import METRICS
 from detector.files import replacing, write_json
 from detector.training.plots import plot_curves
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 log = logging.getLogger(__name__)
 
-LOSSES = ("loss", "loss_rpn_objectness", "loss_rpn_box", "loss_head_class", "loss_head_box")
+
+class Columns(NamedTuple):
+    """What the table of a run holds.
+
+    Attributes:
+        losses: of a step: what the task logs at each step.
+        metrics: of a validation: keys of the task's `metrics`.
+        shown: those of them that the log shows.
+    """
+
+    losses: Sequence[str] = (
+        "loss", "loss_rpn_objectness", "loss_rpn_box", "loss_head_class", "loss_head_box"
+    )  # fmt: skip
+    metrics: Sequence[str] = METRICS
+    shown: Sequence[str] = ("AP", "AP50", "AP75")
+
+    @property
+    def monitor(self) -> str:
+        """The metric that decides on the best."""
+        return self.shown[0]
+
+
+DETECTION = Columns()
 
 
 class History(lightning.Callback):
@@ -37,23 +56,13 @@ class History(lightning.Callback):
     Args:
         run_dir: where they are written.
         every: steps between rows.
-        losses: columns of a step: what the task logs at each step.
-        metrics: columns of a validation: keys of the task's `metrics`.
-        shown: those of them that the log shows; the best has the highest of the first.
+        columns: of metrics.csv.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        every: int,
-        losses: Sequence[str] = LOSSES,
-        metrics: Sequence[str] = METRICS,
-        shown: Sequence[str] = ("AP", "AP50", "AP75"),
-    ) -> None:
+    def __init__(self, run_dir: Path, *, every: int, columns: Columns = DETECTION) -> None:
         self.run_dir, self.every = run_dir, every
-        self.losses, self.shown, self.monitor = losses, shown, shown[0]
-        self.columns = ("step", "epoch", "lr", *losses, *metrics)
+        self.losses, self.shown, self.monitor = columns.losses, columns.shown, columns.monitor
+        self.columns = ("step", "epoch", "lr", *columns.losses, *columns.metrics)
         self.path = run_dir / "metrics.csv"
         self.best: dict[str, Any] = {}
         self.lr = 0.0
@@ -126,19 +135,15 @@ class FirstBatchImage(lightning.Callback):
 
     Args:
         run_dir: becomes run_dir/train_batch.png.
-        draw: makes an image of a batch.
     """
 
-    def __init__(self, run_dir: Path, draw: Callable[[Any], Image]) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.path: Path | None = run_dir / "train_batch.png"
-        self.draw = draw
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, _: lightning.LightningModule, batch: Any, __: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: lightning.Trainer, task: Any, batch: Any, _: int) -> None:
         if self.path is not None and trainer.is_global_zero:
             with replacing(self.path) as partial:
-                self.draw(batch).save(partial)
+                task.draw(batch).save(partial)
         self.path = None
 
 
@@ -169,7 +174,7 @@ class ProgressLines(lightning.Callback):
         self, trainer: lightning.Trainer, _: lightning.LightningModule, __: Any, ___: Any, ____: int
     ) -> None:
         steps = trainer.global_step - self.first_step
-        if not trainer.is_global_zero or steps == 0 or not self._due():
+        if not (steps and self._due(trainer)):
             return
         total = int(trainer.estimated_stepping_batches)
         rate = steps / (time.monotonic() - self.start)
@@ -180,15 +185,14 @@ class ProgressLines(lightning.Callback):
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, _: lightning.LightningModule, __: Any, ___: Any, index: int, ____: int = 0
     ) -> None:
-        if trainer.is_global_zero and self._due():
+        if self._due(trainer):
             log.info("validation: %d of %s batches", index + 1, trainer.num_val_batches[0])
 
-    def _due(self) -> bool:
+    def _due(self, trainer: lightning.Trainer) -> bool:
         now = time.monotonic()
-        if now - self.last < self.seconds:
-            return False
-        self.last = now
-        return True
+        due = trainer.is_global_zero and now - self.last >= self.seconds
+        self.last = now if due else self.last
+        return due
 
 
 class LastEpochScored(lightning.Callback):
@@ -269,9 +273,8 @@ class EMA(WeightAveraging):
 
     @torch.no_grad()
     def _average(self, averages: list[Tensor], currents: list[Tensor], updates: Tensor | int) -> None:
-        if not averages[0].is_floating_point():
-            for average, current in zip(averages, currents, strict=True):
-                average.copy_(current)
-            return
-        count = int(updates)
-        torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + count) / (10 + count)))
+        if averages[0].is_floating_point():
+            count = int(updates)
+            torch._foreach_lerp_(averages, currents, 1 - min(self.decay, (1 + count) / (10 + count)))
+        else:
+            torch._foreach_copy_(averages, currents)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import lightning
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,35 +12,35 @@ from torch.nn import functional as F
 
 from detector.data.collate import Batch
 from detector.data.image_folder import ImageBatch
-from detector.errors import InputError
 from detector.models.backbones.classifier import ImageClassifier
 from detector.models.light_head_rcnn import MEAN, STD
+from detector.training.callbacks import Columns
 from detector.training.plots import draw_batch
-from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
-from detector.training.task import big_enough
-from detector.training.trainer import share_buffers, world_size
+from detector.training.schedule import OptimizerOptions, ScheduleOptions
+from detector.training.task import Task, big_enough
+from detector.training.trainer import world_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a validation gives; the first decides on the best.
 METRICS = ("top1", "top5", "loss_val")
-LOSSES = ("loss",)
 _NAMED = 8  # files in a message
 
 
-class ClassificationTask(lightning.LightningModule):
+class ClassificationTask(Task):
     """One classifier, its loss, and its accuracy over the validation split.
 
     Takes raw uint8 pixels and normalises them as a detector does, so that the backbone is at home there.
 
     Args:
-        network: what is trained; the only child, so that checkpoint keys read `network....`.
+        network: what is trained.
         about: what a checkpoint says of itself, with a `provenance`; plain values.
         optimizer, schedule: see their classes.
         label_smoothing: share of the target that all classes have together (Szegedy et al. 2016, section 7).
     """
 
+    entry = "classifier"
+    columns = Columns(losses=("loss",), metrics=METRICS, shown=METRICS[:2])
     mean: Tensor
     std: Tensor
 
@@ -54,15 +53,21 @@ class ClassificationTask(lightning.LightningModule):
         schedule: ScheduleOptions,
         label_smoothing: float,
     ) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network, optimizer, schedule)
         self.about = dict(about)
-        self.optimizer_options, self.schedule = optimizer, schedule
         self.label_smoothing = label_smoothing
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
-        self.metrics: dict[str, Any] = {}
         self.sums: Tensor = torch.zeros(0)
+
+    def describe(self) -> dict[str, Any]:
+        return self.about
+
+    def draw(self, batch: ImageBatch) -> Image:
+        return draw_images(batch, self.about["class_names"])
+
+    def summary(self) -> str:
+        return f"last epoch: top-1 {self.metrics['top1']:.4f}, top-5 {self.metrics['top5']:.4f}"
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 RGB (N, 3, H, W) -> class logits (N, K)."""
@@ -75,25 +80,16 @@ class ClassificationTask(lightning.LightningModule):
         losses = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing, reduction="none")
         loss = losses.mean()
         if not torch.isfinite(loss):
-            self._refuse(losses, batch.paths)
+            bad = [path for path, one in zip(batch.paths, losses, strict=True) if not torch.isfinite(one)]
+            more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+            named = ", ".join(bad[:_NAMED])
+            raise self.not_finite(f"on {len(bad)} of {len(losses)} images: {named}{more}", "them")
         self.log("loss", loss, prog_bar=True, batch_size=len(batch.labels))
         return loss
 
-    def _refuse(self, losses: Tensor, paths: Sequence[str]) -> None:
-        bad = [path for path, finite in zip(paths, torch.isfinite(losses).tolist(), strict=True) if not finite]
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        raise InputError(
-            f"The loss is not finite at step {self.global_step} on {len(bad)} of {len(paths)} images: "
-            f"{', '.join(bad[:_NAMED])}{more}. Look at them, lower optimizer.lr, or set optimizer.clip_norm=10; "
-            "last.ckpt holds the state of the last finished epoch (ckpt=.../last.ckpt resume=true)."
-        )
-
-    def configure_optimizers(self) -> Any:
-        return configure(self.trainer, self.network, self.optimizer_options, self.schedule)
-
     def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        share_buffers(self.network)
 
     def validation_step(self, batch: ImageBatch, _: int) -> None:
         """An empty batch where this rank has no image left."""
@@ -108,10 +104,6 @@ class ClassificationTask(lightning.LightningModule):
         self.metrics = {"top1": top1 / count, "top5": top5 / count, "loss_val": loss / count, "images": int(count)}
         for name in METRICS:
             self.log(name, self.metrics[name], prog_bar=name == "top1")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        now = {"epoch": int(self.current_epoch), "step": int(self.global_step), "metrics": dict(self.metrics)}
-        checkpoint["classifier"] = self.about | {"provenance": self.about["provenance"] | now}
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-import lightning
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -41,31 +39,24 @@ from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
 from detector.options import BelowOne, Natural, Options
-from detector.training.callbacks import FirstBatchImage, History
-from detector.training.classification import LOSSES, METRICS, ClassificationTask, draw_images
+from detector.training.classification import ClassificationTask
 from detector.training.data_module import ClassificationData
-from detector.training.resume import check_can_go_on, with_checkpoint
+from detector.training.run_directory import is_first_process
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
 from detector.training.trainer import (
-    KeptCheckpoint,
     RunOptions,
     TrainBatchOptions,
     ValidationOptions,
-    build_trainer,
-    check_free,
-    devices,
+    begin,
     fit,
-    run_directory,
-    say_what_was_written,
+    provenance,
     without_traces,
-)
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 FORMAT = "light-head-classifier"
 VERSION = 1
-ENTRY = "classifier"  # of a checkpoint
-PREFIX = "network."
 
 
 class PretrainData(Options):
@@ -121,18 +112,11 @@ def pretrain(options: PretrainOptions) -> Path:
     Raises:
         InputError: something in the options, the data or the checkpoint is wrong.
     """
-    check_free(options)
-    options, checkpoint = with_checkpoint(options, read=read_classifier, entry=ENTRY, group="pretrain")
-    lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
-    device_arguments = devices(options.trainer)
+    options, checkpoint = begin(options, entry=ClassificationTask.entry, read=read_classifier, group="pretrain")
     train, val = load_splits(options)
-    epochs = options.schedule.epochs_for(len(train))
-    about = _describe(options, train.classes)
-    if checkpoint:
-        check_can_go_on(str(options.ckpt), checkpoint, about, epochs, entry=ENTRY)
     task = ClassificationTask(
         _new_network(options, len(train.classes)),
-        about,
+        _describe(options, train.classes),
         optimizer=options.optimizer,
         schedule=options.schedule,
         label_smoothing=options.label_smoothing,
@@ -145,54 +129,15 @@ def pretrain(options: PretrainOptions) -> Path:
         workers=options.workers,
         seed=options.seed,
     )
-    run_dir = run_directory(options, Path("runs/pretrain"))  # last: a mistake above leaves no empty folder
-    trainer = build_trainer(
-        options,
-        device_arguments,
-        run_dir,
-        epochs=epochs,
-        best=BestWeights(run_dir),
-        history=History(run_dir, every=options.trainer.log_every, losses=LOSSES, metrics=METRICS, shown=METRICS[:2]),
-        first_batch=FirstBatchImage(run_dir, lambda batch: draw_images(batch, train.classes)),
-    )
-    if trainer.is_global_zero:
-        counts = len(train), len(val), len(train.classes), epochs
-        log.info("%d training and %d validation images of %d classes, %d epochs", *counts)
-    fit(trainer, task, data, options.ckpt if checkpoint else None)
-    if trainer.is_global_zero:
-        log.info("last epoch: top-1 %.4f, top-5 %.4f", task.metrics["top1"], task.metrics["top5"])
-        say_what_was_written(run_dir)
-        log.info("A detector on this backbone:\n%s", next_command(options, run_dir))
+    counts = len(train), len(val), len(train.classes), options.schedule.epochs_for(len(train))
+    log.info("%d training and %d validation images of %d classes, %d epochs", *counts)
+    run_dir = fit(options, checkpoint, task, data, Path("runs/pretrain"), classifier_weights)
+    best = run_dir / "best.pth"
+    if is_first_process() and not best.exists():  # a resumed run came without it
+        with replacing(best) as partial:
+            torch.save(classifier_weights(read_classifier(run_dir / "best.ckpt")), partial)
+    log.info("A detector on this backbone:\n%s", next_command(options, run_dir))
     return run_dir
-
-
-class BestWeights(KeptCheckpoint):
-    """best.ckpt and best.pth: the same weights alone, as `backbone.weights` takes them."""
-
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__(run_dir, METRICS[0])
-        self.weights = run_dir / "best.pth"
-        self.written: Tensor | None = None  # the score of what best.pth holds
-
-    # Which of the two hooks keeps the checkpoint is Lightning's choice.
-    def on_validation_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-        super().on_validation_end(trainer, task)
-        self._follow(trainer)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, task)
-        self._follow(trainer)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.written = self.best_model_score if self.weights.is_file() else None
-
-    def _follow(self, trainer: lightning.Trainer) -> None:
-        score = self.best_model_score
-        if trainer.is_global_zero and score is not None and (self.written is None or score != self.written):
-            with replacing(self.weights) as partial:
-                torch.save(classifier_weights(read_classifier(self.best_model_path)), partial)
-        self.written = score
 
 
 def load_splits(options: PretrainOptions) -> tuple[ImageFolder, ImageFolder]:
@@ -225,7 +170,7 @@ def read_classifier(path: str | Path) -> dict[str, Any]:
         InputError: missing, damaged, of something else or of a newer version.
     """
     checkpoint = read_torch_file(path)
-    about = checkpoint.get(ENTRY) if isinstance(checkpoint, dict) else None
+    about = checkpoint.get(ClassificationTask.entry) if isinstance(checkpoint, dict) else None
     if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
         raise InputError(
             f"'{path}' is a torch file, but not a checkpoint that tools/pretrain.py of this version wrote. Weights to "
@@ -236,8 +181,10 @@ def read_classifier(path: str | Path) -> dict[str, Any]:
 
 def classifier_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The backbone's tensors by their names there, and those of conv5 and fc: the names of torchvision's files."""
-    names = {name: name.removeprefix(PREFIX).removeprefix("backbone.") for name in checkpoint["state_dict"]}
-    return {names[name]: value for name, value in checkpoint["state_dict"].items()}
+    return {
+        name.removeprefix("network.").removeprefix("backbone."): value
+        for name, value in checkpoint["state_dict"].items()
+    }
 
 
 def next_command(options: RunOptions, run_dir: Path) -> str:
@@ -261,11 +208,7 @@ def _describe(options: PretrainOptions, class_names: list[str]) -> dict[str, Any
         "version": VERSION,
         "spec": {"backbone": backbone.spec(), "classifier": classifier.to_dict()},
         "class_names": list(class_names),
-        "provenance": {
-            "config": options.to_dict(),
-            "torch": str(torch.__version__),
-            "created": datetime.now().isoformat(timespec="seconds"),
-        },
+        "provenance": provenance(options),
     }
 
 

@@ -4,46 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from detector.errors import InputError
-from detector.inference.detector import read_checkpoint
 from detector.models.backbones import parse_backbone
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.build import NetworkOptions
-from detector.training.trainer import RunOptions
 
-T = TypeVar("T", bound=RunOptions)
+if TYPE_CHECKING:
+    from detector.training.trainer import RunOptions
 
-
-def with_checkpoint(
-    options: T,
-    *,
-    read: Callable[[str], dict[str, Any]] = read_checkpoint,
-    entry: str = "detector",
-    group: str = "recipe",
-) -> tuple[T, dict[str, Any] | None]:
-    """The options of a run and, where it goes on with another, that run's options and its checkpoint.
-
-    Args:
-        options: as the command line gives them; with `resume`, the run's own with today's changes are returned.
-        read: reads a checkpoint.
-        entry: of a checkpoint, under which it describes itself.
-        group: of configuration files, whose choice a run keeps.
-
-    Raises:
-        InputError: the run cannot go on like this.
-    """
-    if not options.resume:
-        return options, None
-    checkpoint = read_resumable(options.ckpt, read=read, entry=entry)
-    return resumed_options(options, checkpoint, entry=entry, group=group), checkpoint
+T = TypeVar("T", bound="RunOptions")
 
 
-def read_resumable(
-    path: str | None, *, read: Callable[[str], dict[str, Any]] = read_checkpoint, entry: str = "detector"
-) -> dict[str, Any]:
-    """The checkpoint of a run that can go on.
+def read_resumable(path: str | None, entry: str, read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """The checkpoint of a run that can go on; the arguments are those of `trainer.begin`.
 
     Raises:
         InputError: there is none, or it holds weights alone.
@@ -56,16 +31,15 @@ def read_resumable(
     return checkpoint
 
 
-def resumed_options(options: T, checkpoint: Mapping[str, Any], *, entry: str = "detector", group: str = "recipe") -> T:
-    """The options of the run in `checkpoint`, with what the command line of today (`overrides`) changes.
+def resumed_options(options: T, recorded: Mapping[str, Any], group: str) -> T:
+    """The options of a run (`recorded`), with what the command line of today (`overrides`) changes.
 
     Raises:
         InputError: an override chooses what cannot be changed half-way.
     """
-    recorded = checkpoint[entry]["provenance"]["config"]
     given = options.to_dict()
     # The folder of the checkpoint is where the run lies now; it may have been moved.
-    merged = copy.deepcopy(recorded) | {key: given[key] for key in ("ckpt", "resume", "run_dir")}
+    merged = copy.deepcopy(dict(recorded)) | {key: given[key] for key in ("ckpt", "resume", "run_dir")}
     for override in options.overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key == group and options.recipe_name == recorded["recipe_name"]:
@@ -83,22 +57,21 @@ def resumed_options(options: T, checkpoint: Mapping[str, Any], *, entry: str = "
 
 
 def check_can_go_on(
-    path: str, checkpoint: Mapping[str, Any], description: Mapping[str, Any], epochs: int, *, entry: str = "detector"
+    path: str, about: Mapping[str, Any], epoch: int, description: Mapping[str, Any], epochs: int
 ) -> None:
     """
     Args:
         path: of the checkpoint, for messages.
-        checkpoint: what is resumed.
-        description: of what was built now, as the checkpoint has it (`Detector.describe`).
+        about: how the checkpoint describes itself.
+        epoch: the last one that it has seen.
+        description: of what was built now, as the checkpoint has it (`Task.describe`).
         epochs: where the run is to end.
-        entry: as for `checked_config`.
 
     Raises:
         InputError: nothing is left to do, or the network or the classes are not those of the checkpoint.
     """
-    if checkpoint["epoch"] + 1 >= epochs:
+    if epoch + 1 >= epochs:
         raise InputError(f"'{path}' has finished its {epochs} epochs; raise schedule.epochs to train longer.")
-    about = checkpoint[entry]
     recorded = _complete(about["spec"])
     for part, built in description["spec"].items():
         if built != recorded.get(part):

@@ -1,25 +1,30 @@
-"""How a Detector is trained and scored under Lightning: a step, an optimiser, exact evaluation, checkpoint fields."""
+"""How something is trained and scored under Lightning, and a Detector: a step, exact evaluation, checkpoint fields."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from detector.data.annotations import AnnotationIndex
 from detector.data.collate import Batch, EvaluationBatch
 from detector.data.results import Results
 from detector.errors import InputError
-from detector.evaluation.metrics import evaluate
+from detector.evaluation.metrics import evaluate, format_table
 from detector.inference.detector import Detector
 from detector.options import Flag, Options
+from detector.training.callbacks import Columns
+from detector.training.plots import draw_batch
 from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
 from detector.training.trainer import rank, share_buffers, world_size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class FreezeOptions(Options):
@@ -31,33 +36,103 @@ class FreezeOptions(Options):
     """normalisation keeps its statistics and weights (Li et al. 2017, section 4.1: "all batch normalisation fixed")"""
 
 
-class DetectionTask(lightning.LightningModule):
+class Task(lightning.LightningModule):
+    """What is trained and scored; here what detectors and classifiers have in common.
+
+    Args:
+        network: the only child, so that checkpoint keys read `network....`.
+        optimizer, schedule: see their classes; None for evaluation alone.
+
+    Attributes:
+        entry: of a checkpoint, under which it describes itself.
+        columns: of the table of a run.
+        metrics: of the last validation.
+    """
+
+    entry: ClassVar[str]
+    columns: ClassVar[Columns]
+
+    def __init__(
+        self, network: nn.Module, optimizer: OptimizerOptions | None = None, schedule: ScheduleOptions | None = None
+    ) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.optimizer_options, self.schedule = optimizer, schedule
+        self.metrics: dict[str, Any] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the weights, in plain types: the entry of a checkpoint."""
+        raise NotImplementedError
+
+    def draw(self, batch: Any) -> Image:
+        """A grid of training images, as the network sees them."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """The metrics of the last validation, for the log."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        assert self.optimizer_options is not None
+        assert self.schedule is not None
+        return configure(self.trainer, self.network, self.optimizer_options, self.schedule)
+
+    def on_validation_epoch_start(self) -> None:
+        share_buffers(self.network)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        metrics = {key: value for key, value in self.metrics.items() if key != "per_class"}
+        now = {"epoch": int(self.current_epoch), "step": int(self.global_step), "metrics": metrics}
+        about = self.describe()
+        checkpoint[self.entry] = about | {"provenance": about["provenance"] | now}
+
+    def not_finite(self, details: str, look_at: str) -> InputError:
+        """What to say of a loss that is not finite."""
+        return InputError(
+            f"The loss is not finite at step {self.global_step} {details}. Look at {look_at}, lower optimizer.lr, or "
+            "set optimizer.clip_norm=10; last.ckpt holds the state of the last finished epoch "
+            "(ckpt=.../last.ckpt resume=true)."
+        )
+
+
+class DetectionTask(Task):
     """One detector, its losses, and COCO's metrics over the validation split.
 
     Args:
-        detector: what is trained; its network is the only child, so that checkpoint keys read `network....`.
+        detector: what is trained.
+        val_index: what it is scored on.
         optimizer, schedule: see their classes; None for evaluation alone.
         freeze: what of the backbone stays as it is, see `Backbone.freeze`; None: nothing.
     """
 
+    entry = "detector"
+    columns = Columns()
+
     def __init__(
         self,
         detector: Detector,
+        val_index: AnnotationIndex | None = None,
         *,
         optimizer: OptimizerOptions | None = None,
         schedule: ScheduleOptions | None = None,
         freeze: FreezeOptions | None = None,
     ) -> None:
-        super().__init__()
-        self.detector = detector
-        self.network = detector.network
-        self.optimizer_options, self.schedule = optimizer, schedule
-        self.val_index: AnnotationIndex | None = None
+        super().__init__(detector.network, optimizer, schedule)
+        self.detector, self.val_index = detector, val_index
         self.results = Results.of([], [])
         self._found: list[Results] = []
-        self.metrics: dict[str, Any] = {}
         freeze = freeze or FreezeOptions(stages=0, batch_norm=False)
         self._frozen_norms = detector.network.backbone.freeze(freeze.stages, batch_norm=freeze.batch_norm)
+
+    def describe(self) -> dict[str, Any]:
+        return self.detector.describe()
+
+    def draw(self, batch: Batch) -> Image:
+        return draw_batch(batch, self.detector.class_names)
+
+    def summary(self) -> str:
+        assert self.val_index is not None
+        return f"\n{format_table(self.metrics, f'{self.val_index.annotation_file}, last epoch')}\n"
 
     def train(self, mode: bool = True) -> DetectionTask:
         super().train(mode)
@@ -71,23 +146,14 @@ class DetectionTask(lightning.LightningModule):
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
             parts = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            raise InputError(
-                f"The loss is not finite at step {self.global_step} ({parts}) on the images {list(batch.image_ids)}. "
-                "Look at their boxes, lower optimizer.lr, or set optimizer.clip_norm=10; "
-                "last.ckpt holds the state of the last finished epoch (ckpt=.../last.ckpt resume=true)."
-            )
+            raise self.not_finite(f"({parts}) on the images {list(batch.image_ids)}", "their boxes")
         self.log_dict({f"loss_{name}": value for name, value in losses.items()}, batch_size=len(batch))
         self.log("loss", total, prog_bar=True, batch_size=len(batch))
         return total
 
-    def configure_optimizers(self) -> Any:
-        assert self.optimizer_options is not None
-        assert self.schedule is not None
-        return configure(self.trainer, self.network, self.optimizer_options, self.schedule)
-
     def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
         self._found = []
-        share_buffers(self.network)
 
     def validation_step(self, batch: EvaluationBatch, _: int) -> None:
         """Empty where this rank has no image left."""
@@ -109,14 +175,6 @@ class DetectionTask(lightning.LightningModule):
         # An empty split of one size has no value (None); the monitored metrics always have a number.
         for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"):
             self.log(name, float(self.metrics[name] or 0.0), prog_bar=name == "AP")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        provenance = self.detector.provenance | {
-            "epoch": int(self.current_epoch),
-            "step": int(self.global_step),
-            "metrics": {key: value for key, value in self.metrics.items() if key != "per_class"},
-        }
-        checkpoint["detector"] = self.detector.describe() | {"provenance": provenance}
 
 
 @contextmanager

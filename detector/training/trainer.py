@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning
 import torch
 import torch.distributed as dist
-import yaml
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detector.errors import InputError
-from detector.files import replacing
 from detector.options import BelowOne, Count, Flag, Natural, Options
-from detector.training.callbacks import (
-    EMA,
-    FirstBatchImage,
-    History,
-    LastEpochScored,
-    ProgressBar,
-    ProgressLines,
-    RandomStates,
-)
+from detector.training import callbacks as parts
+from detector.training.checkpoints import CheckpointFiles, KeptCheckpoint
 from detector.training.device_options import DeviceOptions
+from detector.training.resume import check_can_go_on, read_resumable, resumed_options
+from detector.training.run_directory import WRITTEN, check_free, run_directory
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
 
+if TYPE_CHECKING:
+    from detector.training.data_module import SplitData
+    from detector.training.task import Task
+
+T = TypeVar("T", bound="RunOptions")
+Checkpoint = dict[str, Any] | None  # of a run that goes on
+
 log = logging.getLogger(__name__)
-# The process that launches the others decides on the name of the run's folder; they find it here.
-RUN_NAME_VARIABLE = "DETECTOR_RUN_NAME"
-# Everything that a run writes but config.yaml, in the order in which the log names it.
-WRITTEN = (
-    "best.pth", "best.ckpt", "last.ckpt", "metrics.csv", "metrics.json", "curves.png", "train_batch.png", "tensorboard"
-)  # fmt: skip
-# What a resumed run goes on with, beside its checkpoint.
-CONTINUED = ("best.pth", "best.ckpt", "metrics.csv", "metrics.json", "train_batch.png")
 LOGGERS = ("lightning.pytorch", "lightning.fabric")
 # What Lightning says about itself and not about this run; a newcomer would take it for a fault.
 NOISE = (
@@ -116,85 +106,6 @@ class RunOptions(Options):
     trainer: TrainerOptions = TrainerOptions()
 
 
-class KeptCheckpoint(ModelCheckpoint):
-    """best.ckpt, the checkpoint with the highest score, the first of equals; or last.ckpt, after each epoch.
-
-    Lightning's forgets the score when its folder has moved; here it goes with the folder, and without the file there
-    is none.
-
-    Args:
-        run_dir: where it is kept.
-        monitor: the metric that decides; None: the last is kept, scored or not.
-    """
-
-    def __init__(self, run_dir: Path, monitor: str | None = None) -> None:
-        # No metric in the file name: '=' in a name could not be given on the command line as ckpt=...
-        self.kept = run_dir / ("best.ckpt" if monitor else "last.ckpt")
-        super().__init__(
-            run_dir, filename=self.kept.stem, monitor=monitor, mode="max" if monitor else "min", save_last=False,
-            save_on_train_epoch_end=None if monitor else True, enable_version_counter=False,
-        )  # fmt: skip
-
-    @property
-    def state_key(self) -> str:
-        """Where a checkpoint holds the state: the place of earlier versions."""
-        return super().state_key.replace("KeptCheckpoint", "ModelCheckpoint", 1)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        score = state_dict["best_model_score"]
-        if score is not None and self.kept.is_file():
-            path = f"{self.dirpath}/{self.kept.name}"
-            self.best_model_path = self.kth_best_model_path = path
-            self.best_model_score = self.kth_value = score
-            self.best_k_models = {path: score}
-
-
-def build_trainer(
-    options: RunOptions,
-    device_arguments: Mapping[str, Any],
-    run_dir: Path,
-    *,
-    epochs: int,
-    best: KeptCheckpoint,
-    history: History,
-    first_batch: FirstBatchImage,
-) -> lightning.Trainer:
-    """Lightning's trainer for one run.
-
-    Args:
-        options: of the run.
-        device_arguments: see `devices`.
-        run_dir: where everything is written.
-        epochs: after which the run ends.
-        best: what keeps the best checkpoint; the last one is kept here.
-        history, first_batch: see their classes. A resumed run has its image already.
-    """
-    callbacks: list[lightning.Callback] = [
-        best,
-        KeptCheckpoint(run_dir),
-        history,
-        LearningRateMonitor("step"),
-        *([first_batch] if not options.resume else []),
-        *([EMA(options.ema)] if options.ema else []),
-        LastEpochScored(),
-        RandomStates(),
-    ]
-    return lightning.Trainer(
-        **device_arguments,
-        **progress(options.trainer, callbacks),
-        max_epochs=epochs,
-        check_val_every_n_epoch=min(options.val.every, epochs),
-        gradient_clip_val=options.optimizer.clip_norm,
-        accumulate_grad_batches=options.trainer.accumulate,
-        logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
-        log_every_n_steps=options.trainer.log_every,
-        num_sanity_val_steps=0,  # its scores of an untrained network have been taken for the best elsewhere
-        use_distributed_sampler=False,  # it pads; those of data_module.py do not when they score
-        enable_model_summary=False,
-        default_root_dir=run_dir,
-    )
-
-
 def progress(options: DeviceOptions, callbacks: list[lightning.Callback]) -> dict[str, Any]:
     """Lightning's arguments for callbacks and for progress: a bar in a terminal, else lines in the log."""
     for name in LOGGERS:
@@ -202,7 +113,7 @@ def progress(options: DeviceOptions, callbacks: list[lightning.Callback]) -> dic
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     terminal = sys.stdout.isatty()
-    shown = ProgressBar(refresh_rate=options.progress_every) if terminal else ProgressLines()
+    shown = parts.ProgressBar(refresh_rate=options.progress_every) if terminal else parts.ProgressLines()
     return {"callbacks": [*callbacks, shown], "enable_progress_bar": terminal}
 
 
@@ -212,7 +123,13 @@ def devices(options: DeviceOptions) -> dict[str, Any]:
     gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
     devices: Any = list(options.devices) if isinstance(options.devices, tuple) else options.devices
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes already
-        devices, nodes = _launched(options.devices)
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        if options.devices not in ("auto", here):
+            raise InputError(
+                f"trainer.devices={options.devices}, but torchrun started {here} processes; leave trainer.devices "
+                f"out, or start torchrun with --nproc-per-node {options.devices}."
+            )
+        devices, nodes = here, int(os.environ["WORLD_SIZE"]) // here
     elif devices == "auto":
         devices = gpus or 1
     if accelerator in ("gpu", "cuda") and gpus == 0:
@@ -248,37 +165,95 @@ def ranks_end_together(trainer: lightning.Trainer) -> Iterator[None]:
         raise
 
 
-def fit(
-    trainer: lightning.Trainer,
-    task: lightning.LightningModule,
-    data: lightning.LightningDataModule,
-    resumed: str | None,
-) -> None:
-    """Train to the end, from the checkpoint `resumed` where there is one.
+def begin(options: T, *, entry: str, read: Callable[[str], dict[str, Any]], group: str) -> tuple[T, Checkpoint]:
+    """The options of a run and, where it goes on with another, that run's options and its checkpoint.
+
+    Args:
+        options: as the command line gives them; with `resume`, the run's own with today's changes are returned.
+        entry: of a checkpoint, under which it describes itself.
+        read: reads a checkpoint.
+        group: of configuration files, whose choice a run keeps.
 
     Raises:
+        InputError: the run cannot go on like this, its directory holds another, or the devices are not there.
+    """
+    check_free(options)
+    checkpoint: Checkpoint = None
+    if options.resume:
+        checkpoint = read_resumable(options.ckpt, entry, read)
+        options = resumed_options(options, checkpoint[entry]["provenance"]["config"], group)
+    devices(options.trainer)  # what is wrong with them is said before the data is read
+    # Not the draws of the first epochs once more where a run goes on.
+    lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
+    return options, checkpoint
+
+
+def fit(
+    options: RunOptions,
+    checkpoint: Checkpoint,
+    task: Task,
+    data: SplitData,
+    above: Path = Path("runs"),
+    weights: Callable[[Mapping[str, Any]], dict[str, Tensor]] | None = None,
+) -> Path:
+    """Train to the end, with everything that a run writes. Returns the run directory.
+
+    Args:
+        options, checkpoint: see `begin`.
+        task, data: what is trained, and on what.
+        above: where run directories lie that are not given.
+        weights: of a checkpoint; what best.pth holds. None: there is no best.pth.
+
+    Raises:
+        InputError: nothing is left to do, or the checkpoint does not fit.
         KeyboardInterrupt: Ctrl-C; Lightning has ended the run in order.
     """
+    epochs = options.schedule.epochs_for(data.train_images)
+    if checkpoint:
+        check_can_go_on(str(options.ckpt), checkpoint[task.entry], checkpoint["epoch"], task.describe(), epochs)
+    run_dir = run_directory(options, above)  # last: a mistake above leaves no empty folder
+    callbacks: list[lightning.Callback] = [
+        KeptCheckpoint(run_dir, task.columns.monitor),
+        KeptCheckpoint(run_dir),
+        parts.History(run_dir, every=options.trainer.log_every, columns=task.columns),
+        LearningRateMonitor("step"),
+        *([parts.FirstBatchImage(run_dir)] if not options.resume else []),  # a resumed run has its image already
+        *([parts.EMA(options.ema)] if options.ema else []),
+        parts.LastEpochScored(),
+        parts.RandomStates(),
+    ]
+    trainer = lightning.Trainer(
+        **devices(options.trainer),
+        **progress(options.trainer, callbacks),
+        max_epochs=epochs,
+        check_val_every_n_epoch=min(options.val.every, epochs),
+        gradient_clip_val=options.optimizer.clip_norm,
+        accumulate_grad_batches=options.trainer.accumulate,
+        logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
+        log_every_n_steps=options.trainer.log_every,
+        num_sanity_val_steps=0,  # its scores of an untrained network have been taken for the best elsewhere
+        use_distributed_sampler=False,  # it pads; those of data_module.py do not when they score
+        enable_model_summary=False,
+        default_root_dir=run_dir,
+        plugins=[CheckpointFiles(weights)],
+    )
     with ranks_end_together(trainer), logging_redirect_tqdm():
-        trainer.fit(task, data, ckpt_path=resumed, weights_only=True)
+        trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        log.info("%s", task.summary())
+        log.info("%s in %s", ", ".join(name for name in WRITTEN[:-1] if (run_dir / name).exists()), run_dir)
+    return run_dir
 
 
-def _launched(devices: Any) -> tuple[int, int]:
-    """Processes per node, and nodes, as torchrun started them."""
-    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    if devices not in ("auto", here):
-        raise InputError(
-            f"trainer.devices={devices}, but torchrun started {here} processes; leave trainer.devices out, "
-            f"or start torchrun with --nproc-per-node {devices}."
-        )
-    return here, everywhere // here
-
-
-def is_first_process() -> bool:
-    """Whether this process has rank 0; known before the processes have met, whoever started them."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+def provenance(options: RunOptions) -> dict[str, Any]:
+    """Where a network comes from, for its checkpoint."""
+    return {
+        "config": options.to_dict(),
+        "torch": str(torch.__version__),
+        "created": datetime.now().isoformat(timespec="seconds"),
+    }
 
 
 def world_size() -> int:
@@ -315,82 +290,3 @@ def without_traces() -> Iterator[None]:
             torch.set_num_threads(threads)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
-
-
-def check_free(options: RunOptions) -> None:
-    """
-    Raises:
-        InputError: the run directory that is given holds a run already.
-    """
-    if options.run_dir and not options.resume and not options.overwrite and is_first_process():
-        run_dir = Path(options.run_dir)
-        if any((run_dir / name).exists() for name in WRITTEN):
-            raise InputError(
-                f"'{run_dir}' holds a run. Choose another run_dir; or overwrite=true, which removes that run; or "
-                f"ckpt={run_dir / 'last.ckpt'} resume=true, which goes on with it."
-            )
-
-
-def run_directory(options: RunOptions, above: Path = Path("runs")) -> Path:
-    """Given, or the resumed run's, or <above>/<recipe>/<backbone>/<time>. Rank 0 alone writes to it, beginning here."""
-    if options.run_dir:
-        run_dir = Path(options.run_dir)
-    elif options.resume:
-        run_dir = Path(str(options.ckpt)).parent
-    else:
-        folder = above / options.recipe_name / options.backbone_name
-        run_dir = folder / os.environ.setdefault(RUN_NAME_VARIABLE, _free_name(folder))
-    if is_first_process():
-        check_writable(run_dir)
-        if options.resume:
-            _bring(Path(str(options.ckpt)).parent, run_dir)
-        else:
-            _clear(run_dir)
-        with replacing(run_dir / "config.yaml") as partial:
-            partial.write_text(yaml.safe_dump(options.to_dict(), sort_keys=False))
-        log.info("run directory: %s", run_dir)
-    return run_dir
-
-
-def _free_name(folder: Path) -> str:
-    """The time, to the second; with a number where a run has begun in the same one."""
-    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = itertools.chain([now], (f"{now}_{number}" for number in itertools.count(2)))
-    return next(name for name in names if not (folder / name).exists())
-
-
-def _bring(old: Path, new: Path) -> None:
-    """What belongs to a run, where it goes on in another folder."""
-    for name in CONTINUED:
-        if (old / name).is_file() and not (new / name).exists():
-            shutil.copy2(old / name, new / name)
-
-
-def _clear(run_dir: Path) -> None:
-    """Remove what another run has left, or its best.ckpt would pass for this one's."""
-    for name in WRITTEN:
-        if (run_dir / name).is_dir():
-            shutil.rmtree(run_dir / name)
-        else:
-            (run_dir / name).unlink(missing_ok=True)
-
-
-def say_what_was_written(run_dir: Path) -> None:
-    """A line in the log that names the files of a run."""
-    log.info("%s in %s", ", ".join(name for name in WRITTEN[:-1] if (run_dir / name).exists()), run_dir)
-
-
-def check_writable(folder: Path) -> None:
-    """
-    Raises:
-        InputError: nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"Cannot write to '{folder}': {error.strerror or error}. Choose another run_dir= or out=."
-        ) from error
