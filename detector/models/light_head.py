@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from detector.errors import InputError
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
+from detector.models.layers import draw_small
 from detector.models.matching import Matches, gather_boxes, match, sample
 from detector.models.postprocess import FixedDetections, Suppress, is_empty, keep_best, suppress_eagerly
 from detector.models.ps_roi_align import ps_roi_align
@@ -158,9 +159,8 @@ class LightHead(nn.Module):
         self.class_logits = nn.Linear(hidden, num_classes + 1)
         self.box_deltas = nn.Linear(hidden, 4 if options.class_agnostic else 4 * num_classes)
         self.register_buffer("box_std", torch.tensor(BOX_STD), persistent=False)
-        for layer, std in ((self.class_logits, 0.01), (self.box_deltas, 0.001)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        draw_small(self.class_logits, 0.01)
+        draw_small(self.box_deltas, 0.001)
 
     def readers(self) -> list[nn.Module]:
         """The layers that read the map."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from detector.models.layers import conv_bn, depthwise
 from detector.options import Count, Options
 
 
@@ -91,18 +92,12 @@ class ContextEnhancement(Neck):
         width = options.width
         self.rpn_channels = self.head_channels = width
         self.rpn_stride = self.head_stride = strides["c4"]
-        self.c3 = _conv_bn(channels["c3"], width, kernel=3, stride=2)
-        self.c4 = _conv_bn(channels["c4"], width)
-        self.c5 = _conv_bn(channels["c5"], width)
+        self.c3 = conv_bn(channels["c3"], width, 3, stride=2)
+        self.c4 = conv_bn(channels["c4"], width)
+        self.c5 = conv_bn(channels["c5"], width)
         # No normalisation on the global branch: one value per image and channel has no variance at batch size 1.
         self.context = nn.Conv2d(channels["c5"], width, 1)
-        self.mix = nn.Sequential(
-            nn.Conv2d(width, width, 5, padding=2, groups=width, bias=False),
-            nn.BatchNorm2d(width),
-            nn.Conv2d(width, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-        )
+        self.mix = nn.Sequential(*depthwise(width, 5), *conv_bn(width, width, activation="relu"))
 
     def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         c4 = self.c4(features["c4"])
@@ -114,13 +109,6 @@ class ContextEnhancement(Neck):
     def readers(self, name: str) -> list[nn.Module]:
         readers: dict[str, list[nn.Module]] = {"c3": [self.c3], "c4": [self.c4], "c5": [self.c5, self.context]}
         return readers[name]
-
-
-def _conv_bn(inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-    )
 
 
 NECKS: dict[str, type[NoNeck | ContextEnhancement]] = {"none": NoNeck, "cem": ContextEnhancement}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from detector.errors import InputError
 from detector.models.anchors import AnchorGrid
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
+from detector.models.layers import conv_bn, depthwise, draw_small
 from detector.models.matching import Matches, gather_boxes, match, sample
 from detector.models.postprocess import Suppress, is_empty, keep_best, suppress_eagerly
 from detector.options import Count, Flag, Options, Positive, Share
@@ -103,13 +104,15 @@ class RPN(nn.Module):
         self.options = options
         channels = options.channels
         self.anchors = AnchorGrid(scales=options.scales, ratios=options.ratios, stride=stride)
-        self.hidden = _separable(in_channels, channels) if options.separable else _dense(in_channels, channels)
+        if options.separable:
+            self.hidden = nn.Sequential(*depthwise(in_channels, 5), *conv_bn(in_channels, channels, activation="relu"))
+        else:
+            self.hidden = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True))
+            draw_small(self.hidden[0], 0.01)
         self.objectness = nn.Conv2d(channels, self.anchors.per_cell, 1)
         self.deltas = nn.Conv2d(channels, 4 * self.anchors.per_cell, 1)
         for layer in (self.objectness, self.deltas):
-            nn.init.normal_(layer.weight, std=0.01)
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
+            draw_small(layer, 0.01)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw outputs for a map (N, C, h, w).
@@ -211,21 +214,3 @@ def _centred(anchors: Tensor, image_sizes: Tensor) -> Tensor:
     """Which anchors are centred on the image, not on its padding: (N, A). Padding is too easy to learn from."""
     centers = (anchors[:, :2] + anchors[:, 2:]) / 2
     return (centers < image_sizes.flip(-1)[:, None]).all(dim=-1)
-
-
-def _dense(inputs: int, outputs: int) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-    nn.init.normal_(conv.weight, std=0.01)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
-    return nn.Sequential(conv, nn.ReLU(inplace=True))
-
-
-def _separable(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, inputs, 5, padding=2, groups=inputs, bias=False),
-        nn.BatchNorm2d(inputs),
-        nn.Conv2d(inputs, outputs, 1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from detector.models.backbones import build_backbone
 from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions
-from detector.models.backbones.layers import activation_layer
+from detector.models.layers import conv_bn
 
 
 class ImageClassifier(nn.Module):
@@ -21,18 +21,11 @@ class ImageClassifier(nn.Module):
 
     def __init__(self, backbone: Backbone, num_classes: int, options: ClassifierOptions) -> None:
         super().__init__()
-        conv5_channels = options.conv5_channels
         self.backbone = backbone
-        inputs = backbone.channels["c5"]
-        self.conv5: nn.Module = nn.Identity()
-        if conv5_channels is not None:
-            self.conv5 = nn.Sequential(
-                nn.Conv2d(inputs, conv5_channels, 1, bias=False),
-                nn.BatchNorm2d(conv5_channels),
-                activation_layer(options.activation),
-            )
+        inputs, outputs = backbone.channels["c5"], options.conv5_channels
+        self.conv5 = nn.Identity() if outputs is None else conv_bn(inputs, outputs, activation=options.activation)
         self.dropout = nn.Dropout(options.dropout)
-        self.fc = nn.Linear(conv5_channels or inputs, num_classes)
+        self.fc = nn.Linear(outputs or inputs, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised float images (N, 3, H, W) -> class logits (N, num_classes)."""

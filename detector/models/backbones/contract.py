@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from detector.models.backbones.layers import Activation
+from detector.models.layers import Activation
 from detector.options import BelowOne, Count, Flag, Options, Positive
 
 Stages = tuple[Count, ...]
 """Outputs, or units, of each stage."""
+FEATURES = ("c3", "c4", "c5")
 
 
 class ClassifierOptions(Options):
@@ -58,6 +60,25 @@ class BackboneOptions(Options):
         return self.model_dump(mode="json", exclude={"weights", "classifier", "published"})
 
 
+class Place(NamedTuple):
+    """Where a unit stands in a backbone.
+
+    Attributes:
+        stage: "stage1" to "stage4".
+        first: of its stage.
+        inputs, outputs: channels.
+        stride: 2 where the map shrinks: in the first unit of a stage, but not in a dilated stage nor in stage1.
+        dilation: of 3x3 convolutions: 2 in a dilated stage, from its second unit on.
+    """
+
+    stage: str
+    first: bool
+    inputs: int
+    outputs: int
+    stride: int
+    dilation: int
+
+
 class Backbone(nn.Module):
     """Image in, feature maps out.
 
@@ -67,19 +88,55 @@ class Backbone(nn.Module):
         channels: of "c3", "c4", "c5".
         strides: of "c3", "c4", "c5": 8, 16, 32; c5 keeps 16 where the last stage is dilated.
         stages: names of the submodules of each stage from the stem on, in the order in which an image meets them. The
-            first is everything up to stride 4, the others lead to c3, c4 and c5. What `freeze` counts.
+            first is everything up to stride 4, the others lead to c3, c4 and c5. What `forward` runs, and what `freeze`
+            counts.
     """
 
     channels: dict[str, int]
     strides: dict[str, int]
     stages: Sequence[Sequence[str]]
 
+    def __init__(self, *, dilate_c5: bool = False) -> None:
+        super().__init__()
+        self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
+
+    def add_stages(
+        self, stem: Sequence[str], inputs: int, channels: Sequence[int], repeats: Sequence[int],
+        unit: Callable[[Place], nn.Module], chain: type[nn.Sequential] = nn.Sequential,
+    ) -> None:  # fmt: skip
+        """Add "stage2" to "stage4", which give c3, c4 and c5; of four stages, "stage1" at stride 4 before them.
+
+        Args:
+            stem: names of the submodules before.
+            inputs: channels of the stem.
+            channels, repeats: outputs and units of each stage.
+            unit: makes a unit for its place.
+            chain: what a stage is.
+        """
+        names = [f"stage{number}" for number in range(5 - len(channels), 5)]
+        for name, outputs, count in zip(names, channels, repeats, strict=True):
+            dilated = name == "stage4" and self.strides["c5"] == 16
+            units = []
+            for number in range(count):
+                stride = 1 if number or dilated or name == "stage1" else 2
+                units.append(unit(Place(name, not number, inputs, outputs, stride, 2 if dilated and number else 1)))
+                inputs = outputs
+            self.add_module(name, chain(*units))
+        self.channels = dict(zip(FEATURES, channels[-3:], strict=True))
+        self.stages = ((*stem, *names[:-3]), *((name,) for name in names[-3:]))
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised float images (N, 3, H, W) -> {"c3": (N, channels["c3"], H / 8, W / 8), "c4": ..., "c5": ...}.
 
         Where H or W is no multiple of a stride, the maps are rounded up, and they lie in channels_last memory.
         """
-        raise NotImplementedError
+        x = images.contiguous(memory_format=torch.channels_last)
+        maps = []
+        for stage in self.stages:
+            for name in stage:
+                x = self.get_submodule(name)(x)
+            maps.append(x)
+        return dict(zip(FEATURES, maps[1:], strict=True))
 
     def unshuffle(self) -> dict[str, Tensor]:
         """Give up the order of channels where that is faster, in place; for inference, with normalisation folded.

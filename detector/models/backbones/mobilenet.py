@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from detector.errors import InputError
 from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions
-from detector.models.backbones.layers import Activation, activation_layer, depthwise, pointwise
+from detector.models.layers import Activation, conv_bn, depthwise
 from detector.options import Count, Flag, Positive
 
-# Outputs of the separable convolutions of each stage; the first of a stage has the stride, except at stride 2.
-V1_STAGES = ((64, 128, 128), (256, 256), (512,) * 6, (1024, 1024))
 # Expansion, outputs, blocks, stride of the first block: table 2 of V2, in its letters t, c, n, s.
 V2_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-V2_ENDS = {6: "c3", 13: "c4", 17: "c5"}  # blocks after which the stride changes, or all ends
 
 
-def _stem(outputs: int, activation: Activation) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, outputs, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        activation_layer(activation),
-    )
-
-
-def _separable(inputs: int, outputs: int, activation: Activation, *, stride: int, dilation: int) -> nn.Sequential:
+def _separable(
+    inputs: int, outputs: int, activation: Activation, *, stride: int = 1, dilation: int = 1
+) -> nn.Sequential:
     """Howard et al. 2017, figure 3: depthwise 3x3 and 1x1, each with BN and an activation."""
     return nn.Sequential(
-        *depthwise(inputs, stride=stride, dilation=dilation),
-        activation_layer(activation),
-        *pointwise(inputs, outputs, activation),
+        *depthwise(inputs, activation=activation, stride=stride, dilation=dilation),
+        *conv_bn(inputs, outputs, activation=activation),
     )
 
 
@@ -59,36 +48,22 @@ class MobileNetV1(Backbone):
     dilate_c5: every second pixel of c5 is what it would be without.
     """
 
-    stage1: nn.Sequential
-    stage2: nn.Sequential
-    stage3: nn.Sequential
-    stage4: nn.Sequential
-
     def __init__(self, options: MobileNetV1Options) -> None:
-        super().__init__()
-        width, activation, dilate_c5 = options.width, options.activation, options.dilate_c5
-        inputs = int(32 * width)
-        self.conv1 = _stem(inputs, activation)
-        for number, outputs in enumerate(V1_STAGES, start=1):
-            dilated = dilate_c5 and number == 4
-            layers = []
-            for place, channels in enumerate(outputs):
-                # Stage 1 begins at stride 2 and goes to stride 4 with its second layer.
-                stride = 2 if place == (1 if number == 1 else 0) and not dilated else 1
-                dilation = 2 if dilated and place else 1
-                layers.append(_separable(inputs, int(channels * width), activation, stride=stride, dilation=dilation))
-                inputs = int(channels * width)
-            self.add_module(f"stage{number}", nn.Sequential(*layers))
-        self.channels = {"c3": int(256 * width), "c4": int(512 * width), "c5": int(1024 * width)}
-        self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
-        self.stages = (("conv1", "stage1"), ("stage2",), ("stage3",), ("stage4",))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
-        x = self.conv1(images.contiguous(memory_format=torch.channels_last))
-        c3 = self.stage2(self.stage1(x))
-        c4 = self.stage3(c3)
-        return {"c3": c3, "c4": c4, "c5": self.stage4(c4)}
+        super().__init__(dilate_c5=options.dilate_c5)
+        activation = options.activation
+        first, *widths = (int(channels * options.width) for channels in (32, 64, 128, 256, 512, 1024))
+        self.conv1 = conv_bn(3, first, 3, activation, stride=2)
+        self.stage1 = nn.Sequential(
+            _separable(first, widths[0], activation),
+            _separable(widths[0], widths[1], activation, stride=2),
+            _separable(widths[1], widths[1], activation),
+        )
+        self.add_stages(
+            ("conv1", "stage1"), widths[1], widths[2:], (2, 6, 2),
+            lambda place: _separable(
+                place.inputs, place.outputs, activation, stride=place.stride, dilation=place.dilation
+            ),
+        )  # fmt: skip
 
 
 class InvertedResidual(nn.Module):
@@ -103,23 +78,15 @@ class InvertedResidual(nn.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        expansion: int,
-        stride: int,
-        dilation: int,
-        shortcut: bool,
+        self, inputs: int, outputs: int, *, expansion: int, stride: int, dilation: int, shortcut: bool,
         activation: Activation,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         middle = inputs * expansion
-        widen = [nn.Sequential(*pointwise(inputs, middle, activation))] if expansion > 1 else []
         self.conv = nn.Sequential(
-            *widen,
-            nn.Sequential(*depthwise(middle, stride=stride, dilation=dilation), activation_layer(activation)),
-            *pointwise(middle, outputs, None),
+            *([conv_bn(inputs, middle, activation=activation)] if expansion > 1 else []),
+            depthwise(middle, activation=activation, stride=stride, dilation=dilation),
+            *conv_bn(middle, outputs),
         )
         self.residual = shortcut and inputs == outputs
 
@@ -156,18 +123,17 @@ class MobileNetV2(Backbone):
     """
 
     def __init__(self, options: MobileNetV2Options) -> None:
-        super().__init__()
-        width, multiple_of, dilate_c5 = options.width, options.multiple_of, options.dilate_c5
-        activation = options.activation
+        super().__init__(dilate_c5=options.dilate_c5)
+        width, multiple_of, activation = options.width, options.multiple_of, options.activation
         inputs = rounded_channels(32 * width, multiple_of)
-        features: list[nn.Module] = [_stem(inputs, activation)]
+        features: list[nn.Module] = [conv_bn(3, inputs, 3, activation, stride=2)]
         ends: list[int] = []  # outputs of every row of table 2
         for expansion, channels, count, stride in V2_STAGES:
             scaled = channels != 320 or options.scale_last
             outputs = rounded_channels(channels * width, multiple_of) if scaled else channels
+            dilated = options.dilate_c5 and channels >= 160
             for number in range(count):
                 strided = stride == 2 and number == 0
-                dilated = dilate_c5 and channels >= 160
                 features.append(
                     InvertedResidual(
                         inputs, outputs, expansion=expansion, stride=2 if strided and not dilated else 1,
@@ -178,19 +144,8 @@ class MobileNetV2(Backbone):
             ends.append(outputs)
         self.features = nn.Sequential(*features)
         self.channels = {"c3": ends[2], "c4": ends[4], "c5": ends[6]}
-        self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
         parts = [f"features.{number}" for number in range(len(features))]
         self.stages = (parts[:4], parts[4:7], parts[7:14], parts[14:])
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
-        x = images.contiguous(memory_format=torch.channels_last)
-        maps = {}
-        for number, block in enumerate(self.features):
-            x = block(x)
-            if number in V2_ENDS:
-                maps[V2_ENDS[number]] = x
-        return maps
 
 
 def rounded_channels(channels: float, multiple_of: int) -> int:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone, BackboneOptions, Stages
-from detector.models.backbones.layers import depthwise, pointwise, pooled_stem
+from detector.models.backbones.contract import Backbone, BackboneOptions, Place, Stages
+from detector.models.layers import conv_bn, depthwise, pooled_stem
 from detector.options import Count, Flag, Positive
 
 STAGE_2 = {1: 144, 2: 200, 3: 240, 4: 272, 8: 384}  # table 1: groups -> outputs; stages 3 and 4 have twice, four times
@@ -34,33 +34,27 @@ class Unit(nn.Module):
 
     BN after each convolution, no ReLU after the depthwise one (section 3.2).
 
-    Args:
-        inputs, middle, outputs: channels; `middle` is the bottleneck.
-        groups: of the second 1x1; of the first one too, unless `dense_start`.
-        dense_start: one group in the first 1x1, because its inputs are few (section 3.2, stage 2).
-        concatenate: figure 2 (c): the shortcut is averaged over 3x3 cells (padding counts) and takes a part of the
-            outputs. False: figure 2 (b): it is added, filled up with zeros where there are more outputs than inputs
-            (He et al. 2016, section 3.3, option A).
-        stride: of the depthwise convolution and the average.
-        dilation: of the depthwise convolution.
-        se: squeeze-and-excitation on all outputs before the last ReLU: before the addition, after the concatenation.
-        shuffle: false for the ablation of table 3.
+    The first 1x1 of all has one group, because its inputs are few (section 3.2, stage 2). Where a stage begins, the
+    shortcut is averaged over 3x3 cells (padding counts) and takes a part of the outputs, figure 2 (c); elsewhere, and in
+    all of a stage at stride 4, it is added, figure 2 (b), filled up with zeros where there are more outputs than inputs
+    (He et al. 2016, section 3.3, option A). Squeeze-and-excitation is on all outputs before the last ReLU: before the
+    addition, after the concatenation.
     """
 
-    def __init__(
-        self, inputs: int, middle: int, outputs: int, *, groups: int, dense_start: bool, concatenate: bool, stride: int,
-        dilation: int, se: bool, shuffle: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, place: Place, options: ShuffleNetV1Options) -> None:
         super().__init__()
+        inputs, outputs, groups = place.inputs, place.outputs, options.groups
+        middle = outputs // options.bottleneck // groups * groups
+        concatenate = place.first and place.stage != "stage1"
         own = outputs - inputs if concatenate else outputs
-        self.reduce = nn.Sequential(*pointwise(inputs, middle, groups=1 if dense_start else groups))
+        self.reduce = conv_bn(inputs, middle, activation="relu", groups=1 if inputs == options.stem else groups)
         self.expand = nn.Sequential(
-            *depthwise(middle, stride=stride, dilation=dilation), *pointwise(middle, own, None, groups=groups)
+            *depthwise(middle, stride=place.stride, dilation=place.dilation), *conv_bn(middle, own, groups=groups)
         )
-        self.se = SqueezeExcitation(outputs, outputs // SE_REDUCTION) if se else nn.Identity()
-        self.pool = nn.AvgPool2d(3, stride, padding=1) if concatenate else None
+        self.se = SqueezeExcitation(outputs, outputs // SE_REDUCTION) if options.se else nn.Identity()
+        self.pool = nn.AvgPool2d(3, place.stride, padding=1) if concatenate else None
         self.missing = 0 if concatenate else outputs - inputs
-        self.shuffle = groups if shuffle else 1
+        self.shuffle = groups if options.shuffle else 1
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.reduce(x)
@@ -163,41 +157,9 @@ class ShuffleNetV1(Backbone):
     dilate_c5: every second pixel of c5 is what it would be without (but for SE).
     """
 
-    stage1: nn.Sequential
-    stage2: nn.Sequential
-    stage3: nn.Sequential
-    stage4: nn.Sequential
-
     def __init__(self, options: ShuffleNetV1Options) -> None:
-        super().__init__()
-        groups, outputs, stem = options.groups, options.outputs, options.stem
-        self.stem = pooled_stem(stem)
-        names = [f"stage{number}" for number in range(5 - len(outputs), 5)]
-        inputs = stem
-        for name, width_of_stage, count in zip(names, outputs, options.repeats, strict=True):
-            dilated = options.dilate_c5 and name == "stage4"
-            units = []
-            for number in range(count):
-                first = number == 0
-                units.append(
-                    Unit(
-                        inputs, width_of_stage // options.bottleneck // groups * groups, width_of_stage, groups=groups,
-                        dense_start=first and name == names[0], concatenate=first and name != "stage1",
-                        stride=2 if first and name != "stage1" and not dilated else 1,
-                        dilation=2 if dilated and not first else 1, se=options.se, shuffle=options.shuffle,
-                    )
-                )  # fmt: skip
-                inputs = width_of_stage
-            self.add_module(name, nn.Sequential(*units))
-        self.channels = dict(zip(("c3", "c4", "c5"), outputs[-3:], strict=True))
-        self.strides = {"c3": 8, "c4": 16, "c5": 16 if options.dilate_c5 else 32}
-        self.stages = (("stem", *names[:-3]), *((name,) for name in names[-3:]))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
-        if "stage1" in self._modules:
-            x = self.stage1(x)
-        c3 = self.stage2(x)
-        c4 = self.stage3(c3)
-        return {"c3": c3, "c4": c4, "c5": self.stage4(c4)}
+        super().__init__(dilate_c5=options.dilate_c5)
+        self.stem = pooled_stem(options.stem)
+        self.add_stages(
+            ("stem",), options.stem, options.outputs, options.repeats, lambda place: Unit(place, options)
+        )  # fmt: skip

@@ -5,8 +5,7 @@ Module names are torchvision's, so that its ImageNet weights load by key; conv5 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -16,9 +15,9 @@ from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
 from detector.models.backbones.channel_order import uneven_order
-from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions, Stages
-from detector.models.backbones.layers import Activation, activation_layer, depthwise, pointwise
+from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions, Place, Stages
 from detector.models.backbones.unshuffled import UnshuffledStage, reorder_inputs
+from detector.models.layers import Activation, activation_layer, conv_bn, depthwise
 from detector.options import Count, Flag
 
 Pair = tuple[Tensor, Tensor]
@@ -53,11 +52,12 @@ class ExtraDepthwise(nn.Sequential):
     starts_as_identity = True
 
     def __init__(self, channels: int, *, dilation: int) -> None:
-        convolution, norm = depthwise(channels, stride=1, dilation=dilation)
-        super().__init__(convolution, norm)
+        super().__init__(*depthwise(channels, dilation=dilation))
+        parts: Any = tuple(self)
+        convolution, norm = parts
         nn.init.dirac_(convolution.weight, groups=channels)
         # Normalisation divides by sqrt(running_var + eps): exactly one.
-        norm.get_buffer("running_var").fill_(1 - norm.eps)
+        norm.running_var.fill_(1 - norm.eps)
 
     def train(self, mode: bool = True) -> ExtraDepthwise:
         super().train(mode)
@@ -66,26 +66,23 @@ class ExtraDepthwise(nn.Sequential):
         return self
 
 
-class MainBranch(nn.Sequential):
+def main_branch(inputs: int, outputs: int, place: Place, options: ShuffleNetV2Options, last: Any) -> nn.Sequential:
     """1x1, depthwise 3x3, 1x1, each with BN, activations after the 1x1 (figure 3); then, in deeper variants, SE.
 
-    Args:
-        inputs, middle, outputs: channels.
-        linear: no activation at the end, because a residual is added before it.
-        se: squeeze-and-excitation on the outputs, fully connected layers of full width, as in the authors' released
-            code (github.com/megvii-model/ShuffleNet-Series, ShuffleNetV2.Large).
-    """
+    SE is on the outputs, with fully connected layers of full width, as in the authors' released code
+    (github.com/megvii-model/ShuffleNet-Series, ShuffleNetV2.Large).
 
-    def __init__(
-        self, inputs: int, middle: int, outputs: int, *, stride: int, dilation: int, activation: Activation,
-        linear: bool, se: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            *pointwise(inputs, middle, activation),
-            *depthwise(middle, stride=stride, dilation=dilation),
-            *pointwise(middle, outputs, None if linear else activation),
-            *([SqueezeExcitation(outputs, outputs)] if se else []),
-        )
+    Args:
+        inputs, outputs: channels; in between they are half of those of the unit.
+        last: activation at the end; None where a residual is added before it.
+    """
+    middle = place.outputs // 2
+    return nn.Sequential(
+        *conv_bn(inputs, middle, activation=options.activation),
+        *depthwise(middle, stride=place.stride, dilation=place.dilation),
+        *conv_bn(middle, outputs, activation=last),
+        *([SqueezeExcitation(outputs, outputs)] if options.se else []),
+    )
 
 
 class Unit(nn.Module):
@@ -93,24 +90,15 @@ class Unit(nn.Module):
 
     Units hand over their two halves before the shuffle, (N, C/2, H, W) each, so that shuffling and splitting again is
     one interleave for each half and no copy of a strided half.
-
-    Args:
-        channels: of input and output.
-        dilation, extra_depthwise, se, residual, activation, shuffle: see ShuffleNetV2.
     """
 
-    def __init__(
-        self, channels: int, *, dilation: int, extra_depthwise: bool, se: bool, residual: bool, activation: Activation,
-        shuffle: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, place: Place, options: ShuffleNetV2Options) -> None:
         super().__init__()
-        half = channels // 2
-        self.extra = ExtraDepthwise(half, dilation=dilation) if extra_depthwise else nn.Identity()
-        self.branch2 = MainBranch(
-            half, half, half, stride=1, dilation=dilation, activation=activation, linear=residual, se=se
-        )
-        self.last = activation_layer(activation) if residual else None
-        self.shuffle = shuffle
+        half, activation = place.outputs // 2, options.activation
+        self.extra = ExtraDepthwise(half, dilation=place.dilation) if options.extra_depthwise else nn.Identity()
+        self.branch2 = main_branch(half, half, place, options, None if options.residual else activation)
+        self.last = activation_layer(activation) if options.residual else None
+        self.shuffle = options.shuffle
 
     def forward(self, pair: Pair) -> Pair:
         kept, x = split_shuffled(pair) if self.shuffle else pair
@@ -128,31 +116,24 @@ def split_shuffled(pair: Pair) -> Pair:
 class DownsamplingUnit(nn.Module):
     """Figure 3 (d): all channels go through both branches, and their outputs together are wider.
 
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output, both branches together.
-        stride: 2; 1 in a dilated stage, and in the first of four stages.
-        extra_depthwise: V2*; the projection begins with a depthwise convolution already.
-        layout, se, activation, shuffle: see ShuffleNetV2.
+    In V2* too the projection begins with one depthwise convolution, which is there already.
     """
 
     order: Tensor | None
 
-    def __init__(
-        self, inputs: int, outputs: int, *, stride: int, extra_depthwise: bool, layout: str, se: bool,
-        activation: Activation, shuffle: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, place: Place, options: ShuffleNetV2Options) -> None:
         super().__init__()
-        self.outputs, half = outputs, outputs // 2
-        projected = inputs if layout == "paper" else half
-        self.branch1 = nn.Sequential(*depthwise(inputs, stride=stride), *pointwise(inputs, projected, activation))
-        self.extra = ExtraDepthwise(inputs, dilation=1) if extra_depthwise else nn.Identity()
-        self.branch2 = MainBranch(
-            inputs, half, outputs - projected, stride=stride, dilation=1, activation=activation, linear=False, se=se
+        inputs, activation = place.inputs, options.activation
+        self.outputs, self.shuffle = place.outputs, options.shuffle
+        projected = inputs if options.layout == "paper" else self.outputs // 2
+        self.branch1 = nn.Sequential(
+            *depthwise(inputs, stride=place.stride), *conv_bn(inputs, projected, activation=activation)
         )
+        self.extra = ExtraDepthwise(inputs, dilation=1) if options.extra_depthwise else nn.Identity()
+        self.branch2 = main_branch(inputs, self.outputs - projected, place, options, activation)
         # Kept in checkpoints: weights trained with another order of the channels must not load in silence.
-        uneven = shuffle and projected != half
-        self.register_buffer("order", torch.from_numpy(uneven_order(outputs)) if uneven else None)
+        uneven = self.shuffle and 2 * projected != self.outputs
+        self.register_buffer("order", torch.from_numpy(uneven_order(self.outputs)) if uneven else None)
 
     def forward(self, x: Tensor) -> Pair:
         first, second = self.branch1(x), self.branch2(self.extra(x))
@@ -165,16 +146,12 @@ class DownsamplingUnit(nn.Module):
 class Stage(nn.Sequential):
     """A DownsamplingUnit and the Units after it: (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
 
-    def __init__(self, *units: nn.Module, outputs: int, shuffle: bool) -> None:
-        super().__init__(*units)
-        self.outputs, self.shuffle = outputs, shuffle
-
     def forward(self, x: Tensor) -> Tensor:
         first, *rest = self
         pair: Pair = first(x)
         for unit in rest:
             pair = unit(pair)
-        return interleave(*pair) if self.shuffle else torch.cat(pair, dim=1)
+        return interleave(*pair) if first.shuffle else torch.cat(pair, dim=1)
 
 
 class ShuffleNetV2Options(BackboneOptions):
@@ -224,75 +201,42 @@ class ShuffleNetV2(Backbone):
     dilate_c5: every second pixel of c5 is what it would be without (but for SE).
     """
 
-    stage1: Stage
     stage2: Stage
     stage3: Stage
     stage4: Stage
 
     def __init__(self, options: ShuffleNetV2Options) -> None:
-        super().__init__()
-        channels, activation = options.channels, options.activation
-        stages = len(channels)
-        stem_channels = options.stem_channels
-        stem = [stem_channels] if isinstance(stem_channels, int) else list(stem_channels)
-        self.conv1 = _stem(stem, activation)
+        super().__init__(dilate_c5=options.dilate_c5)
+        self.options, activation = options, options.activation
+        stem = (options.stem_channels,) if isinstance(options.stem_channels, int) else options.stem_channels
+        # Activations between the convolutions of a stem, none after the last.
+        layers: list[nn.Module] = [*conv_bn(3, stem[0], 3, stride=2)]
+        for inputs, outputs in pairwise(stem):
+            layers += [activation_layer(activation), *conv_bn(inputs, outputs, 3)]
+        self.conv1 = nn.Sequential(*layers)
         last, pool = activation_layer(activation), nn.MaxPool2d(3, stride=2, padding=1)
         # A rising activation and the maximum commute; in this order the activation has a quarter of the pixels.
         self.maxpool = nn.Sequential(pool, last) if activation != "hard_swish" else nn.Sequential(last, pool)
-        names_of_variant = ("extra_depthwise", "se", "activation", "shuffle")
-        variant: Any = {name: getattr(options, name) for name in names_of_variant}
-        names = [f"stage{number}" for number in range(5 - stages, 5)]
-        inputs = stem[-1]
-        for name, outputs, units in zip(names, channels, options.repeats, strict=True):
-            dilated = options.dilate_c5 and name == "stage4"
-            first = DownsamplingUnit(
-                inputs, outputs, stride=1 if dilated or name == "stage1" else 2, layout=options.layout, **variant
-            )
-            dilation = 2 if dilated else 1
-            rest = (Unit(outputs, dilation=dilation, residual=options.residual, **variant) for _ in range(units - 1))
-            self.add_module(name, Stage(first, *rest, outputs=outputs, shuffle=options.shuffle))
-            inputs = outputs
-        self.channels = dict(zip(("c3", "c4", "c5"), channels[-3:], strict=True))
-        self.strides = {"c3": 8, "c4": 16, "c5": 16 if options.dilate_c5 else 32}
-        self.stages = (("conv1", *names[:-3]), *((name,) for name in names[-3:]))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
-        x = self.maxpool(self.conv1(images.contiguous(memory_format=torch.channels_last)))
-        if "stage1" in self._modules:
-            x = self.stage1(x)
-        c3 = self.stage2(x)
-        c4 = self.stage3(c3)
-        return {"c3": c3, "c4": c4, "c5": self.stage4(c4)}
+        self.add_stages(
+            ("conv1", "maxpool"), stem[-1], options.channels, options.repeats,
+            lambda place: DownsamplingUnit(place, options) if place.first else Unit(place, options), Stage,
+        )  # fmt: skip
 
     def unshuffle(self) -> dict[str, Tensor]:
         """See `Backbone.unshuffle`."""
         orders: dict[str, Tensor] = {}
+        # The two terms of a residual need one order.
+        if not self.options.shuffle or self.options.residual or isinstance(self.stage4, UnshuffledStage):
+            return orders
         names = [name for stage in self.stages for name in stage if name.startswith("stage")]
-        for name, following in zip(names, [*names[1:], None], strict=True):
+        for name, following in zip_longest(names, names[1:]):
             stage = getattr(self, name)
-            # The two terms of a residual need one order.
-            if not isinstance(stage, Stage) or not stage.shuffle or any(getattr(u, "last", None) for u in stage):
-                continue
-            unshuffled = UnshuffledStage(stage, stage.outputs)
+            unshuffled = UnshuffledStage(stage, stage[0].outputs)
             setattr(self, name, unshuffled)
-            if name != "stage1":
+            if name != "stage1":  # nobody but stage2 reads it
                 orders[f"c{int(name[-1]) + 1}"] = unshuffled.order
             if following:
                 first = getattr(self, following)[0]
                 reorder_inputs(first.branch1, unshuffled.order)
                 reorder_inputs((first.extra, first.branch2), unshuffled.order)
         return orders
-
-
-def _stem(channels: Sequence[int], activation: Activation) -> nn.Sequential:
-    """Convolutions 3x3 with BN, the first of stride 2; an activation between them, none after the last."""
-    layers: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(pairwise((3, *channels))):
-        if number:
-            layers.append(activation_layer(activation))
-        layers += [
-            nn.Conv2d(inputs, outputs, 3, stride=1 if number else 2, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        ]
-    return nn.Sequential(*layers)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone, BackboneOptions, Stages
-from detector.models.backbones.layers import depthwise, pointwise, pooled_stem
+from detector.models.backbones.contract import Backbone, BackboneOptions, Place, Stages
+from detector.models.layers import conv_bn, depthwise, pooled_stem
 from detector.options import Count
 
 
@@ -22,25 +21,25 @@ class Block(nn.Module):
     depthwise ones), the last one after the addition: no pre-activation (Li et al. 2017).
 
     Args:
-        inputs, middle, outputs: channels; `middle` between the separable convolutions.
-        stride: of the last depthwise convolution and of the shortcut, as in Chen et al. 2018 (DeepLabv3+), figure 4.
-        dilation: of every depthwise convolution.
-        project: the shortcut is a 1x1 convolution and BN, else the input itself.
+        place: its stride is that of the last depthwise convolution and of the shortcut, as in Chen et al. 2018
+            (DeepLabv3+), figure 4; its dilation that of every depthwise convolution. The first shortcut of a stage is
+            a 1x1 convolution and BN, the others the input itself.
+        bottleneck: outputs over the channels between the separable convolutions.
     """
 
-    def __init__(self, inputs: int, middle: int, outputs: int, *, stride: int, dilation: int, project: bool) -> None:
+    def __init__(self, place: Place, bottleneck: int) -> None:
         super().__init__()
+        inputs, outputs = place.inputs, place.outputs
+        middle = outputs // bottleneck
         self.branch = nn.Sequential(
-            *depthwise(inputs, stride=1, dilation=dilation),
-            *pointwise(inputs, middle),
-            *depthwise(middle, stride=1, dilation=dilation),
-            *pointwise(middle, middle),
-            *depthwise(middle, stride=stride, dilation=dilation),
-            *pointwise(middle, outputs, None),
+            *depthwise(inputs, dilation=place.dilation),
+            *conv_bn(inputs, middle, activation="relu"),
+            *depthwise(middle, dilation=place.dilation),
+            *conv_bn(middle, middle, activation="relu"),
+            *depthwise(middle, stride=place.stride, dilation=place.dilation),
+            *conv_bn(middle, outputs),
         )
-        self.shortcut: nn.Module = nn.Identity()
-        if project:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = conv_bn(inputs, outputs, stride=place.stride) if place.first else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.shortcut(x) + self.branch(x))
@@ -94,27 +93,9 @@ class Xception(Backbone):
     """
 
     def __init__(self, options: XceptionOptions) -> None:
-        super().__init__()
-        channels, repeats, bottleneck = options.channels, options.repeats, options.bottleneck
-        stem_channels, dilate_c5 = options.stem_channels, options.dilate_c5
-        self.stem = pooled_stem(stem_channels)
-        self.stage2 = _stage(stem_channels, channels[0], repeats[0], bottleneck, dilated=False)
-        self.stage3 = _stage(channels[0], channels[1], repeats[1], bottleneck, dilated=False)
-        self.stage4 = _stage(channels[1], channels[2], repeats[2], bottleneck, dilated=dilate_c5)
-        self.channels = dict(zip(("c3", "c4", "c5"), channels, strict=True))
-        self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
-        self.stages = (("stem",), ("stage2",), ("stage3",), ("stage4",))
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """See `Backbone.forward`."""
-        c3 = self.stage2(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        c4 = self.stage3(c3)
-        return {"c3": c3, "c4": c4, "c5": self.stage4(c4)}
-
-
-def _stage(inputs: int, outputs: int, blocks: int, bottleneck: int, *, dilated: bool) -> nn.Sequential:
-    middle = outputs // bottleneck
-    first = Block(inputs, middle, outputs, stride=1 if dilated else 2, dilation=1, project=True)
-    dilation = 2 if dilated else 1
-    rest = (Block(outputs, middle, outputs, stride=1, dilation=dilation, project=False) for _ in range(blocks - 1))
-    return nn.Sequential(first, *rest)
+        super().__init__(dilate_c5=options.dilate_c5)
+        self.stem = pooled_stem(options.stem_channels)
+        self.add_stages(
+            ("stem",), options.stem_channels, options.channels, options.repeats,
+            lambda place: Block(place, options.bottleneck),
+        )  # fmt: skip
