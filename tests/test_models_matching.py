@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from detector.models.matching import Matches, gather_boxes, match, sample
+
+
+def objects(boxes: torch.Tensor, labels: torch.Tensor, crowd: torch.Tensor) -> Any:
+    """The part of a batch that boxes are matched with."""
+    return SimpleNamespace(boxes=boxes, labels=labels, crowd=crowd)
 
 
 def random_boxes(*shape: int, seed: int) -> torch.Tensor:
@@ -66,7 +74,7 @@ def test_equals_a_loop(high: float, low: float, best: bool, shared_boxes: bool) 
     labels = torch.tensor([[0, 1, 2, 0, 1, 1], [3, 1, -1, -1, -1, -1], [-1] * 6, [0, 2, 1, -1, -1, -1]])
     crowd = torch.zeros(4, 6, dtype=torch.bool)
     crowd[0, 2] = crowd[3, 0] = True
-    found = match(boxes, gt, labels, crowd, foreground_iou=high, background_iou=low, best_is_foreground=best)
+    found = match(boxes, objects(gt, labels, crowd), foreground_iou=high, background_iou=low, best_is_foreground=best)
     seen = set()
     for image in range(4):
         own = boxes if shared_boxes else boxes[image]
@@ -89,9 +97,7 @@ def test_equals_torchvision_matcher(best: bool) -> None:
     boxes, gt = random_boxes(200, seed=3), random_boxes(2, 5, seed=4)
     found = match(
         boxes,
-        gt,
-        torch.zeros(2, 5, dtype=torch.long),
-        torch.zeros(2, 5, dtype=torch.bool),
+        objects(gt, torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool)),
         foreground_iou=0.6,
         background_iou=0.3,
         best_is_foreground=best,
@@ -107,9 +113,7 @@ def single(boxes, gt, *, label: int = 0, crowd: bool = False, best: bool = True)
     return states(
         match(
             torch.tensor(boxes),
-            torch.tensor([gt]),
-            torch.full((1, len(gt)), label),
-            torch.full((1, len(gt)), crowd),
+            objects(torch.tensor([gt]), torch.full((1, len(gt)), label), torch.full((1, len(gt)), crowd)),
             foreground_iou=0.7,
             background_iou=0.3,
             best_is_foreground=best,
@@ -123,9 +127,7 @@ def test_thresholds_belong_to_the_upper_side() -> None:
     exact = [[0.0, 0.0, 10.0, 5.0]]  # IoU 0.5
     found = match(
         torch.tensor(exact),
-        torch.tensor([ten]),
-        torch.zeros(1, 1, dtype=torch.long),
-        torch.zeros(1, 1, dtype=torch.bool),
+        objects(torch.tensor([ten]), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool)),
         foreground_iou=0.5,
         background_iou=0.5,
         best_is_foreground=False,
@@ -169,9 +171,11 @@ def test_crowds_match_nothing_and_hide_what_is_half_inside() -> None:
 def test_an_object_inside_a_crowd_is_still_found() -> None:
     found = match(
         torch.tensor([[0.0, 0.0, 10.0, 10.0]]),
-        torch.tensor([[[0.0, 0.0, 50.0, 50.0], [0.0, 0.0, 10.0, 10.0]]]),
-        torch.tensor([[0, 1]]),
-        torch.tensor([[True, False]]),
+        objects(
+            torch.tensor([[[0.0, 0.0, 50.0, 50.0], [0.0, 0.0, 10.0, 10.0]]]),
+            torch.tensor([[0, 1]]),
+            torch.tensor([[True, False]]),
+        ),
         foreground_iou=0.7,
         background_iou=0.3,
         best_is_foreground=False,

@@ -24,24 +24,22 @@ def activation_layer(name: Activation) -> nn.Module:
 
 
 def conv_bn(
-    inputs: int, outputs: int, kernel: int = 1, activation: Activation | None = None, *, stride: int = 1,
-    dilation: int = 1, groups: int = 1,
-) -> nn.Sequential:  # fmt: skip
+    inputs: int, outputs: int, kernel: int = 1, activation: Activation | None = None, **shape: int
+) -> nn.Sequential:
     """Convolution, BN, and the activation where one is named; a map of stride 1 keeps its size.
 
     A part of a longer chain is unpacked there: `nn.Sequential(*conv_bn(...), *conv_bn(...))`.
+
+    Args:
+        shape: stride, dilation, groups.
     """
     layer = None if activation is None else ACTIVATIONS[activation]
-    return Conv2dNormActivation(
-        inputs, outputs, kernel, stride, groups=groups, dilation=dilation, activation_layer=layer
-    )
+    return Conv2dNormActivation(inputs, outputs, kernel, activation_layer=layer, **shape)
 
 
-def depthwise(
-    channels: int, kernel: int = 3, activation: Activation | None = None, *, stride: int = 1, dilation: int = 1
-) -> nn.Sequential:
-    """Depthwise convolution and BN, and the activation where one is named."""
-    return conv_bn(channels, channels, kernel, activation, stride=stride, dilation=dilation, groups=channels)
+def depthwise(channels: int, kernel: int = 3, activation: Activation | None = None, **shape: int) -> nn.Sequential:
+    """Depthwise convolution and BN, and the activation where one is named; `shape`: stride, dilation."""
+    return conv_bn(channels, channels, kernel, activation, groups=channels, **shape)
 
 
 def pooled_stem(outputs: int) -> nn.Sequential:

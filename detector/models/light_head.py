@@ -181,13 +181,10 @@ class LightHead(nn.Module):
         """
         # Cell i is centred on pixel stride * i (see AnchorGrid), but ps_roi_align takes stride * (i + 0.5).
         # The released code of Light-Head has no such half cell either.
-        roi_features = ps_roi_align(
-            thin_features,
-            rois + 0.5 / self.scale,
-            spatial_scale=self.scale,
-            output_size=BINS,
-            reduce=self.options.align_reduce,
-        )  # (N, P, C, 7, 7)
+        half_cell, reduce = 0.5 / self.scale, self.options.align_reduce
+        roi_features = ps_roi_align(  # (N, P, C, 7, 7)
+            thin_features, rois + half_cell, spatial_scale=self.scale, output_size=BINS, reduce=reduce
+        )
         hidden = torch.relu(self.hidden(roi_features.flatten(2)))
         box_deltas = self.box_deltas(hidden).float().unflatten(-1, (-1, 4))
         return HeadOutput(self.class_logits(hidden).float(), box_deltas)
@@ -204,15 +201,8 @@ class LightHead(nn.Module):
             torch.cat((proposals.valid, real), dim=1),
             torch.cat((proposals.scores, real.to(proposals.scores.dtype)), dim=1),
         )
-        matches = match(
-            rois.boxes,
-            batch.boxes,
-            batch.labels,
-            batch.crowd,
-            foreground_iou=self.options.foreground_iou,
-            background_iou=self.options.foreground_iou,
-            best_is_foreground=False,
-        )
+        iou = self.options.foreground_iou
+        matches = match(rois.boxes, batch, foreground_iou=iou, background_iou=iou, best_is_foreground=False)
         matches = Matches(matches.index, matches.foreground & rois.valid, matches.background & rois.valid)
         return (rois, matches) if self.options.sampling == "ohem" else self._sampled(rois, matches)
 
@@ -222,9 +212,9 @@ class LightHead(nn.Module):
         )
         count = min(self.options.sample_count, foreground.shape[1])
         kept = (foreground | background).to(torch.uint8).topk(count, dim=1).indices  # (N, count)
-        boxes = gather_boxes(rois.boxes, kept)
-        picked = Proposals(boxes, (foreground | background).gather(1, kept), rois.scores.gather(1, kept))
-        return picked, Matches(matches.index.gather(1, kept), foreground.gather(1, kept), background.gather(1, kept))
+        picked = Matches(*(x.gather(1, kept) for x in (matches.index, foreground, background)))
+        valid = picked.foreground | picked.background
+        return Proposals(gather_boxes(rois.boxes, kept), valid, rois.scores.gather(1, kept)), picked
 
     def losses(self, output: HeadOutput, rois: Proposals, matches: Matches, batch: Batch) -> dict[str, Tensor]:
         """Class and box loss over the chosen RoIs; finite with no RoI and no object, all outputs stay in the graph."""
@@ -272,11 +262,7 @@ class LightHead(nn.Module):
         boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (-1, boxes.shape[2]))
         scores = torch.where((scores > self.options.score_threshold) & ~is_empty(boxes), scores, 0.0)
         boxes, scores, index = keep_best(
-            boxes,
-            scores,
-            nms_threshold=self.options.nms_threshold,
-            count=self.options.max_detections,
-            suppress=suppress,
+            boxes, scores, self.options.nms_threshold, self.options.max_detections, suppress
         )
         found = scores > 0
         return FixedDetections(boxes, scores, torch.where(found, index % self.num_classes, -1), found.sum(dim=1))

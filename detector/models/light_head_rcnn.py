@@ -112,8 +112,8 @@ class LightHeadRCNN(nn.Module):
         self, regions: Regions, max_proposals: int | None = None, suppress: Suppress = suppress_eagerly
     ) -> FixedDetections:
         """The second stage, paid for per proposal; max_proposals as of `detect`."""
-        proposals, best = regions.proposals, slice(max_proposals)
+        proposals = regions.proposals
         if max_proposals is not None:
-            proposals = Proposals(proposals.boxes[:, best], proposals.valid[:, best], proposals.scores[:, best])
+            proposals = Proposals(*(x[:, :max_proposals] for x in proposals))
         output = self.head(regions.thin_features, proposals.boxes)
         return self.head.detect(output, proposals, regions.image_sizes, suppress)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from detector.models.boxes import pairwise_coverage, pairwise_iou
+
+if TYPE_CHECKING:
+    from detector.data.collate import Batch
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,7 @@ class Matches:
 
 def match(
     boxes: Tensor,
-    gt_boxes: Tensor,
-    labels: Tensor,
-    crowd: Tensor,
+    batch: Batch,
     *,
     foreground_iou: float,
     background_iou: float,
@@ -39,31 +41,30 @@ def match(
     """Match boxes to ground truth by IoU (Ren et al. 2015, section 3.1.2).
 
     Args:
-        boxes: (M, 4) or (N, M, 4), xyxy in the frame of gt_boxes.
-        gt_boxes: (N, G, 4); padded places have label -1.
-        labels: (N, G).
-        crowd: (N, G); a crowd matches nothing, and a box half inside one is not background.
+        boxes: (M, 4) or (N, M, 4), xyxy in the frame of the ground truth.
+        batch: its boxes (N, G, 4), of which padded places have label -1; a crowd matches nothing, and a box half inside
+            one is not background.
         foreground_iou: at or above: foreground.
         background_iou: below: background. In between: ignored.
         best_is_foreground: the boxes of highest IoU with an object are foreground however low it is.
         among: (N, M), the boxes that take part; the others are ignored.
     """
-    real = (labels >= 0) & ~crowd
-    iou = pairwise_iou(boxes, gt_boxes).masked_fill(~real[:, None], -1.0)  # (N, M, G)
+    crowd = batch.crowd
+    real = (batch.labels >= 0) & ~crowd
+    iou = pairwise_iou(boxes, batch.boxes).masked_fill(~real[:, None], -1.0)  # (N, M, G)
     if among is not None:
         iou = iou.masked_fill(~among[..., None], -1.0)
     best, index = iou.max(dim=2)
     foreground = best >= foreground_iou
     if best_is_foreground:
         best_of_gt = iou.amax(dim=1, keepdim=True)
-        is_best = ((iou == best_of_gt) & (best_of_gt > 0)).any(dim=2)
-        foreground = foreground | is_best
+        foreground |= ((iou == best_of_gt) & (best_of_gt > 0)).any(dim=2)
     background = (best < background_iou) & ~foreground
     if among is not None:
         background &= among
     # On a CPU it costs nothing to ask; a GPU would have to be waited for.
     if crowd.device.type != "cpu" or crowd.any():
-        inside = pairwise_coverage(boxes, gt_boxes).masked_fill(~crowd[:, None], 0.0).amax(dim=2)
+        inside = pairwise_coverage(boxes, batch.boxes).masked_fill(~crowd[:, None], 0.0).amax(dim=2)
         background &= inside < 0.5
     return Matches(index, foreground, background)
 

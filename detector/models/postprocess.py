@@ -57,7 +57,7 @@ def is_empty(boxes: Tensor) -> Tensor:
 
 
 def keep_best(
-    boxes: Tensor, scores: Tensor, *, nms_threshold: float, count: int, suppress: Suppress
+    boxes: Tensor, scores: Tensor, nms_threshold: float, count: int, suppress: Suppress
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best boxes of each image that non-maximum suppression by class leaves.
 

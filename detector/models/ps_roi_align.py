@@ -12,12 +12,7 @@ SAMPLES = 2  # bilinear samples per bin and axis, as in the released code of Lig
 
 
 def ps_roi_align(
-    thin_features: Tensor,
-    rois: Tensor,
-    *,
-    spatial_scale: float,
-    output_size: int = 7,
-    reduce: str = "mean",
+    thin_features: Tensor, rois: Tensor, *, spatial_scale: float, output_size: int = 7, reduce: str = "mean"
 ) -> Tensor:
     """Sample a grid of S x S bins from every RoI; bin (i, j) reads channel (c * S + i) * S + j of the map.
 

@@ -5,8 +5,8 @@ Source: Ren et al. 2015 (Faster R-CNN), section 3.1; settings of Li et al. 2017 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Self, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from detector.errors import InputError
 from detector.models.anchors import AnchorGrid
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
 from detector.models.layers import conv_bn, depthwise, draw_small
-from detector.models.matching import Matches, gather_boxes, match, sample
+from detector.models.matching import gather_boxes, match, sample
 from detector.models.postprocess import Suppress, is_empty, keep_best, suppress_eagerly
 from detector.options import Count, Flag, Options, Positive, Share
 
@@ -77,8 +77,7 @@ class RPNOptions(Options):
         return self
 
 
-@dataclass(frozen=True)
-class Proposals:
+class Proposals(NamedTuple):
     """P boxes per image, best first.
 
     Attributes:
@@ -155,11 +154,7 @@ class RPN(nn.Module):
         ranks = torch.arange(before, 0, -1, dtype=boxes.dtype, device=boxes.device)
         ranks = torch.where(is_empty(boxes), 0.0, ranks)
         boxes, ranks, index = keep_best(
-            boxes[:, :, None],
-            ranks[..., None],
-            nms_threshold=self.options.nms_threshold,
-            count=after,
-            suppress=suppress,
+            boxes[:, :, None], ranks[..., None], self.options.nms_threshold, after, suppress
         )
         valid = ranks > 0
         scores = torch.where(valid, logits.gather(1, index).sigmoid(), 0.0)
@@ -175,16 +170,13 @@ class RPN(nn.Module):
             inside = _inside(anchors, batch.image_sizes) if self.options.inside_only else None
             matches = match(
                 anchors,
-                batch.boxes,
-                batch.labels,
-                batch.crowd,
+                batch,
                 foreground_iou=self.options.foreground_iou,
                 background_iou=self.options.background_iou,
                 best_is_foreground=True,
                 among=inside,
             )
-            background = matches.background & _centred(anchors, batch.image_sizes)
-            matches = Matches(matches.index, matches.foreground, background)
+            matches = replace(matches, background=matches.background & _centred(anchors, batch.image_sizes))
             count, share = self.options.sample_count, self.options.foreground_share
             foreground, background = sample(matches, count=count, foreground_share=share)
             # A fixed number of places, of which some are unused: nothing has to be waited for.

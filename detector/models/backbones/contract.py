@@ -101,9 +101,14 @@ class Backbone(nn.Module):
         self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
 
     def add_stages(
-        self, stem: Sequence[str], inputs: int, channels: Sequence[int], repeats: Sequence[int],
-        unit: Callable[[Place], nn.Module], chain: type[nn.Sequential] = nn.Sequential,
-    ) -> None:  # fmt: skip
+        self,
+        stem: Sequence[str],
+        inputs: int,
+        channels: Sequence[int],
+        repeats: Sequence[int],
+        unit: Callable[[Place], nn.Module],
+        chain: type[nn.Sequential] = nn.Sequential,
+    ) -> None:
         """Add "stage2" to "stage4", which give c3, c4 and c5; of four stages, "stage1" at stride 4 before them.
 
         Args:

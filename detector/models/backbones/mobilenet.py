@@ -8,7 +8,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions
+from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions, Place
 from detector.models.layers import Activation, conv_bn, depthwise
 from detector.options import Count, Flag, Positive
 
@@ -16,13 +16,10 @@ from detector.options import Count, Flag, Positive
 V2_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
-def _separable(
-    inputs: int, outputs: int, activation: Activation, *, stride: int = 1, dilation: int = 1
-) -> nn.Sequential:
-    """Howard et al. 2017, figure 3: depthwise 3x3 and 1x1, each with BN and an activation."""
+def separable(inputs: int, outputs: int, activation: Activation, **shape: int) -> nn.Sequential:
+    """Howard et al. 2017, figure 3: depthwise 3x3 (`shape`: stride, dilation) and 1x1, each with BN and activation."""
     return nn.Sequential(
-        *depthwise(inputs, activation=activation, stride=stride, dilation=dilation),
-        *conv_bn(inputs, outputs, activation=activation),
+        *depthwise(inputs, activation=activation, **shape), *conv_bn(inputs, outputs, activation=activation)
     )
 
 
@@ -54,41 +51,36 @@ class MobileNetV1(Backbone):
         first, *widths = (int(channels * options.width) for channels in (32, 64, 128, 256, 512, 1024))
         self.conv1 = conv_bn(3, first, 3, activation, stride=2)
         self.stage1 = nn.Sequential(
-            _separable(first, widths[0], activation),
-            _separable(widths[0], widths[1], activation, stride=2),
-            _separable(widths[1], widths[1], activation),
+            separable(first, widths[0], activation),
+            separable(widths[0], widths[1], activation, stride=2),
+            separable(widths[1], widths[1], activation),
         )
-        self.add_stages(
-            ("conv1", "stage1"), widths[1], widths[2:], (2, 6, 2),
-            lambda place: _separable(
-                place.inputs, place.outputs, activation, stride=place.stride, dilation=place.dilation
-            ),
-        )  # fmt: skip
+
+        def unit(place: Place) -> nn.Module:
+            return separable(place.inputs, place.outputs, activation, stride=place.stride, dilation=place.dilation)
+
+        self.add_stages(("conv1", "stage1"), widths[1], widths[2:], (2, 6, 2), unit)
 
 
 class InvertedResidual(nn.Module):
     """Sandler et al. 2018, figure 4: 1x1 that widens, depthwise 3x3, 1x1 without activation.
 
+    The input is added where it has as many channels as the output, but not where the network's stride changes, also if
+    the stage is dilated instead.
+
     Args:
-        inputs, outputs: channels.
         expansion: channels of the depthwise convolution over those of the input; 1: there is no first 1x1.
-        stride, dilation: of the depthwise convolution.
-        shortcut: the input is added where it has as many channels as the output; false where the network's stride
-            changes, also if the stage is dilated instead.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, *, expansion: int, stride: int, dilation: int, shortcut: bool,
-        activation: Activation,
-    ) -> None:  # fmt: skip
+    def __init__(self, place: Place, expansion: int, activation: Activation) -> None:
         super().__init__()
-        middle = inputs * expansion
+        middle = place.inputs * expansion
         self.conv = nn.Sequential(
-            *([conv_bn(inputs, middle, activation=activation)] if expansion > 1 else []),
-            depthwise(middle, activation=activation, stride=stride, dilation=dilation),
-            *conv_bn(middle, outputs),
+            *([conv_bn(place.inputs, middle, activation=activation)] if expansion > 1 else []),
+            depthwise(middle, activation=activation, stride=place.stride, dilation=place.dilation),
+            *conv_bn(middle, place.outputs),
         )
-        self.residual = shortcut and inputs == outputs
+        self.residual = place.inputs == place.outputs and not place.first
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x) if self.residual else self.conv(x)
@@ -133,13 +125,10 @@ class MobileNetV2(Backbone):
             outputs = rounded_channels(channels * width, multiple_of) if scaled else channels
             dilated = options.dilate_c5 and channels >= 160
             for number in range(count):
-                strided = stride == 2 and number == 0
-                features.append(
-                    InvertedResidual(
-                        inputs, outputs, expansion=expansion, stride=2 if strided and not dilated else 1,
-                        dilation=2 if dilated and not strided else 1, shortcut=not strided, activation=activation,
-                    )
-                )  # fmt: skip
+                first = stride == 2 and number == 0  # of a stage: a row of stride 1 goes on with the one before
+                shape = (1, 1 if first else 2) if dilated else (2 if first else 1, 1)
+                place = Place("features", first, inputs, outputs, *shape)
+                features.append(InvertedResidual(place, expansion, activation))
                 inputs = outputs
             ends.append(outputs)
         self.features = nn.Sequential(*features)

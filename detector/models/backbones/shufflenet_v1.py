@@ -34,11 +34,11 @@ class Unit(nn.Module):
 
     BN after each convolution, no ReLU after the depthwise one (section 3.2).
 
-    The first 1x1 of all has one group, because its inputs are few (section 3.2, stage 2). Where a stage begins, the
-    shortcut is averaged over 3x3 cells (padding counts) and takes a part of the outputs, figure 2 (c); elsewhere, and in
-    all of a stage at stride 4, it is added, figure 2 (b), filled up with zeros where there are more outputs than inputs
-    (He et al. 2016, section 3.3, option A). Squeeze-and-excitation is on all outputs before the last ReLU: before the
-    addition, after the concatenation.
+    The very first 1x1 has one group, because its inputs are few (section 3.2, stage 2). Where a stage begins, the
+    shortcut is averaged over 3x3 cells (padding counts) and takes a part of the outputs, figure 2 (c). Elsewhere, and
+    everywhere in a stage at stride 4, it is added, figure 2 (b), filled up with zeros where there are more outputs than
+    inputs (He et al. 2016, section 3.3, option A). Squeeze-and-excitation is on all outputs before the last ReLU:
+    before the addition, after the concatenation.
     """
 
     def __init__(self, place: Place, options: ShuffleNetV1Options) -> None:
@@ -160,6 +160,4 @@ class ShuffleNetV1(Backbone):
     def __init__(self, options: ShuffleNetV1Options) -> None:
         super().__init__(dilate_c5=options.dilate_c5)
         self.stem = pooled_stem(options.stem)
-        self.add_stages(
-            ("stem",), options.stem, options.outputs, options.repeats, lambda place: Unit(place, options)
-        )  # fmt: skip
+        self.add_stages(("stem",), options.stem, options.outputs, options.repeats, lambda place: Unit(place, options))

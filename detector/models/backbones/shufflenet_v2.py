@@ -218,9 +218,13 @@ class ShuffleNetV2(Backbone):
         # A rising activation and the maximum commute; in this order the activation has a quarter of the pixels.
         self.maxpool = nn.Sequential(pool, last) if activation != "hard_swish" else nn.Sequential(last, pool)
         self.add_stages(
-            ("conv1", "maxpool"), stem[-1], options.channels, options.repeats,
-            lambda place: DownsamplingUnit(place, options) if place.first else Unit(place, options), Stage,
-        )  # fmt: skip
+            ("conv1", "maxpool"),
+            stem[-1],
+            options.channels,
+            options.repeats,
+            lambda place: DownsamplingUnit(place, options) if place.first else Unit(place, options),
+            Stage,
+        )
 
     def unshuffle(self) -> dict[str, Tensor]:
         """See `Backbone.unshuffle`."""

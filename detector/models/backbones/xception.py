@@ -96,6 +96,9 @@ class Xception(Backbone):
         super().__init__(dilate_c5=options.dilate_c5)
         self.stem = pooled_stem(options.stem_channels)
         self.add_stages(
-            ("stem",), options.stem_channels, options.channels, options.repeats,
+            ("stem",),
+            options.stem_channels,
+            options.channels,
+            options.repeats,
             lambda place: Block(place, options.bottleneck),
-        )  # fmt: skip
+        )
