@@ -5,13 +5,11 @@ Training stops at the first error of an annotation file; here all faults are lis
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from detector.apps.doctor.anchors import boxes_at_input, check_anchors
-from detector.apps.doctor.annotations import check_boxes, check_faults
-from detector.apps.doctor.balance import check_balance
+from detector.apps.doctor.boxes import check_anchors, check_balance, check_boxes, check_faults
 from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
 from detector.data.finding import ERROR, INFO, WARNING, Finding, Splits
 from detector.data.preprocess import Preprocessing
@@ -68,7 +66,7 @@ def examine(
     ]
     if anchors and usable:
         trained = next(iter(usable))
-        findings += check_anchors(*boxes_at_input(usable[trained], sizes[trained], preprocessing), **anchors)
+        findings += check_anchors(usable[trained], sizes[trained], preprocessing, **anchors)
     findings.sort(key=lambda finding: _ORDER.index(finding.severity))
     about = {
         split: {
@@ -88,7 +86,8 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         f"{name}: {about['pictures']} images, {about['boxes']} boxes, {about['annotations']}"
         for name, about in diagnosis.splits.items()
     ]
-    lines += ["", _table(diagnosis.findings), ""]
+    rows = [(finding.severity, finding.check, finding.count, finding.message) for finding in diagnosis.findings]
+    lines += ["", markdown_table(("severity", "check", "count", "what"), rows, align="llll"), ""]
     for finding in diagnosis.findings:
         lines.append(f"{finding.severity} {finding.check}: {finding.count} {finding.message}")
         lines += [f"    {example}" for example in finding.examples]
@@ -99,8 +98,3 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
             lines.append(f"    -> {finding.remedy}")
     counts = diagnosis.counts
     return "\n".join([*lines, "", f"{counts[ERROR]} errors, {counts[WARNING]} warnings"])
-
-
-def _table(findings: Sequence[Finding]) -> str:
-    rows = [(finding.severity, finding.check, finding.count, finding.message) for finding in findings]
-    return markdown_table(("severity", "check", "count", "what"), rows, align="llll")

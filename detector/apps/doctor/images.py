@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,7 @@ _THUMBNAIL = 16
 DARK = 32
 
 
-@dataclass(frozen=True, eq=False)
-class DecodedImage:
+class DecodedImage(NamedTuple):
     """What decoding one file showed.
 
     Attributes:
@@ -142,26 +141,25 @@ def check_files(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -
 
 def check_repeats(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -> list[Finding]:
     """The same or nearly the same image in more than one split, or more than once in one."""
-    names, files, good = [], [], []
-    for split, index in splits.items():
+    good = [
+        (split, f"{split}/{name}", one)
+        for split, index in splits.items()
         # A file that is listed twice is another check's.
-        first = dict(reversed(list(zip(index.file_names, decoded[split], strict=True))))
-        for name, one in reversed(first.items()):
-            if one.error is None:
-                names.append(split)
-                files.append(f"{split}/{name}")
-                good.append(one)
-    culprits: dict[tuple[bool, bool], list[str]] = {(a, b): [] for a in (False, True) for b in (False, True)}
-    for i, j in alike(good):
-        exact, across = good[i].digest == good[j].digest, names[i] != names[j]
-        culprits[exact, across].append(f"{files[i]} and {files[j]}")
+        for name, one in dict(zip(index.file_names, decoded[split], strict=True)).items()
+        if one.error is None
+    ]
+    culprits: dict[str, list[str]] = {"leak": [], "near_leak": [], "repeats": [], "near_repeats": []}
+    for i, j in alike([one for _, _, one in good]):
+        (split, file, one), (other_split, other_file, other) = good[i], good[j]
+        near = "" if one.digest == other.digest else "near_"
+        culprits[near + ("repeats" if split == other_split else "leak")].append(f"{file} and {other_file}")
     leak = "take them out of one split: what is trained on must not be scored on"
     once = "keep one of them; frames of one video belong into one split"
     return [
-        *found("leak", ERROR, culprits[True, True], "pairs of the same image in two splits", leak),
-        *found("near_leak", WARNING, culprits[False, True], "pairs of nearly the same image in two splits", leak),
-        *found("repeats", WARNING, culprits[True, False], "pairs of the same image within a split", once),
-        *found("near_repeats", WARNING, culprits[False, False], "pairs of nearly the same image in a split", once),
+        *found("leak", ERROR, culprits["leak"], "pairs of the same image in two splits", leak),
+        *found("near_leak", WARNING, culprits["near_leak"], "pairs of nearly the same image in two splits", leak),
+        *found("repeats", WARNING, culprits["repeats"], "pairs of the same image within a split", once),
+        *found("near_repeats", WARNING, culprits["near_repeats"], "pairs of nearly the same image in a split", once),
     ]
 
 
