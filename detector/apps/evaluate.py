@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detector.apps.report.reporting import write_evaluation_report
-from detector.apps.scoring import EvalOptions, evaluation_data
+from detector.apps.scoring import EvalOptions, Scored, evaluation_data
 from detector.data.annotations import AnnotationIndex, read_annotations
 from detector.data.progress import progress
 from detector.data.results import Results, read_results, write_results
@@ -120,7 +120,7 @@ def score(
     _write(options, index, results, metrics, out)
     clock.book("files")
     if options.report:
-        write_evaluation_report(out, options, clock, index, results, metrics, detector, seconds_per_image)
+        write_evaluation_report(out, Scored(options, clock, index, results, metrics, detector, seconds_per_image))
     return coco if coco is not None else metrics
 
 

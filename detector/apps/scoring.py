@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from detector.data.annotations import AnnotationIndex
+from detector.data.results import Results
 from detector.data.splits import DataOptions
 from detector.errors import InputError
+from detector.evaluation.clock import Clock
 from detector.options import Count, Natural, Options
 from detector.training.device_options import DeviceOptions
 
@@ -86,6 +91,29 @@ class EvalOptions(ScoringOptions):
     """diagnosis.json and report.html; false leaves them out"""
     max_proposals: Count | None = None
     """ckpt: the head looks at so many proposals, what a smaller budget costs; null: all"""
+
+
+@dataclass
+class Scored:
+    """What an evaluation has made when its report begins.
+
+    Attributes:
+        options: of the evaluation.
+        clock: what the run has taken until here; goes on.
+        index: the images that were scored.
+        results: the detections on them.
+        metrics: what detector.evaluation.metrics made of both.
+        detector: what found them, on the device that it is to be timed on; None: somebody's results were scored.
+        seconds_per_image: of network and post-process, for each batch; empty where Lightning did not run.
+    """
+
+    options: EvalOptions
+    clock: Clock
+    index: AnnotationIndex
+    results: Results
+    metrics: Mapping[str, Any]
+    detector: Detector | ExportedDetector | None
+    seconds_per_image: Sequence[float]
 
 
 def recorded_data(detector: Detector | ExportedDetector) -> DataOptions | None:

@@ -1,7 +1,8 @@
 """One HTML file that shows an evaluation: metrics, curves, errors, worst images; it needs no network and no server.
 
 Python chooses and rounds what is shown and puts it into the page as JSON; the page (page.html, beside this file)
-turns it into tables and drawings. It only ever adds text as text, so that no name of a class or file can become markup.
+turns it into tables and drawings, and says what they mean. It only ever adds text as text, so that no name of a class
+or file can become markup.
 """
 
 from __future__ import annotations
@@ -22,19 +23,6 @@ from detector.files import replacing
 SIZE_LIMIT = 5_000_000
 # For the images, of SIZE_LIMIT; what has the other half are curves and boxes.
 IMAGE_BUDGET = 2_800_000
-
-WHAT_PARTS_ARE = {
-    "load": "checkpoint or results, annotations, start of the loader",
-    "decode": "waiting for images: reading, decoding, resizing; loader processes work ahead meanwhile",
-    "network": "backbone, neck, RPN with its NMS, light head",
-    "post-process": "decoding boxes, NMS by class, boxes in original pixels",
-    "metrics": "gathering and scoring",
-    "files": "detections.json and metrics.json",
-    "diagnosis": "kinds of error, curves, calibration, slices",
-    "proposals": "the two stages apart, on some images",
-    "cost": "counting parameters and multiply-adds",
-    "report": "the worst images, read and made small, and this page",
-}
 
 
 @dataclass(frozen=True)
@@ -128,14 +116,14 @@ def report_data(report: Report, image_count: int) -> dict[str, Any]:
         "classes": sections.class_section(report.metrics, diagnosis),
         "names": list(report.metrics.get("per_class", {})),
         "curves": curves,
-        "tide": sections.tide_section(diagnosis["tide"]),
+        "tide": diagnosis["tide"],
         "confusion": sections.confusion_section(diagnosis["confusion"]),
         "calibration": diagnosis["calibration"],
-        "slices": sections.slice_section(diagnosis["slices"]),
+        "slices": diagnosis["slices"],
         "proposals": sections.proposal_section(report.two_stages) if report.two_stages else None,
         "pictures": _image_section(report, image_count),
         "cost": report.cost,
-        "times": _time_section(report.seconds),
+        "times": report.seconds,
         "extra": [
             {"id": f"extra-{place}", "title": title, "content": content}
             for place, (title, content) in enumerate(report.extra)
@@ -174,12 +162,3 @@ def _image_section(report: Report, count: int) -> dict[str, Any]:
     if left := len(report.images) - count:
         text += f" {left} more would have made this file too large."
     return {"text": text, "threshold": round(float(threshold), 2), "list": report.images[:count]}
-
-
-def _time_section(seconds: Mapping[str, float]) -> dict[str, Any]:
-    total = sum(seconds.values())
-    return {
-        "total": total or 1.0,
-        "text": f"{total:.1f} seconds in all; each belongs to one part.",
-        "rows": [[part, spent, WHAT_PARTS_ARE.get(part, "")] for part, spent in seconds.items()],
-    }

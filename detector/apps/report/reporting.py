@@ -15,11 +15,9 @@ import yaml
 import detector as package
 from detector.apps.report.images import worst_images
 from detector.apps.report.page import IMAGE_BUDGET, Report, format_times, write_report
-from detector.apps.scoring import EvalOptions, ReportOptions
+from detector.apps.scoring import EvalOptions, ReportOptions, Scored
 from detector.data.annotations import AnnotationIndex
 from detector.data.preprocess import canvas_size
-from detector.data.results import Results
-from detector.evaluation.clock import Clock
 from detector.evaluation.diagnosis import diagnose
 from detector.files import write_json
 from detector.inference.runtime import ExportedDetector
@@ -30,35 +28,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def write_evaluation_report(
-    out: Path,
-    options: EvalOptions,
-    clock: Clock,
-    index: AnnotationIndex,
-    results: Results,
-    metrics: Mapping[str, Any],
-    detector: Detector | ExportedDetector | None,
-    seconds_per_image: Sequence[float] = (),
-) -> None:
-    """Write diagnosis.json and report.html of what has been scored.
-
-    Args:
-        out: the folder.
-        options: of the evaluation.
-        clock: what the run has taken until here; goes on.
-        index: the images that were scored.
-        results, metrics: the detections on them, and what detector.evaluation.evaluate made of them.
-        detector: what made them, on the device that it is to be timed on; None: somebody's results are scored.
-        seconds_per_image: of network and post-process, for each batch.
-    """
+def write_evaluation_report(out: Path, scored: Scored) -> None:
+    """Write diagnosis.json and report.html of what has been scored into the folder."""
+    options, index, detector, clock = scored.options, scored.index, scored.detector, scored.clock
     wanted = options.report
     assert wanted
     has_images = detector is not None or options.images is not None
     source = Path(str(options.ckpt or options.results))
     kind = "results" if detector is None else "export" if isinstance(detector, ExportedDetector) else "checkpoint"
     made = {} if detector is None else detector.provenance
-    model = _look_at_model(options, wanted, clock, index, detector, seconds_per_image)
-    diagnosis = diagnose(results, index, properties=wanted.properties if has_images else 0, worst_count=wanted.pictures)
+    model = _look_at_model(scored, wanted)
+    diagnosis = diagnose(
+        scored.results, index, properties=wanted.properties if has_images else 0, worst_count=wanted.pictures
+    )
     write_json(out / "diagnosis.json", diagnosis | {"two_stages": model.get("two_stages")})
     clock.book("diagnosis")
     shown: list[dict[str, Any]] = []
@@ -67,13 +49,13 @@ def write_evaluation_report(
     elif not wanted.pictures:
         model["left_out"]["pictures"] = "No image was wanted (report.pictures=0)."
     else:
-        shown = worst_images(diagnosis["worst"], results, index, IMAGE_BUDGET)
+        shown = worst_images(diagnosis["worst"], scored.results, index, IMAGE_BUDGET)
     now = datetime.now().isoformat(sep=" ", timespec="minutes")
     clock.book("report")
     report = Report(
         title=f"Evaluation of {source.name}",
         about=_about(diagnosis, index, options.metrics, now),
-        metrics=metrics,
+        metrics=scored.metrics,
         diagnosis=diagnosis,
         images=shown,
         seconds=clock.seconds,
@@ -103,15 +85,9 @@ def _about(diagnosis: Mapping[str, Any], index: AnnotationIndex, protocol: str, 
     return about
 
 
-def _look_at_model(
-    options: EvalOptions,
-    wanted: ReportOptions,
-    clock: Clock,
-    index: AnnotationIndex,
-    detector: Detector | ExportedDetector | None,
-    seconds_per_image: Sequence[float],
-) -> dict[str, Any]:
+def _look_at_model(scored: Scored, wanted: ReportOptions) -> dict[str, Any]:
     """What a report says of the model, or why it does not: fields of Report."""
+    options, index, detector, clock = scored.options, scored.index, scored.detector, scored.clock
     about: dict[str, Any] = {
         "left_out": {},
         "configs": [("Configuration of this evaluation", _yaml(options.to_dict()))],
@@ -136,7 +112,7 @@ def _look_at_model(
         clock.book("proposals")
     else:
         about["left_out"]["proposals"] = "The two stages were not looked at apart (report.proposals=0)."
-    about["cost"] = _cost(detector, index, options, seconds_per_image)
+    about["cost"] = _cost(detector, index, options, scored.seconds_per_image)
     clock.book("cost")
     if wanted.doctor:
         about["extra"] = [("Data set", _examined(detector, index, wanted.doctor, options.workers))]

@@ -1,4 +1,4 @@
-"""What a report shows of each diagnosis: the parts that a reader can take in, in the form that report.html draws."""
+"""What a report shows of a diagnosis that is too much, or too deep, for a reader: in the form that page.html draws."""
 
 from __future__ import annotations
 
@@ -12,30 +12,6 @@ _POINTS = 120_000
 _MATRIX = 100  # classes that a reader can tell apart in a matrix
 _LARGEST = 25
 
-_ERRORS = {
-    "classification": "placed well (IoU 0.5), but of the wrong class",
-    "localisation": "right class, placed badly (IoU 0.1 to 0.5)",
-    "both": "wrong class and placed badly",
-    "duplicate": "an object that a better detection has",
-    "background": "there is nothing (IoU up to 0.1)",
-    "missed": "an object that no detection is about",
-}
-_BOTH = {
-    "false_positives": "all wrong detections gone",
-    "false_negatives": "all objects that were not found gone",
-}
-_SLICES = {
-    "coco_size": ("Size of the object, as COCO divides it", "area"),
-    "size": ("Size of the object, finer", "side of a square of that area"),
-    "aspect": ("Shape of the box", "width to height"),
-    "neighbours": ("Objects that it touches", "neighbours"),
-    "overlap": ("Largest overlap with another object", "IoU"),
-    "objects": ("Objects in the image", "objects"),
-    "brightness": ("Brightness of the image, thirds", "mean grey, 0 to 1"),
-    "contrast": ("Contrast of the image, thirds", "deviation of grey"),
-    "sharpness": ("Sharpness of the image, thirds", "variance of the Laplacian"),
-    "resolution": ("Resolution of the image, thirds", "root of the pixels"),
-}
 _SIZES = ("all", "small", "medium", "large")
 
 
@@ -82,20 +58,6 @@ def _points(values: Sequence[float | None], step: int) -> list[float | None]:
     return [None if value is None else round(value, 4) for value in values[::step]]
 
 
-def tide_section(tide: Mapping[str, Any]) -> dict[str, Any]:
-    """Kinds of error with their worth, the costliest first, and counts by class."""
-    errors = sorted(tide["errors"].items(), key=lambda item: -item[1]["dAP"])
-    rows = [[kind, error["dAP"], error["count"], _ERRORS.get(kind, "")] for kind, error in errors]
-    rows += [[key.replace("_", " "), tide[key]["dAP"], tide[key]["count"], words] for key, words in _BOTH.items()]
-    kinds = list(tide["errors"])
-    return {
-        **{key: tide[key] for key in ("AP50", "foreground_iou", "background_iou")},
-        "rows": rows,
-        "kinds": kinds,
-        "per_class": [[name, *(counts[kind] for kind in kinds)] for name, counts in tide["per_class"].items()],
-    }
-
-
 def confusion_section(confusion: Mapping[str, Any]) -> dict[str, Any]:
     """The cells that are not zero; of many classes only those with the most confusions, and background."""
     names, matrix = np.array(confusion["names"], object), np.array(confusion["matrix"])
@@ -121,23 +83,6 @@ def confusion_section(confusion: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "shortened": shortened,
     }
-
-
-def slice_section(slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """A table for each way of slicing."""
-    tables = []
-    for key, rows in slices.items():
-        title, by = _SLICES.get(key, (key.replace("_", " "), key))
-        key, counted = ("images", "images") if rows and "images" in rows[0] else ("truths", "objects")
-        shown = [[row["name"], row["AP"], row["AP50"], row[key]] for row in rows]
-        tables.append({"title": title, "by": by, "counted": counted, "rows": shown})
-    text = (
-        "AP on parts of the data. Objects outside a part are ignored, not missed, and so are detections outside it "
-        "that match nothing."
-    )
-    if "brightness" not in slices:
-        text += " No image was read for this, so there is nothing by brightness, contrast, sharpness or resolution."
-    return {"text": text, "tables": tables}
 
 
 def proposal_section(stages: Mapping[str, Any]) -> dict[str, Any]:
