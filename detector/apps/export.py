@@ -20,7 +20,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -37,7 +36,7 @@ from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.metrics import evaluate
 from detector.evaluation.tables import markdown_table
-from detector.export.formats import export_onnx, export_openvino, export_torch, import_onnx, import_openvino
+from detector.export.formats import export_onnx, export_openvino, export_torch, import_packages
 from detector.export.parity import (
     AGREEING_IOU,
     AGREEING_SCORE,
@@ -47,11 +46,10 @@ from detector.export.parity import (
     compare_contestants,
     take_turns,
 )
-from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx, import_nncf, import_quantization
+from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx
 from detector.files import write_json
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
-from detector.inference.predictor import Predictor
 from detector.inference.runtime import ExportedDetector
 from detector.options import Count, Flag, Options
 
@@ -66,22 +64,22 @@ class Format(NamedTuple):
     Attributes:
         suffix: how its file ends.
         write: writes it.
-        needs: what has to be installed; the error of each says how.
+        needs: modules that have to be installed.
         precision: of its weights.
     """
 
     suffix: str
     write: Callable[..., object]
-    needs: tuple[Callable[[], object], ...]
+    needs: tuple[str, ...]
     precision: Literal["float32", "int8"] = "float32"
 
 
 FORMATS = {
-    "onnx": Format(".onnx", export_onnx, (import_onnx,)),
-    "openvino": Format(".xml", export_openvino, (import_onnx, import_openvino)),
+    "onnx": Format(".onnx", export_onnx, ("onnx", "onnxscript")),
+    "openvino": Format(".xml", export_openvino, ("onnx", "onnxscript", "openvino")),
     "torch_export": Format(".pt2", export_torch, ()),
-    "int8": Format(".int8.xml", export_int8, (import_onnx, import_openvino, import_nncf), "int8"),
-    "int8_onnx": Format(".int8.onnx", export_int8_onnx, (import_onnx, import_quantization), "int8"),
+    "int8": Format(".int8.xml", export_int8, ("onnx", "onnxscript", "openvino", "nncf"), "int8"),
+    "int8_onnx": Format(".int8.onnx", export_int8_onnx, ("onnx", "onnxscript", "onnxruntime.quantization"), "int8"),
 }
 
 
@@ -177,22 +175,20 @@ def export(options: ExportOptions) -> None:
         InputError: an option, the checkpoint or the data is wrong, or a package is not installed.
     """
     files, canvas = options.files, options.canvas
-    batch = None if options.batch == "dynamic" else options.batch
     detector = Detector.load(options.ckpt, "cpu")
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
     for name in files:
-        for needed in FORMATS[name].needs:
-            needed()
+        import_packages(*FORMATS[name].needs)
     index = validation_images(options, detector) if options.check else None
-    int8 = any(FORMATS[name].precision == "int8" for name in files)
-    calibration = calibration_images(options, detector) if int8 else None
+    int8 = [name for name in files if FORMATS[name].precision == "int8"]
+    read, items = calibration_images(options, detector) if int8 else (None, [])
     control = accuracy_control(options, detector) if "int8" in files else None
     for name, path in files.items():
         log.info("%s: %s", name, path)
-        arguments: dict[str, Any] = {"batch": batch, "canvas": canvas}
-        if calibration and FORMATS[name].precision == "int8":
-            arguments["images"] = calibration()
-        if control and name == "int8":
+        arguments: dict[str, Any] = {"batch": None if options.batch == "dynamic" else options.batch, "canvas": canvas}
+        if read and name in int8:
+            arguments["images"] = map(read, items)  # one by one: some hundreds of a camera's would fill the memory
+        if name == "int8":
             arguments["accuracy"] = control
         FORMATS[name].write(detector, path, **arguments)
     if options.check is None or index is None:
@@ -210,34 +206,25 @@ def accuracy_control(options: ExportOptions, detector: Detector) -> AccuracyCont
     """On training images: what it was tuned on would flatter int8 in the check. None where it is off."""
     if not options.accuracy_control:
         return None
-    if not options.check:
-        log.info("accuracy control is off: check=null sets no limit.")
-        return None
-    data = evaluation_data(options.data, detector)
-    if recorded_data(detector) is None:
-        log.info("accuracy control is off: this checkpoint does not say what it was trained on.")
+    if options.check is None or recorded_data(detector) is None:
+        why = "this checkpoint does not say what it was trained on" if options.check else "check=null sets no limit"
+        log.info("accuracy control is off: %s.", why)
         return None
     with way_out("Or give accuracy_control=false."):
-        index = load_split(data, "train", class_names=detector.class_names)
-    return accuracy_on(index, options.check.images, options.check.max_drop.int8)
-
-
-def accuracy_on(index: AnnotationIndex, count: int, max_drop: float) -> AccuracyControl:
-    """On so many images of an index, evenly spread."""
-    index = index.select(spread(range(len(index)), count))
+        index = training_images(options, detector)
+    index = index.select(spread(range(len(index)), options.check.images))
 
     def measure(exported: ExportedDetector, places: Sequence[int]) -> tuple[float, list[float]]:
         found = [exported.detect_images([index.read(place)])[0] for place in places]
-        each = [average_precision([one], index, [place]) or 0.0 for one, place in zip(found, places, strict=True)]
-        return average_precision(found, index, places) or 0.0, each
+        each = [average_precision([one], index.select([place])) for one, place in zip(found, places, strict=True)]
+        return average_precision(found, index.select(places)) or 0.0, [ap or 0.0 for ap in each]
 
-    return AccuracyControl(measure, len(index), max_drop)
+    return AccuracyControl(measure, len(index), options.check.max_drop.int8)
 
 
-def average_precision(found: Sequence[Found], index: AnnotationIndex, places: Sequence[int]) -> float | None:
-    """AP of what was found in these images of an index; None where they hold no object."""
-    part = index.select(places)
-    ap: float | None = evaluate(Results.of(range(len(part)), found), part)["AP"]
+def average_precision(found: Sequence[Found], index: AnnotationIndex) -> float | None:
+    """AP of what was found in the images of an index; None where they hold no object."""
+    ap: float | None = evaluate(Results.of(range(len(index)), found), index)["AP"]
     return ap
 
 
@@ -247,8 +234,15 @@ def validation_images(options: ExportOptions, detector: Detector) -> AnnotationI
     with way_out("Or give check=null: nothing is compared then."):
         data = evaluation_data(options.data, detector)
         val = data.val.model_copy(update={"limit": options.check.images})
-        data = data.model_copy(update={"val": val})
-        return load_split(data, "val", class_names=detector.class_names)
+        return load_split(data.model_copy(update={"val": val}), "val", class_names=detector.class_names)
+
+
+def training_images(options: ExportOptions, detector: Detector) -> AnnotationIndex:
+    """The training split. Raises InputError where the checkpoint does not say which."""
+    data = evaluation_data(options.data, detector)
+    if recorded_data(detector) is None:
+        raise InputError("This checkpoint does not say what it was trained on.")
+    return load_split(data, "train", class_names=detector.class_names)
 
 
 @contextmanager
@@ -260,20 +254,14 @@ def way_out(hint: str) -> Iterator[None]:
         raise InputError(f"{error} {hint}") from error
 
 
-def calibration_images(options: ExportOptions, detector: Detector) -> Callable[[], Iterator[np.ndarray]]:
-    """From the given folder, evenly spread, or from the training split; validation images would flatter the check.
-
-    Read one by one: some hundreds of a camera's would fill the memory.
-    """
+def calibration_images(options: ExportOptions, detector: Detector) -> tuple[Callable[[Any], np.ndarray], list[Any]]:
+    """What reads an image, and which ones, evenly spread: of the given folder, or of the training split; validation
+    images would flatter the check."""
     if options.calibration:
-        paths = spread(list_images(options.calibration), options.calibration_images)
-        return partial(map, read_image, paths)
+        return read_image, spread(list_images(options.calibration), options.calibration_images)
     with way_out("Or give calibration=FOLDER of images."):
-        data = evaluation_data(options.data, detector)
-        if recorded_data(detector) is None:
-            raise InputError("This checkpoint does not say what it was trained on.")
-        index = load_split(data, "train", class_names=detector.class_names)
-    return partial(map, index.read, spread(range(len(index)), options.calibration_images))
+        index = training_images(options, detector)
+    return index.read, spread(range(len(index)), options.calibration_images)
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -285,29 +273,23 @@ def check(
     options: ExportOptions, settings: CheckOptions, detector: Detector, index: AnnotationIndex
 ) -> list[Comparison]:
     """What was written against the checkpoint, on the images of an index."""
-    files, canvas, threads = options.files, options.canvas, settings.threads
-    if threads:
-        torch.set_num_threads(threads)
-    contestants: dict[str, Predictor] = {REFERENCE: detector.on_canvas(canvas) if canvas else detector}
-    shown = {ANY_SIZE: detector} if canvas else {}
-    contestants |= shown
-    contestants |= {name: ExportedDetector.load(path, threads=threads) for name, path in files.items()}
+    files, canvas = options.files, options.canvas
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    in_torch = {REFERENCE: detector.on_canvas(canvas), ANY_SIZE: detector} if canvas else {REFERENCE: detector}
+    exports = {name: ExportedDetector.load(path, threads=settings.threads) for name, path in files.items()}
+    sizes = dict.fromkeys(in_torch, Path(options.ckpt).stat().st_size)
+    for name, path in files.items():
+        parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+        sizes[name] = sum(part.stat().st_size for part in parts)
     images = progress(map(index.read, range(len(index))), "check", len(index))
-    sizes = dict.fromkeys((REFERENCE, ANY_SIZE), Path(options.ckpt).stat().st_size)
-    sizes |= {name: sum(part.stat().st_size for part in parts_of(path)) for name, path in files.items()}
     return compare_contestants(
-        take_turns(contestants, images),
-        lambda found: average_precision(found, index, range(len(index))),
+        take_turns({**in_torch, **exports}, images),
+        lambda found: average_precision(found, index),
         files=sizes,
-        precisions={name: FORMATS[name].precision if name in FORMATS else "float32" for name in contestants},
+        precisions={name: FORMATS[name].precision for name in files},
         max_drop=settings.max_drop.to_dict(),
-        shown=list(shown),
     )
-
-
-def parts_of(path: Path) -> list[Path]:
-    """The files of an export."""
-    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 def render(rows: list[Comparison], images: int, canvas: tuple[int, int] | None) -> str:

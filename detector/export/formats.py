@@ -6,7 +6,6 @@ Standard operators only. The resize stays outside: `Preprocessing` makes it in e
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -15,12 +14,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
 from detector.data.preprocess import STRIDE
-from detector.errors import InputError
+from detector.errors import InputError, require
 from detector.export.graph import DetectionGraph, suppress_at_once, suppress_in_onnx
 from detector.files import replacing
 from detector.inference.export_info import SECTION, ExportInfo, check_canvas
@@ -32,22 +31,36 @@ if TYPE_CHECKING:
     from detector.inference.detector import Detector
 
 OPSET = 18  # GridSample came with 16, ReduceMean with axes as an input with 18
+# Modules that only exports need, and the extra of this package that brings each.
+EXTRAS = {
+    "onnx": "[onnx]",
+    "onnxscript": "[onnx]",
+    "onnxruntime.quantization": "[onnx]",
+    "openvino": "[onnx,openvino]",
+    "nncf": "[int8]",
+}
 
 
-def export_info(detector: Detector, batch: int | None, canvas: tuple[int, int] | None) -> ExportInfo:
-    """What the file will say about itself; `batch` is 1 or None (any), `canvas` None (any) or height and width."""
+class Inputs(TypedDict, total=False):
+    """What inputs an export takes.
+
+    Attributes:
+        batch: images at once: 1, or None, any number.
+        canvas: height and width; None: any.
+    """
+
+    batch: int | None
+    canvas: tuple[int, int] | None
+
+
+def export_info(detector: Detector, batch: int | None = None, canvas: tuple[int, int] | None = None) -> ExportInfo:
+    """What the file will say about itself. Raises InputError for inputs that no export takes."""
     if batch not in (1, None):
         raise InputError(f"batch={batch}; expected 1 or dynamic.")
-    made = {"torch": str(torch.__version__), "fused": True}
-    return ExportInfo(
-        detector.class_names,
-        detector.preprocessing,
-        batch,
-        check_canvas(canvas) if canvas else None,
-        "float32",
-        detector.options.spec(),
-        dict(detector.provenance) | {"export": made},
-    )
+    made = {"export": {"torch": str(torch.__version__), "fused": True}}
+    about = "float32", detector.options.spec(), dict(detector.provenance) | made
+    canvas = check_canvas(canvas) if canvas else None
+    return ExportInfo(detector.class_names, detector.preprocessing, batch, canvas, *about)
 
 
 def trace(detector: Detector, suppress: Suppress, info: ExportInfo) -> torch.export.ExportedProgram:
@@ -59,42 +72,36 @@ def trace(detector: Detector, suppress: Suppress, info: ExportInfo) -> torch.exp
     batch, (height, width) = info.batch or 3, info.canvas or (5 * STRIDE, 7 * STRIDE)
     images = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
     sizes = torch.tensor([[height, width]] * batch)
-    shapes: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
-    if info.batch is None:
-        dimension = torch.export.Dim("batch")
-        shapes = {0: dimension}, {0: dimension}
+    some = {} if info.batch else {0: torch.export.Dim("batch")}
+    shapes: tuple[dict[int, Any], dict[int, Any]] = (dict(some), some)
     if info.canvas is None:
         least = SMALLEST_TORCH_CANVAS[0] // STRIDE
         shapes[0][1] = STRIDE * torch.export.Dim("rows", min=least, max=4096)
         shapes[0][2] = STRIDE * torch.export.Dim("columns", min=least, max=4096)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         return torch.export.export(graph, (images, sizes), dynamic_shapes=shapes, strict=False)
 
 
-def export_torch(
-    detector: Detector, path: str | Path, *, batch: int | None = None, canvas: tuple[int, int] | None = None
-) -> ExportInfo:
+def export_torch(detector: Detector, path: str | Path, **inputs: Unpack[Inputs]) -> ExportInfo:
     """Write a .pt2 of torch.export: aten's operators, and torchvision's for suppression."""
-    info = export_info(detector, batch, canvas)
+    info = export_info(detector, **inputs)
     program = trace(detector, suppress_at_once, info)
-    with replacing(path) as partial, _quiet():
-        text = json.dumps(info.to_properties())
-        torch.export.save(program, str(partial), extra_files={f"{SECTION}.json": text})
+    with replacing(path) as partial, quiet():
+        about = {f"{SECTION}.json": json.dumps(info.to_properties())}
+        torch.export.save(program, str(partial), extra_files=about)
     return info
 
 
-def export_onnx(
-    detector: Detector, path: str | Path, *, batch: int | None = None, canvas: tuple[int, int] | None = None
-) -> ExportInfo:
+def export_onnx(detector: Detector, path: str | Path, **inputs: Unpack[Inputs]) -> ExportInfo:
     """Write an .onnx of opset OPSET, checked by onnx's own checker.
 
     Raises:
         InputError: onnx or onnxscript is not installed.
     """
-    import_onnx()
-    info = export_info(detector, batch, canvas)
+    import_packages("onnx", "onnxscript")
+    info = export_info(detector, **inputs)
     program = trace(detector, suppress_in_onnx, info)
-    with _quiet():
+    with quiet():
         written = torch.onnx.export(
             program,
             dynamo=True,
@@ -110,7 +117,8 @@ def export_onnx(
 
 
 def save_onnx(model: Any, info: ExportInfo, path: str | Path) -> None:
-    """Write a ModelProto with `info` in it; what the exporter said about its source lines goes.
+    """Write a ModelProto with `info` in it; what the exporter said about its source lines, and domains of operators
+    that it declares and does not use, go.
 
     Checked before by onnx's own checker, and that it names no operator outside the standard.
     """
@@ -122,35 +130,34 @@ def save_onnx(model: Any, info: ExportInfo, path: str | Path) -> None:
     for key, value in info.to_properties().items():
         model.metadata_props.add(key=key, value=value)
     model.producer_name = "light-head-detector"
+    domains = {node.domain for node in model.graph.node}
+    declared = [entry for entry in model.opset_import if entry.domain in domains]
+    del model.opset_import[:]
+    model.opset_import.extend(declared)
     onnx.checker.check_model(model, full_check=True)
-    domains = {node.domain for node in model.graph.node} | {entry.domain for entry in model.opset_import}
     if domains - {"", "ai.onnx"} or model.functions:
         raise RuntimeError(f"the exported graph is not standard ONNX: domains {sorted(domains)}")
     with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString())
 
 
-def export_openvino(
-    detector: Detector, path: str | Path, *, batch: int | None = None, canvas: tuple[int, int] | None = None
-) -> ExportInfo:
+def export_openvino(detector: Detector, path: str | Path, **inputs: Unpack[Inputs]) -> ExportInfo:
     """Write OpenVINO IR, an .xml and a .bin beside it, float32.
 
     Raises:
         InputError: openvino, or what ONNX needs, is not installed; the path ends otherwise.
     """
     check_openvino_path(path)
-    model, info = openvino_model(detector, batch=batch, canvas=canvas)
+    model, info = openvino_model(detector, **inputs)
     save_openvino(model, info, path)
     return info
 
 
-def openvino_model(
-    detector: Detector, *, batch: int | None = None, canvas: tuple[int, int] | None = None
-) -> tuple[Any, ExportInfo]:
+def openvino_model(detector: Detector, **inputs: Unpack[Inputs]) -> tuple[Any, ExportInfo]:
     """The detector as an openvino.Model, by way of ONNX."""
-    import_openvino()
+    import_packages("openvino")
     with tempfile.TemporaryDirectory() as folder:
-        info = export_onnx(detector, Path(folder) / "detector.onnx", batch=batch, canvas=canvas)
+        info = export_onnx(detector, Path(folder) / "detector.onnx", **inputs)
         return convert_for_openvino(Path(folder) / "detector.onnx"), info
 
 
@@ -160,28 +167,15 @@ def convert_for_openvino(source: Any, **options: Any) -> Any:
     Raises:
         InputError: openvino is not installed.
     """
-    openvino = import_openvino()
+    openvino = import_packages("openvino")
     with unreported():
         return openvino.convert_model(source, **options)
 
 
-def import_openvino() -> Any:
-    """The module openvino. Raises InputError where it is not installed."""
-    return require("openvino", extra="onnx,openvino")
-
-
-def require(*modules: str, extra: str) -> Any:
-    """Import modules that an extra of this package brings; the last of them.
-
-    Raises:
-        InputError: one is not installed.
-    """
-    try:
-        return [importlib.import_module(name) for name in modules][-1]
-    except ImportError as error:
-        raise InputError(
-            f"{error.name or modules[-1]} is not installed: pip install 'light-head-detector[{extra}]'."
-        ) from error
+def import_packages(*modules: str) -> Any:
+    """Import modules of EXTRAS; the last of them. Raises InputError where one is not installed."""
+    with unreported():  # NNCF's reporter is made on import
+        return [require(name, package=EXTRAS[name], what="this export") for name in modules][-1]
 
 
 @contextlib.contextmanager
@@ -247,22 +241,14 @@ def _nms_in_onnx(boxes: Any, scores: Any, threshold: float, limit: int) -> Any:
     return op.Greater(op.ScatterND(marks, chosen, ones), op.Constant(value_float=0.0))
 
 
-def import_onnx() -> None:
-    """What writing ONNX takes, torch's exporter included. Raises InputError where it is not installed."""
-    require("onnx", "onnxscript", extra="onnx")
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters' own deprecations and progress are not about this export."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Exporters' own deprecations, and advice through the root logger, are not about this export: errors only."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

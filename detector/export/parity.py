@@ -6,10 +6,10 @@ nearly every confident detection. Boxes alone would let a tie decide, AP alone w
 
 from __future__ import annotations
 
-import statistics
+import operator
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,38 +53,28 @@ class Difference:
 
     def worst(self, other: Difference) -> Difference:
         """The larger differences of both, and the sums of their counts."""
-        return Difference(
-            max(self.box, other.box),
-            max(self.score, other.score),
-            self.partners + other.partners,
-            self.total + other.total,
-            self.confident + other.confident,
-            self.agreeing + other.agreeing,
-            self.extra + other.extra,
-        )
+        mine, theirs = astuple(self), astuple(other)
+        return Difference(*map(max, mine[:2], theirs[:2]), *map(operator.add, mine[2:], theirs[2:]))
 
 
 def difference(reference: Found, found: Found) -> Difference:
     """Match by class and IoU, best first, each detection at most once; the nearer score wins among equal boxes."""
     free = np.ones(len(found.scores), bool)
-    boxes, scores, agreeing = [0.0], [0.0], 0
-    partners = 0
-    overlaps = box_iou(reference.boxes, found.boxes)
-    for i, label in enumerate(reference.labels):
+    pairs: list[tuple[float, float]] = []  # differences of boxes and of scores
+    agreeing = 0
+    confident, overlaps = reference.scores >= CONFIDENT, box_iou(reference.boxes, found.boxes)
+    for i, label in enumerate(reference.labels if len(found.scores) else ()):
         gap = np.abs(found.scores - reference.scores[i])
         fit = np.where(free & (found.labels == label), overlaps[i] - 1e-3 * gap, -1.0)
-        if not len(fit) or overlaps[i, j := int(fit.argmax())] < PARTNER_IOU or fit[j] < 0:
+        j = int(fit.argmax())
+        if overlaps[i, j] < PARTNER_IOU or fit[j] < 0:
             continue
         free[j] = False
-        partners += 1
-        boxes.append(float(np.abs(found.boxes[j] - reference.boxes[i]).max()))
-        scores.append(float(gap[j]))
-        agreeing += bool(
-            reference.scores[i] >= CONFIDENT and overlaps[i, j] >= AGREEING_IOU and gap[j] <= AGREEING_SCORE
-        )
-    confident = int((reference.scores >= CONFIDENT).sum())
+        pairs.append((float(np.abs(found.boxes[j] - reference.boxes[i]).max()), float(gap[j])))
+        agreeing += bool(confident[i] and overlaps[i, j] >= AGREEING_IOU and gap[j] <= AGREEING_SCORE)
+    box, score = np.max([(0.0, 0.0), *pairs], axis=0).tolist()
     extra = int((found.scores[free] >= CONFIDENT).sum())
-    return Difference(max(boxes), max(scores), partners, len(reference.scores), confident, agreeing, extra)
+    return Difference(box, score, len(pairs), len(confident), int(confident.sum()), agreeing, extra)
 
 
 @dataclass
@@ -157,7 +147,6 @@ def compare_contestants(
     files: Mapping[str, int],
     precisions: Mapping[str, str],
     max_drop: Mapping[str, float],
-    shown: Collection[str] = (),
 ) -> list[Comparison]:
     """The table, the reference first.
 
@@ -165,38 +154,28 @@ def compare_contestants(
         records: of `take_turns`.
         average_precision: of the detections of all images, in their order; in [0, 1].
         files: bytes of each contestant's file.
-        precisions: of each contestant.
+        precisions: of each export; others take part for comparison, in float32, and cannot fail.
         max_drop: points of AP that an export of each precision may lose.
-        shown: names that take part for comparison and cannot fail, beside REFERENCE.
     """
+
+    def points(record: Trial) -> float | None:
+        share = average_precision(record.found)
+        return None if share is None else 100 * share
+
     reference = records[REFERENCE]
-    points = {name: _points(average_precision(record.found)) for name, record in records.items()}
+    wanted, turns = points(reference), np.array(reference.seconds)
     rows = []
     for name, record in records.items():
-        ap, wanted, precision = points[name], points[REFERENCE], precisions[name]
+        ap, seconds = points(record), np.array(record.seconds)
         drop = None if ap is None or wanted is None else wanted - ap
-        times = sorted(record.seconds)
-        rows.append(
-            Comparison(
-                name,
-                precision,
-                files[name],
-                record.difference,
-                ap,
-                drop,
-                1000 * statistics.median(times),
-                1000 * float(np.percentile(times, 90)),
-                statistics.median(r / s for r, s in zip(reference.seconds, record.seconds, strict=True)),
-                ()
-                if name == REFERENCE or name in shown
-                else tuple(_complaints(record.difference, wanted, drop, precision, max_drop[precision])),
-            )
-        )
+        p50, p90 = (1000 * np.percentile(seconds, (50, 90))).tolist()
+        ratio = float(np.median(turns / seconds))
+        complaints: Iterable[str] = ()
+        if precision := precisions.get(name):
+            complaints = _complaints(record.difference, wanted, drop, precision, max_drop[precision])
+        about = precision or "float32", files[name], record.difference
+        rows.append(Comparison(name, *about, ap, drop, p50, p90, ratio, tuple(complaints)))
     return sorted(rows, key=lambda row: row.name != REFERENCE)
-
-
-def _points(value: float | None) -> float | None:
-    return None if value is None else 100 * value
 
 
 def _complaints(

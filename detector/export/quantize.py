@@ -8,26 +8,25 @@ outputs, the class and box outputs, and everything about boxes: coordinates need
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
 from detector.data.preprocess import prepare
 from detector.errors import InputError
 from detector.export.formats import (
+    Inputs,
     check_openvino_path,
     export_onnx,
+    import_packages,
     openvino_model,
-    require,
+    quiet,
     save_onnx,
     save_openvino,
-    unreported,
     with_precision,
 )
 from detector.inference.export_info import ExportInfo
@@ -63,9 +62,8 @@ def export_int8(
     path: str | Path,
     images: Iterable[np.ndarray],
     *,
-    batch: int | None = None,
-    canvas: tuple[int, int] | None = None,
     accuracy: AccuracyControl | None = None,
+    **inputs: Unpack[Inputs],
 ) -> ExportInfo:
     """Write OpenVINO IR in int8, an .xml and a .bin beside it.
 
@@ -74,71 +72,58 @@ def export_int8(
         path: ends in .xml.
         images: uint8 RGB (h, w, 3), like those that the detector will see; some hundreds fix the ranges. They are
             preprocessed here.
-        batch, canvas: see `export_onnx`.
         accuracy: None: quantize and leave it at that.
+        inputs: batch, canvas.
 
     Raises:
         InputError: no image, a path that ends otherwise, or nncf, openvino or what ONNX needs is not installed.
     """
-    nncf = import_nncf()
+    nncf = import_packages("nncf")
     check_openvino_path(path)
-    model, info = openvino_model(detector, batch=batch, canvas=canvas)
+    model, info = openvino_model(detector, **inputs)
     samples = _samples(images, info)
-    options = {
-        "subset_size": len(samples),
-        "ignored_scope": nncf.IgnoredScope(names=sorted(float_nodes(openvino_nodes(model))), validate=False),
-    }
-    with quiet(nncf):
-        if accuracy is None:
-            quantized = nncf.quantize(model, nncf.Dataset(samples), **options)
-        else:
-            quantized = nncf.quantize_with_accuracy_control(
-                model,
-                nncf.Dataset(samples),
-                nncf.Dataset(range(accuracy.images)),
-                _validation(accuracy, info, Path(path)),
-                max_drop=accuracy.max_drop / 100,
-                **options,
-            )
+
+    def validate(compiled: Any, numbers: Iterable[int]) -> tuple[float, list[float]]:
+        assert accuracy is not None
+        return accuracy.measure(ExportedDetector(info, openvino_run(compiled), Path(path)), list(numbers))
+
+    scope = nncf.IgnoredScope(names=sorted(float_nodes(openvino_nodes(model))), validate=False)
+    options: dict[str, Any] = {"subset_size": len(samples), "ignored_scope": scope}
+    quantize, given = nncf.quantize, [model, nncf.Dataset(samples)]
+    if accuracy is not None:
+        quantize = nncf.quantize_with_accuracy_control
+        given += [nncf.Dataset(range(accuracy.images)), validate]
+        options["max_drop"] = accuracy.max_drop / 100
+    with quiet():  # its progress bars stay
+        quantized = quantize(*given, **options)
     info = with_precision(info, "int8", calibration_pictures=len(samples), nncf=nncf.__version__)
     save_openvino(quantized, info, path)
     return info
 
 
-def _validation(
-    accuracy: AccuracyControl, info: ExportInfo, path: Path
-) -> Callable[[Any, Iterable[int]], tuple[float, list[float]]]:
-    def validate(compiled: Any, numbers: Iterable[int]) -> tuple[float, list[float]]:
-        return accuracy.measure(ExportedDetector(info, openvino_run(compiled), path), list(numbers))
-
-    return validate
-
-
 def export_int8_onnx(
-    detector: Detector,
-    path: str | Path,
-    images: Iterable[np.ndarray],
-    *,
-    batch: int | None = None,
-    canvas: tuple[int, int] | None = None,
+    detector: Detector, path: str | Path, images: Iterable[np.ndarray], **inputs: Unpack[Inputs]
 ) -> ExportInfo:
     """Write an .onnx in int8, for where there is no OpenVINO. Arguments as of `export_int8`; path ends in .onnx.
 
     Raises:
         InputError: no image, or onnx or onnxruntime is not installed.
     """
-    quantization = import_quantization()
+    quantization = import_packages("onnxruntime.quantization")
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        info = export_onnx(detector, source, batch=batch, canvas=canvas)
+        info = export_onnx(detector, source, **inputs)
         samples = _samples(images, info)
-        with _without_advice():
+        left = iter(samples)
+        get_next = {"get_next": lambda _: next(left, None)}
+        reader = type("Reader", (quantization.CalibrationDataReader,), get_next)()
+        with quiet():
             quantization.quantize_static(
                 str(source),
                 str(target),
-                _reader(quantization, samples),
+                reader,
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(LAYERS),
                 nodes_to_exclude=sorted(float_nodes(onnx_nodes(onnx.load(source).graph))),
@@ -149,13 +134,11 @@ def export_int8_onnx(
             )
         model = onnx.load(target)
     info = with_precision(info, "int8", calibration_pictures=len(samples))
-    _drop_unused_domains(model)
     save_onnx(model, info, path)
     return info
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A step of a graph.
 
     Attributes:
@@ -225,56 +208,3 @@ def _samples(images: Iterable[np.ndarray], info: ExportInfo) -> list[dict[str, n
     if not samples:
         raise InputError("int8 needs images to calibrate on; give a folder of some hundreds.")
     return samples
-
-
-def _reader(quantization: Any, samples: list[dict[str, np.ndarray]]) -> Any:
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.samples = iter(samples)
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.samples, None)
-
-    return Reader()
-
-
-def _drop_unused_domains(model: Any) -> None:
-    """The quantizer declares its own domain whether it uses it or not."""
-    used = {node.domain for node in model.graph.node}
-    kept = [entry for entry in model.opset_import if entry.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
-
-
-def import_nncf() -> Any:
-    """The module nncf, which reports nothing to its makers. Raises InputError where it is not installed."""
-    with unreported():  # its reporter is made on import
-        return require("nncf", extra="int8")
-
-
-@contextmanager
-def quiet(nncf: Any) -> Iterator[None]:
-    """Its progress bars stay; its notes on every node that is left in float are what was asked for."""
-    logger = logging.getLogger("nncf")
-    before = logger.level
-    nncf.set_log_level(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def import_quantization() -> Any:
-    """The module onnxruntime.quantization. Raises InputError where it, or onnx, is not installed."""
-    return require("onnxruntime.quantization", extra="onnx")
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """ONNX Runtime advises to simplify the graph first, through the root logger; torch's exporter has done it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -33,8 +33,7 @@ from detector.data.shapes import ensure_shapes
 from detector.data.transforms import AugmentOptions
 from detector.errors import InputError
 from detector.evaluation.tables import markdown_table
-from detector.export.formats import import_openvino
-from detector.export.quantize import import_nncf
+from detector.export.formats import import_packages
 from detector.files import CONF, replacing, write_json
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector
@@ -254,8 +253,7 @@ def benchmark_predict(options: BenchmarkOptions, turns: int) -> None:
         raise InputError("ckpt is missing: python tools/benchmark.py predict ckpt=RUN_DIR/best.ckpt")
     exports = by_name(options.exports)
     if options.peers_exported:  # before the minutes of the first contest
-        import_openvino()
-        import_nncf()
+        import_packages("openvino", "nncf")
     image = read_image(options.source) if options.source else drawn_image()
     threads = options.threads or range(1, (os.cpu_count() or 1) + 1)
     timings = contest_predictions(

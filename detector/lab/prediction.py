@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from detector.data.preprocess import canvas_size, prepare
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
-from detector.export.formats import convert_for_openvino, import_openvino
-from detector.export.quantize import import_nncf, quiet
+from detector.export.formats import convert_for_openvino, import_packages, quiet
 from detector.inference.detector import Detector
 from detector.inference.loading import load
 from detector.inference.runtime import OFTEN, openvino_options
@@ -207,7 +206,7 @@ def write_peers(image: np.ndarray, folder: Path) -> dict[str, Path]:
     Raises:
         InputError: openvino or nncf is not installed.
     """
-    openvino, nncf = import_openvino(), import_nncf()
+    openvino, nncf = import_packages("openvino"), import_packages("nncf")
     files: dict[str, Path] = {}
     pixels = _tensor(image)
     for name in PEERS:
@@ -219,7 +218,7 @@ def write_peers(image: np.ndarray, folder: Path) -> dict[str, Path]:
         openvino.save_model(model, whole, compress_to_fp16=False)
         # Read again: in the file there are no nodes that nobody uses, on which NNCF fails.
         model = openvino.Core().read_model(whole)
-        with quiet(nncf):
+        with quiet():
             model = nncf.quantize(model, nncf.Dataset([pixels.numpy()]), subset_size=1)
         openvino.save_model(model, quantized, compress_to_fp16=False)
         files |= dict(zip(exported_peer_names(name), (whole, quantized), strict=True))
