@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from PIL import Image
 from tool_runner import ROOT, run_tool, tool_environment
 from torch import nn
 
-from detector.apps.predict import Stop
+from detector.apps.predict import PredictCommandOptions, Stop, predict
 from detector.data.preprocess import Preprocessing
 from detector.inference.detections import Detections
 from detector.inference.detector import Detector
@@ -71,6 +73,29 @@ def test_a_folder_with_a_broken_picture(tmp_path: Path, folder: Path, checkpoint
         "predictions/a.png", "predictions/a_2.png", None, "predictions/sub/a.png",
     ]  # fmt: skip
     assert sum(len(record["scores"]) for record in records) > 0
+
+
+def test_what_cannot_be_written_is_named(
+    tmp_path: Path,
+    folder: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(image: Image.Image, path: Path, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    options = PredictCommandOptions(ckpt=str(checkpoint), source=str(folder), out=str(tmp_path / "out"), device="cpu")
+    with pytest.raises(SystemExit) as ended, caplog.at_level("INFO"):
+        predict(options)
+    assert ended.value.code == 1
+    names = ", ".join(str(folder / name) for name in ("a.jpg", "a.png", "sub/a.png"))
+    message = f"3 could not be written to {tmp_path / 'out'} (No space left on device); the rest is there: {names}"
+    assert message in caplog.messages
+    assert files(tmp_path / "out") == ["detections.json"]
+    message = run_tool("predict", f"ckpt={checkpoint}", "source=2024", "out=detector.ckpt", cwd=tmp_path).error()
+    assert "out=detector.ckpt: cannot be written (File exists); give another folder" in message
 
 
 def check_same(records: list[dict[str, Any]], expected: list[Detections]) -> None:

@@ -158,7 +158,7 @@ class LeftBlind(Painted):
 
     def _detect_in(self, image: np.ndarray) -> Any:
         found = super()._detect_in(image)
-        return found.take(found.boxes[:, 0] >= image.shape[2] / 2)
+        return found.where(found.boxes[:, 0] >= image.shape[2] / 2)
 
 
 def test_flip_finds_what_one_look_misses_with_half_its_score() -> None:

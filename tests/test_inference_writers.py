@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from detector.errors import InputError
 from detector.inference import sources
 from detector.inference.detections import Detections
 from detector.inference.predictor import PredictOptions
+from detector.inference.sources import SourceImage
 from detector.inference.video import Frame
-from detector.inference.writers import LIVE_WRITERS, WRITERS, Places
+from detector.inference.writers import WRITERS, Places, Results
 
 SIZE = (64, 96)
 OBJECTS = [(10, 5, 30, 25, 0, 255), (40, 30, 90, 60, 1, 204)]
@@ -39,14 +42,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write(source: Any, out: Path, save: list[str], **options: Any) -> list[Detections]:
-    places, given = Places(out, source, save), []
-    with ExitStack() as stack:
-        writers = [stack.enter_context(WRITERS[name](out, save, NAMES)) for name in save]
+    given = []
+    with Results(Places(out, source, save), NAMES) as results:
         for picture, found in Painted().search(source, PredictOptions(on_error="report", **options)):
-            place = places(found)
             given.append(found)
-            for add in writers:
-                add(picture, found, place)
+            results.add(picture, found)
+    assert results.lost == {}
     return given
 
 
@@ -142,8 +143,8 @@ def test_nothing_half_written(tmp_path: Path, kind: str) -> None:
     frame = Detections(found.boxes, found.scores, found.labels, NAMES, SIZE, "a.mp4", 0, 0.0)
 
     def start_and_fail() -> None:
-        with WRITERS[kind](tmp_path / "out", [kind], NAMES) as add:
-            add(picture, frame, tmp_path / "out" / "a")
+        with Results(Places(tmp_path / "out", "a.mp4", [kind]), NAMES) as results:
+            results.add(picture, frame)
             raise Stop
 
     with pytest.raises(Stop):
@@ -237,11 +238,9 @@ def test_lines_of_a_camera_can_be_followed(tmp_path: Path) -> None:
     lines, table = tmp_path / "out" / "detections.jsonl", tmp_path / "out" / "detections.csv"
     for before in (0, 3):  # a second run adds to what the first has found
         places = Places(tmp_path / "out", "webcam:0", ["jsonl", "csv"])
-        with ExitStack() as stack:
-            writers = [stack.enter_context(LIVE_WRITERS[name](places.out, [], NAMES)) for name in ("jsonl", "csv")]
+        with Results(places, NAMES, live=True) as results:
             for index, (picture, found) in enumerate(Painted().search("webcam:0", PredictOptions())):
-                for add in writers:
-                    add(picture, found, places(found))
+                results.add(picture, found)
                 records = [json.loads(line) for line in lines.read_text().splitlines()]
                 assert [record["frame"] for record in records] == [0, 1, 2][:before] + list(range(index + 1))
                 with table.open(newline="") as file:
@@ -310,3 +309,101 @@ def test_names_that_are_no_utf8_or_as_long_as_can_be_cost_nobody_anything(tmp_pa
     assert paths[0].endswith(r"caf\udce9.png")
     assert len(paths) == 6
     assert json.loads((out / "coco.json").read_text("utf-8"))["images"][0]["file_name"] == sources[0]
+
+
+class Full:
+    """A disk on which what is written to some files fails, as a full one does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *parts: str) -> None:
+        self.parts, save = parts, Image.Image.save
+
+        def save_or_fail(image: Image.Image, path: Path, **options: Any) -> None:
+            self.check(path)
+            save(image, path, **options)
+
+        def write_or_fail(path: Path, text: str, **options: Any) -> int:
+            self.check(path)
+            return path.write_bytes(text.encode(options["encoding"], options["errors"]))
+
+        monkeypatch.setattr(Image.Image, "save", save_or_fail)
+        monkeypatch.setattr(Path, "write_text", write_or_fail)
+
+    def check(self, path: Path) -> None:
+        if any(part in str(path) for part in self.parts):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_cannot_be_written_costs_nothing_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    Full(monkeypatch, "c.", "coco", "b_0_cat")
+    with Results(Places(out, folder, list(WRITERS)), NAMES) as results:
+        for picture, found in Painted().search(folder, PredictOptions(on_error="report")):
+            results.add(picture, found)
+    full = "No space left on device"
+    assert results.lost == {str(folder / "c.png"): full, str(folder / "sub/b.png"): full, "save=coco": full}
+    assert files(out) == [
+        "a.png", "crops/a_0_cat.png", "crops/a_1_dog.png",
+        "detections.csv", "detections.json", "detections.jsonl", "sub/b.png",
+    ]  # fmt: skip
+    records = json.loads((out / "detections.json").read_text())
+    # All were searched; the copy that is not there is not named.
+    assert [record["annotated"] for record in records] == [str(out / "a.png"), None, None, str(out / "sub/b.png")]
+    assert [record["names"] for record in records] == [["cat", "dog"], [], [], ["cat"]]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
+    if which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_line_that_does_not_fit_leaves_no_half(small_disk: Path) -> None:
+    (small_disk / "before.txt").write_text("whole")
+    with Results(Places(small_disk, "webcam:0", ["jsonl"]), NAMES, live=True) as results:
+        for index in range(60):
+            results.add(SourceImage(np.zeros((1, 1, 3), np.uint8)), named(f"{index:02000}"))
+    lines = (small_disk / "detections.jsonl").read_text().splitlines()
+    assert 20 < len(lines) < 59
+    assert [int(json.loads(line)["path"]) for line in lines] == list(range(len(lines)))
+    assert [int(name) for name in results.lost] == list(range(len(lines), 60))
+    assert set(results.lost.values()) == {"No space left on device"}
+    assert (small_disk / "before.txt").read_text() == "whole"
+
+
+@pytest.mark.parametrize("frames", [2, 60])  # the end, when the next image has its turn, or frames before it do not fit
+def test_a_video_that_cannot_be_written_costs_nothing_else(small_disk: Path, tmp_path: Path, frames: int) -> None:
+    av = pytest.importorskip("av")
+    from detector.inference.video import write_video
+
+    rng = np.random.default_rng(0)
+    for name, count, noise in (("one", frames, 256), ("two", 4, 1)):
+        with write_video(tmp_path / f"{name}.mp4", 10) as add:
+            for _ in range(count):
+                add(rng.integers(0, noise, (320, 320, 3), np.uint8))
+    source = [str(tmp_path / name) for name in ("one.mp4", "two.mp4")]
+    with Results(Places(small_disk, source, ["images", "json"]), NAMES) as results:
+        for picture, found in Painted().search(source, PredictOptions()):
+            results.add(picture, found)
+    assert results.lost == {source[0]: "No space left on device"}
+    assert files(small_disk) == ["detections.json", "two.mp4"]
+    with av.open(str(small_disk / "two.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 4
+    assert len(json.loads((small_disk / "detections.json").read_text())) == frames + 4
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"out=.*file/out: cannot be written \(Not a directory\); give another folder"):
+        Results(Places(tmp_path / "file" / "out", "a.png", ["images"]), NAMES)
+    (tmp_path / "out" / "detections.csv").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"out=.*: cannot be written \(Is a directory\)"):
+        Results(Places(tmp_path / "out", "webcam:0", ["jsonl", "csv"]), NAMES, live=True)

@@ -6,8 +6,8 @@ python tools/predict.py ckpt=RUN_DIR/best.ckpt source=drive.mp4 every=5 'save=[i
 python tools/predict.py ckpt=RUN_DIR/best.ckpt source=webcam:0    # Ctrl-C or SIGTERM ends it
 
 Files that it has not written itself are never replaced: the copy of street.png in its own folder is street_2.png. Of a
-camera or a stream, predictions/detections.jsonl grows line by line. What cannot be read is listed at the end, with exit
-code 1; the rest is done.
+camera or a stream, predictions/detections.jsonl grows line by line. What cannot be read, or written, is listed at the
+end, with exit code 1; the rest is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from detector.errors import InputError
 from detector.inference.loading import load
 from detector.inference.predictor import PredictOptions, SearchOptions
 from detector.inference.sources import count_images, is_live, leave_out
-from detector.inference.writers import LIVE_WRITERS, WRITERS, Places
+from detector.inference.writers import LIVE_WRITERS, WRITERS, Places, Results
 from detector.options import Count
 
 log = logging.getLogger(__name__)
+_NAMED = 5  # of what could not be written for one reason
 
 
 class PredictCommandOptions(SearchOptions):
@@ -49,7 +50,7 @@ class PredictCommandOptions(SearchOptions):
 
 
 def predict(options: PredictCommandOptions) -> None:
-    """Search the source, and write what is found. Exit code 1 where some of it cannot be read.
+    """Search the source, and write what is found. Exit code 1 where some of it cannot be read, or written.
 
     Raises:
         InputError: nothing of it can be read, or an option, the checkpoint or the export is wrong.
@@ -57,23 +58,19 @@ def predict(options: PredictCommandOptions) -> None:
     source, out = options.source, Path(options.out)
     endless = is_endless(source)
     save = chosen(options.save, endless)
-    place_of = Places(out, source, save)
+    places = Places(out, source, save)
     source = leave_out(source, out)
     predictor = load(options.ckpt, options.device, threads=options.threads)
     search = {name: getattr(options, name) for name in SearchOptions.model_fields}
-    results = predictor.search(source, PredictOptions(**search, on_error="report"))
+    searched = predictor.search(source, PredictOptions(**search, on_error="report"))
     broken: list[str] = []
     images = objects = 0
     stop = Stop()
-    with ExitStack() as stack:
-        kinds = LIVE_WRITERS if endless else WRITERS
-        writers = [stack.enter_context(kinds[name](out, save, predictor.class_names)) for name in save]
+    with Results(places, predictor.class_names, endless) as results:
         with stop.ends() if endless else nullcontext():
-            for image, found in progress(results, "predict", count_images(source, options.every)):
+            for image, found in progress(searched, "predict", count_images(source, options.every)):
                 with stop.waits():
-                    place = place_of(found)
-                    for add in writers:
-                        add(image, found, place)
+                    results.add(image, found)
                     if found.error is None:
                         images, objects = images + 1, objects + len(found)
                     else:
@@ -84,6 +81,11 @@ def predict(options: PredictCommandOptions) -> None:
     log.info("%d objects in %d images: %s", objects, images, out)
     if broken:
         log.error("%d could not be read:%s", len(broken), "".join(f"\n  {error}" for error in broken))
+    for reason in dict.fromkeys(results.lost.values()):
+        lost = [name for name, why in results.lost.items() if why == reason]
+        names = ", ".join(lost[:_NAMED]) + (" ..." if len(lost) > _NAMED else "")
+        log.error("%d could not be written to %s (%s); the rest is there: %s", len(lost), out, reason, names)
+    if broken or results.lost:
         sys.exit(1)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from detector.errors import InputError
+from detector.errors import InputError, require
 
 if TYPE_CHECKING:
     import pandas
@@ -40,41 +40,6 @@ class Found:
         """All of them, one after the other; their order is the caller's affair."""
         return cls(*(np.concatenate([getattr(one, key.name) for one in parts]) for key in fields(cls)))
 
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def take(self, places: np.ndarray) -> Found:
-        """Those at these places, or those that a mask (D,) marks."""
-        return Found(self.boxes[places], self.scores[places], self.labels[places])
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one image, best first.
-
-    Attributes:
-        boxes: (D, 4) float32, xyxy in pixels of the original image, inside it.
-        scores: (D,) float32 in [0, 1], descending.
-        labels: (D,) int64, index into class_names.
-        class_names: the names that labels index.
-        image_size: height and width of the original image.
-        path: where the image came from: a file, an address (without user name and password), a camera; None for what
-            was in memory.
-        frame: of a video: its number, from 0.
-        time: of a video: seconds since its first frame.
-        error: why the image could not be read (`on_error="report"`); then there are no boxes, and no size, (0, 0).
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    image_size: tuple[int, int]
-    path: str | None = field(default=None)
-    frame: int | None = None
-    time: float | None = None
-    error: str | None = None
-
     def __post_init__(self) -> None:
         count = len(self.scores)
         if self.boxes.shape != (count, 4) or self.labels.shape != (count,):
@@ -85,6 +50,33 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def where(self, keep: np.ndarray | slice) -> Self:
+        """The detections that a mask (D,), an index array or a slice keeps."""
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
+
+
+@dataclass(frozen=True)
+class Detections(Found):
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes, scores, labels: as of Found; boxes in pixels of the original image, inside it.
+        class_names: the names that labels index.
+        image_size: height and width of the original image.
+        path: where the image came from: a file, an address (without user name and password), a camera; None for what
+            was in memory.
+        frame: of a video: its number, from 0.
+        time: of a video: seconds since its first frame.
+        error: why the image could not be read (`on_error="report"`); then there are no boxes, and no size, (0, 0).
+    """
+
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    path: str | None = None
+    frame: int | None = None
+    time: float | None = None
+    error: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -99,10 +91,6 @@ class Detections:
         """The detections of these classes, indices into class_names."""
         return self.where(np.isin(self.labels, np.asarray(labels, np.int64)))
 
-    def where(self, keep: np.ndarray | slice) -> Detections:
-        """The detections that a mask (D,), an index array or a slice keeps."""
-        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
-
     def to_coco(self, image_id: Any, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """COCO's results format: xywh boxes in original pixels.
 
@@ -110,12 +98,12 @@ class Detections:
             image_id: the id that the annotation file uses for this image.
             category_ids: the data set's id of each class; None counts 1, 2, 3 ... in the order of class_names.
         """
-        ids = list(category_ids) if category_ids is not None else list(range(1, len(self.class_names) + 1))
-        x1, y1, x2, y2 = self.boxes.astype(np.float64).T
-        rows = np.stack((x1, y1, x2 - x1, y2 - y1), axis=1)
+        ids = range(1, len(self.class_names) + 1) if category_ids is None else category_ids
+        rows = self.boxes.astype(np.float64)
+        rows[:, 2:] -= rows[:, :2]
         return [
-            {"image_id": image_id, "category_id": int(ids[label]), "bbox": row.tolist(), "score": float(score)}
-            for row, label, score in zip(rows, self.labels, self.scores, strict=True)
+            {"image_id": image_id, "category_id": int(ids[label]), "bbox": row, "score": score}
+            for row, label, score in zip(rows.tolist(), self.labels, self.scores.tolist(), strict=True)
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,18 +127,9 @@ class Detections:
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat dict of plain values for each detection: a line of a table."""
-        return [
-            {
-                "path": self.path,
-                "frame": self.frame,
-                "time": self.time,
-                "label": int(label),
-                "name": name,
-                "score": float(score),
-                **dict(zip(("x1", "y1", "x2", "y2"), box.tolist(), strict=True)),
-            }
-            for box, score, label, name in zip(self.boxes, self.scores, self.labels, self.names, strict=True)
-        ]
+        columns = self.labels.tolist(), self.names, self.scores.tolist(), *self.boxes.T.tolist()
+        origin = self.path, self.frame, self.time
+        return [dict(zip(ROW_COLUMNS, (*origin, *row), strict=True)) for row in zip(*columns, strict=True)]
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table of ROW_COLUMNS, a line for each detection.
@@ -158,10 +137,7 @@ class Detections:
         Raises:
             InputError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise InputError("to_pandas needs pandas, which is not installed: pip install pandas.") from error
+        pandas = require("pandas", package="pandas", what="to_pandas")
         return pandas.DataFrame(self.rows(), columns=list(ROW_COLUMNS))
 
     def to_supervision(self) -> supervision.Detections:
@@ -170,12 +146,7 @@ class Detections:
         Raises:
             InputError: supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            raise InputError(
-                "to_supervision needs supervision, which is not installed: pip install supervision."
-            ) from error
+        supervision = require("supervision", package="supervision", what="to_supervision")
         return supervision.Detections(
             xyxy=self.boxes.astype(np.float32),
             confidence=self.scores.astype(np.float32),

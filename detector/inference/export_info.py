@@ -77,35 +77,23 @@ class ExportInfo:
                 "Make one with tools/export.py."
             )
         try:
-            # Other tools add keys of their own.
-            values = {key: json.loads(properties[key]) for key in KEYS}
-            version = int(values["version"])
-            sides, given = dict(values["preprocessing"]), dict(values["input"])
-            class_names = tuple(map(str, values["class_names"]))
+            version = int(json.loads(properties["version"]))
+            if version == VERSION:
+                # Other tools add keys of their own.
+                values = {key: json.loads(properties[key]) for key in KEYS}
+                batch, height, width = (values["input"][key] for key in ("batch", "height", "width"))
+                sides = {key: values["preprocessing"][key] for key in Preprocessing.model_fields}
+                return cls(
+                    tuple(map(str, values["class_names"])),
+                    Preprocessing.parse(sides),
+                    batch,
+                    None if height is None else (height, width),
+                    *(values[key] for key in ("precision", "spec", "provenance")),
+                )
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, error) from error
-        if version != VERSION:
-            remedy = "update it" if version > VERSION else "export the checkpoint again"
-            raise InputError(f"'{path}' has export version {version}; this package reads {VERSION}: {remedy}.")
-        try:
-            preprocessing = Preprocessing.parse({key: sides[key] for key in Preprocessing.model_fields})
-            batch, height, width = given["batch"], given["height"], given["width"]
-        except KeyError as error:
-            raise _damaged(path, error) from error
-        canvas = None if height is None else (height, width)
-        return cls(
-            class_names,
-            preprocessing,
-            batch,
-            canvas,
-            values["precision"],
-            values["spec"],
-            values["provenance"],
-        )
-
-
-def _damaged(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"'{path}' is damaged: its metadata cannot be read ({error}). Export it again.")
+            raise InputError(f"'{path}' is damaged: its metadata cannot be read ({error}). Export it again.") from error
+        remedy = "update it" if version > VERSION else "export the checkpoint again"
+        raise InputError(f"'{path}' has export version {version}; this package reads {VERSION}: {remedy}.")
 
 
 def check_canvas(canvas: Sequence[int]) -> tuple[int, int]:

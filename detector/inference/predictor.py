@@ -180,19 +180,20 @@ class Predictor(ABC):
             results = self._detect(images, options)
         else:
             results = [self._detect_tiles(image, Tiling(*options.tile), options) for image in images]
-        return [
+        detections = (
             Detections(
                 found.boxes,
                 found.scores,
                 found.labels,
                 self.class_names,
-                _size(one.image),
-                one.path,
-                one.frame,
-                one.time,
-            ).above(options.score_threshold)
-            for found, one in zip(results, items, strict=True)
-        ]
+                _size(item.image),
+                item.path,
+                item.frame,
+                item.time,
+            )
+            for found, item in zip(results, items, strict=True)
+        )
+        return [found.above(options.score_threshold) for found in detections]
 
     def _detect_tiles(self, image: np.ndarray, tiling: Tiling, options: PredictOptions) -> Found:
         """The whole image and its tiles, a batch at a time."""
@@ -204,7 +205,7 @@ class Predictor(ABC):
             chunk = regions[start : start + options.batch_size]
             found = self._detect([image[y1:y2, x1:x2] for x1, y1, x2, y2 in chunk], options)
             for one, corner in zip(found, np.tile(chunk[:, :2], 2), strict=True):
-                kept = one.take(one.scores >= options.score_threshold)
+                kept = one.where(one.scores >= options.score_threshold)
                 looks.append(replace(kept, boxes=(kept.boxes + corner).astype(np.float32)))
         return merge_tiles(looks, regions, size) if len(regions) > 1 else looks[0]
 

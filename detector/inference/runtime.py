@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from detector.data.preprocess import Prepared, pad
-from detector.errors import InputError
+from detector.errors import InputError, require
 from detector.inference.detections import Found
 from detector.inference.export_info import KEYS, SECTION, ExportInfo
 from detector.inference.predictor import Predictor
@@ -103,10 +103,7 @@ class ExportedDetector(Predictor):
 
 
 def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise _missing("onnxruntime", "onnx", path) from error
+    onnxruntime = require("onnxruntime", package="[onnx]", what=f"'{path}'")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or 0
@@ -127,10 +124,7 @@ def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo
 
 
 def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
-    try:
-        import openvino
-    except ImportError as error:
-        raise _missing("openvino", "openvino", path) from error
+    openvino = require("openvino", package="[openvino]", what=f"'{path}'")
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise InputError(f"'{path}' has no '{weights.name}' beside it: an OpenVINO export is two files, copy both.")
@@ -139,7 +133,8 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
         model = core.read_model(path)
     except Exception as error:  # RuntimeError, mostly
         raise _damaged(path, "an OpenVINO model", error) from error
-    properties = _rt_info(model)
+    places = {key: [SECTION, key] for key in ("format", *KEYS, "weights_sha256")}
+    properties = {key: str(model.get_rt_info(place).value) for key, place in places.items() if model.has_rt_info(place)}
     info = ExportInfo.from_properties(properties, path)
     if properties.get("weights_sha256") != json.dumps(sha256(weights)):
         raise InputError(f"'{weights}' is damaged, or belongs to another '{path.name}'. Copy or export both again.")
@@ -242,19 +237,10 @@ def is_export(path: str | Path) -> bool:
     return Path(path).suffix in OPENERS
 
 
-def _rt_info(model: Any) -> dict[str, str]:
-    places = {key: [SECTION, key] for key in ("format", *KEYS, "weights_sha256")}
-    return {key: str(model.get_rt_info(place).value) for key, place in places.items() if model.has_rt_info(place)}
-
-
 def sha256(path: str | Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _missing(package: str, extra: str, path: Path) -> InputError:
-    return InputError(f"'{path}' needs {package}, which is not installed: pip install 'light-head-detector[{extra}]'.")
 
 
 def _damaged(path: Path, what: str, error: Exception) -> InputError:

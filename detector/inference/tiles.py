@@ -78,7 +78,7 @@ def merge_tiles(found: Sequence[Found], regions: np.ndarray, size: tuple[int, in
     every = Found.join(found)
     look = np.repeat(np.arange(len(found)), [len(one) for one in found])
     order = np.argsort(-every.scores, kind="stable")
-    every, look = every.take(order), look[order]
+    every, look = every.where(order), look[order]
     cut = _is_cut(every.boxes, regions[look], size)
     kept: list[Found] = []
     for label in np.unique(every.labels):
@@ -186,5 +186,5 @@ def _clip(boxes: np.ndarray, to: np.ndarray) -> np.ndarray:
 
 
 def _ranked(found: Found) -> Found:
-    found = found.take(np.argsort(-found.scores, kind="stable"))
+    found = found.where(np.argsort(-found.scores, kind="stable"))
     return Found(found.boxes.astype(np.float32), found.scores.astype(np.float32), found.labels)

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from detector.errors import InputError
+from detector.errors import InputError, require
 from detector.files import replacing
 from detector.inference.remote import without_credentials
 
@@ -130,29 +130,37 @@ def write_video(path: str | os.PathLike[str], rate: float, comment: str = "") ->
             add(image)  # uint8 RGB (h, w, 3); the first sets the size; others are scaled into it, between black bars
 
     H.264 where this FFmpeg has it (browsers play it), MPEG-4 otherwise. A side of odd length is repeated once: the
-    format wants even ones. The comment goes into the file's metadata.
+    format wants even ones. The comment goes into the file's metadata. A frame that cannot be written, to a full disk,
+    raises OSError, and costs the file; frames after it are ignored.
     """
+    encode: Callable[[Any], None] | None = None
+    size, said = (0, 0), False
     with ExitStack() as stack:
-        encoders: list[tuple[Any, Any]] = []
-        resized: list[bool] = []  # said once
 
         def add(image: np.ndarray) -> None:
+            nonlocal encode, size, said
             image = np.pad(image, [(0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)], mode="edge")
-            if not encoders:
-                encoders.append(stack.enter_context(_encoder(path, rate, comment, image.shape[1], image.shape[0])))
-            container, stream = encoders[0]
-            size = stream.width, stream.height
-            if image.shape[1::-1] != size:
-                if not resized:
-                    log.warning(
-                        "%s: from here frames of %d x %d are scaled to the %d x %d of the first",
-                        path, *image.shape[1::-1], *size,
-                    )  # fmt: skip
-                    resized.append(True)
-                image = np.asarray(ImageOps.pad(Image.fromarray(image), size))
-            container.mux(stream.encode(_import_av().VideoFrame.from_ndarray(image, format="rgb24")))
+            width, height = image.shape[1], image.shape[0]
+            if encode is None:
+                encode, size = _ignore, (width, height)
+                encode = stack.enter_context(_encoder(Path(path), rate, comment, *size))
+            if (width, height) != size:
+                if not said:
+                    given = f"{width} x {height} are scaled to the {size[0]} x {size[1]}"
+                    log.warning("%s: from here frames of %s of the first", path, given)
+                said, image = True, np.asarray(ImageOps.pad(Image.fromarray(image), size))
+            try:
+                encode(_import_av().VideoFrame.from_ndarray(image, format="rgb24"))
+            except OSError:
+                encode = _ignore
+                stack.pop_all().__exit__(*sys.exc_info())
+                raise
 
         yield add
+
+
+def _ignore(frame: Any) -> None:
+    """Of a video that cannot be written."""
 
 
 def read_comment(path: str | os.PathLike[str]) -> str:
@@ -166,29 +174,25 @@ def read_comment(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def _encoder(
-    path: str | os.PathLike[str], rate: float, comment: str, width: int, height: int
-) -> Iterator[tuple[Any, Any]]:
+def _encoder(path: Path, rate: float, comment: str, width: int, height: int) -> Iterator[Callable[[Any], None]]:
     av = _import_av()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with replacing(Path(path)) as partial, av.open(str(partial), "w", format="mp4") as container:
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if codec == "mpeg4":
             stream.bit_rate = max(1_000_000, 4 * width * height)
-        yield container, stream
-        container.mux(stream.encode(None))
+
+        def encode(frame: Any) -> None:
+            container.mux(stream.encode(frame))
+
+        yield encode
+        encode(None)
 
 
 def _import_av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise InputError(
-            "videos, streams and cameras need PyAV, which is not installed: pip install 'light-head-detector[video]'."
-        ) from error
-    return av
+    return require("av", package="[video]", what="what reads and writes videos")
 
 
 def _opened_video(source: str | io.BytesIO, name: str) -> AbstractContextManager[av.container.InputContainer]:
@@ -237,9 +241,9 @@ def _decoded(container: Any, stream: Any, name: str, live: bool) -> Iterator[av.
         reason = ""
         try:
             packet = next(packets)
-            # A decoder would paint over the gap, and no frame after it is what was filmed until the next key frame.
-            frames = packet.decode() if live or not packet.is_corrupt else _rest(stream)
             reason = "damaged" if packet.is_corrupt else ""
+            # A decoder would paint over the gap, and no frame after it is what was filmed until the next key frame.
+            frames = packet.decode() if live or not reason else _rest(stream)
         except StopIteration:
             return
         except (av.InvalidDataError, av.UnknownError) as error:
@@ -283,19 +287,12 @@ def _camera_device(camera: str) -> tuple[str, str]:
     if system == "v4l2":
         return (f"/dev/video{camera}" if camera.isdigit() else camera), system
     if system == "dshow":  # knows names only
-        names = _camera_names(system)
-        if camera.isdigit() and int(camera) < len(names):
-            camera = names[int(camera)]
-        return f"video={camera}", system
+        av, names = _import_av(), []
+        with suppress(av.FFmpegError, ValueError, AttributeError):
+            names = [device.name for device in av.enumerate_input_devices(system)]
+        by_number = {str(number): name for number, name in enumerate(names)}
+        return f"video={by_number.get(camera, camera)}", system
     return camera, system
-
-
-def _camera_names(system: str) -> list[str]:
-    av = _import_av()
-    try:
-        return [device.name for device in av.enumerate_input_devices(system)]
-    except (av.FFmpegError, ValueError, AttributeError):
-        return []
 
 
 def _hint(name: str) -> str:

@@ -1,24 +1,26 @@
 """What was found, as files: annotated copies, crops, JSON, a table, COCO. Each file is complete or absent, but for the
 lines of a camera or a stream, which are there as soon as they are known.
 
-places = Places(out, source, ["jsonl"])
-with WRITERS["jsonl"](out, ["jsonl"], predictor.class_names) as add:
+with Results(Places(out, source, ["jsonl"]), predictor.class_names) as results:
     for item, found in predictor.search(source, PredictOptions()):
-        add(item, found, places(found))
+        results.add(item, found)
 """
 
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from tempfile import TemporaryFile
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -37,10 +39,68 @@ MADE_BY = "light-head-detector"
 # Bytes of a file's name: what file systems allow less a suffix, and for an image less the words that crops add.
 _NAME_BYTES, _IMAGE_NAME_BYTES = 240, 200
 
-# Takes an image, what was found in it, and where its files go, without a suffix.
-Writer: TypeAlias = Callable[[SourceImage, Detections, Path], None]
-# Takes the folder of results, the kinds of results that are saved, and the class names.
-Opener: TypeAlias = Callable[[Path, list[str], tuple[str, ...]], AbstractContextManager[Writer]]
+# Takes an image, what was found in it, where its files go, without a suffix, and its annotated copy if there is one.
+Writer: TypeAlias = Callable[[SourceImage, Detections, Path, Path | None], None]
+# Takes the folder of results, and the class names.
+Opener: TypeAlias = Callable[[Path, tuple[str, ...]], AbstractContextManager[Writer]]
+
+
+class Results(ExitStack):
+    """All that is saved of one run. What cannot be written costs neither other images nor other kinds of results.
+
+    Attributes:
+        lost: what could not be written, an image or a kind of results, and why.
+
+    Raises:
+        InputError: nothing can be written to the folder.
+    """
+
+    def __init__(self, places: Places, class_names: tuple[str, ...], live: bool = False) -> None:
+        super().__init__()
+        self.places, self.lost = places, dict[str, str]()
+        kinds = LIVE_WRITERS if live else WRITERS
+        try:
+            places.out.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=places.out):
+                self._writers = {name: self._enter(name, kinds[name](places.out, class_names)) for name in places.save}
+        except OSError as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            reason = error.strerror or error
+            raise InputError(
+                f"out={places.out}: cannot be written ({reason}); give another folder, out=DIR."
+            ) from error
+
+    def add(self, item: SourceImage, found: Detections) -> None:
+        """Write what was found in an image."""
+        try:
+            place = self.places(found)
+        except OSError as error:
+            self._lose(str(found.path), error)
+            return
+        copy = annotated(place, found) if "images" in self._writers and found.error is None else None
+        for name, write in self._writers.items():
+            try:
+                write(item, found, place, copy)
+            except OSError as error:
+                self._lose(str(found.path), error)
+                copy = None if name == "images" else copy
+
+    def _enter(self, name: str, opened: AbstractContextManager[Writer]) -> Writer:
+        writer = opened.__enter__()
+
+        def close(*problem: Any) -> bool | None:
+            try:
+                return opened.__exit__(*problem)
+            except OSError as error:  # must not reach the other kinds: they would take it for theirs
+                self._lose(f"save={name}", error)
+                return None
+
+        self.push(close)
+        return writer
+
+    def _lose(self, what: str, error: OSError) -> None:
+        [what, *_] = getattr(error, "__notes__", [what])
+        self.lost.setdefault(what, error.strerror or str(error))
 
 
 class Places:
@@ -58,7 +118,7 @@ class Places:
                 f"out={out}: is the folder that is searched, and the next run would search what this one writes there; "
                 f"give another folder, out={out / 'predictions'}."
             )
-        self.copies = "images" in save
+        self.save = save
         self.taken: set[Path] = set()
         self.last: tuple[str | None, Path] = None, out
 
@@ -77,7 +137,7 @@ class Places:
         return place
 
     def _is_taken(self, place: Path, found: Detections) -> bool:
-        return place in self.taken or (self.copies and _must_stay(annotated(place, found), found))
+        return place in self.taken or ("images" in self.save and _must_stay(annotated(place, found), found))
 
 
 def _parts(source: Any) -> Iterator[Any]:
@@ -97,7 +157,7 @@ def _numbered(place: Path) -> Iterator[Path]:
 def _must_stay(path: Path, found: Detections) -> bool:
     """Whether a file must not be replaced: it is searched; a camera's copy, which nobody can make again; or somebody
     else's, an original."""
-    if not path.exists():
+    if not os.path.exists(path):
         return False
     itself = found.path is not None and os.path.exists(found.path) and path.samefile(found.path)
     return itself or is_live(found.path) or not _is_copy(path)
@@ -134,39 +194,50 @@ def annotated(place: Path, found: Detections) -> Path:
 
 
 @contextmanager
-def write_images(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+def write_images(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """Annotated copies: a .png for each image, an .mp4 for each video."""
-    with ExitStack() as stack:
-        current: dict[Path, Callable[[Any], None]] = {}
+    current: dict[Path, Callable[[Any], None]] = {}
+    with ExitStack() as video:
 
-        def add(item: SourceImage, found: Detections, place: Path) -> None:
+        def add(item: SourceImage, found: Detections, place: Path, copy: Path | None) -> None:
             path = annotated(place, found)
-            if found.frame is None or path not in current:
-                stack.close()  # the video before is complete
-                current.clear()
-            if found.error is not None:
-                return
-            drawn = found.draw(item.image)
-            if found.frame is None:
-                _save_png(drawn, path)
-                return
-            if not current:
-                current[path] = stack.enter_context(write_video(path, item.rate or 25, MADE_BY))
-            current[path](np.asarray(drawn))
+            with ExitStack() as before:
+                if path not in current:  # the video before is complete, whatever becomes of this image
+                    before.callback(video.pop_all().close)
+                    current.clear()
+                if found.error is not None:
+                    return
+                drawn = found.draw(item.image)
+                if found.frame is None:
+                    _save_png(drawn, path)
+                    return
+                if not current:
+                    current[path] = video.enter_context(_named(found, write_video(path, item.rate or 25, MADE_BY)))
+                current[path](np.asarray(drawn))
 
         yield add
 
 
 @contextmanager
-def write_crops(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+def _named(found: Detections, video: AbstractContextManager[Any]) -> Iterator[Any]:
+    """A video whose end may show that it cannot be written, when the next image has its turn: the error names it."""
+    try:
+        with video as add:
+            yield add
+    except OSError as error:
+        error.add_note(str(found.path))
+        raise
+
+
+@contextmanager
+def write_crops(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """crops/: a .png of each object, named after its image, its rank and its class."""
 
-    def add(item: SourceImage, found: Detections, place: Path) -> None:
-        if not len(found):
-            return
+    def add(item: SourceImage, found: Detections, place: Path, copy: Path | None) -> None:
         frame = "" if found.frame is None else f"_{found.frame:06d}"
-        for rank, (crop, name) in enumerate(zip(found.crop(item.image), found.names, strict=True)):
-            inside = place.relative_to(out)
+        inside = place.relative_to(out)
+        crops = found.crop(item.image) if len(found) else []
+        for rank, (crop, name) in enumerate(zip(crops, found.names, strict=True)):
             start = f"{inside.name}{frame}_{rank}_"
             word = shortened(re.sub(r"[^\w-]", "_", name), _NAME_BYTES - len(os.fsencode(start)))
             names = _numbered(out / "crops" / inside.parent / (start + word))
@@ -176,63 +247,67 @@ def write_crops(out: Path, save: list[str], class_names: tuple[str, ...]) -> Ite
     yield add
 
 
-def record(found: Detections, place: Path, save: list[str]) -> dict[str, Any]:
-    copy = str(annotated(place, found)) if "images" in save and found.error is None else None
-    return found.to_dict() | {"annotated": copy}
+def _record(found: Detections, copy: Path | None) -> dict[str, Any]:
+    return found.to_dict() | {"annotated": copy and str(copy)}
 
 
 @contextmanager
-def write_all(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+def write_all(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """detections.json: a list with an entry for each image, those that could not be read too."""
     records: list[dict[str, Any]] = []
-    yield lambda item, found, place: records.append(record(found, place, save))
+    yield lambda item, found, place, copy: records.append(_record(found, copy))
     write_json(out / "detections.json", records)
 
 
 @contextmanager
-def _text_file(path: Path, live: bool, newline: str | None = None) -> Iterator[IO[str]]:
-    """A file to write to, complete or absent. Live, for what has no end: each line can be read as soon as it is known,
-    and a later run adds its own."""
-    if live:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", buffering=1, encoding="utf-8", errors=UNENCODABLE, newline=newline) as file:
-            yield file
-    else:
-        with (
-            replacing(path) as part,
-            part.open("w", encoding="utf-8", errors=UNENCODABLE, newline=newline) as file,
-        ):
-            yield file
+def _text_file(path: Path, live: bool) -> Iterator[tuple[Callable[[str], None], bool]]:
+    """What appends text to a file, complete or absent, and whether there is some already. Live, for what has no end:
+    each line can be read as soon as it is known, and a later run adds its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext(path) if live else replacing(path) as part, part.open("ab", buffering=0) as file:
+
+        def add(text: str) -> None:
+            size, content = os.fstat(file.fileno()).st_size, text.encode(errors=UNENCODABLE)
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)  # no half line, lest the next one begins in it
+                raise
+
+        yield add, file.tell() > 0
 
 
 @contextmanager
-def write_lines(out: Path, save: list[str], class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
+def write_lines(out: Path, class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
     """detections.jsonl: the same, a line for each image; nothing of it is kept in memory."""
-    with _text_file(out / "detections.jsonl", live) as file:
-
-        def add(item: SourceImage, found: Detections, place: Path) -> None:
-            file.write(json.dumps(record(found, place, save), ensure_ascii=False, allow_nan=False) + "\n")
-
-        yield add
+    with _text_file(out / "detections.jsonl", live) as (append, _):
+        yield lambda item, found, place, copy: append(
+            json.dumps(_record(found, copy), ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
 
 @contextmanager
-def write_table(out: Path, save: list[str], class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
+def write_table(out: Path, class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
     """detections.csv: a line for each object."""
-    with _text_file(out / "detections.csv", live, newline="") as file:
-        table = csv.DictWriter(file, ROW_COLUMNS)
-        if not file.tell():
-            table.writeheader()
-        yield lambda item, found, place: table.writerows(found.rows())
+    with _text_file(out / "detections.csv", live) as (append, begun):
+
+        def lines(rows: Iterable[Iterable[Any]]) -> None:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows(rows)
+            append(text.getvalue())
+
+        lines([] if begun else [ROW_COLUMNS])
+        yield lambda item, found, place, copy: lines(row.values() for row in found.rows())
 
 
 @contextmanager
-def write_coco(out: Path, save: list[str], class_names: tuple[str, ...]) -> Iterator[Writer]:
+def write_coco(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """coco.json: a data set of what was found, for labelling tools; its annotations are COCO results too."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
 
-    def add(item: SourceImage, found: Detections, place: Path) -> None:
+    def add(item: SourceImage, found: Detections, place: Path, copy: Path | None) -> None:
         if found.error is not None:
             return
         height, width = found.image_size
