@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
@@ -225,6 +225,11 @@ def compose_groups(command: str, words: Sequence[str]) -> tuple[dict[str, Any], 
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
+    for word in words:
+        group, _, option = word.lstrip("+~").partition("=")
+        if not word.startswith("~") and option not in (known := options_of(group)):
+            guesses = did_you_mean([f"{group}={guess}" for guess in nearest(option, known)])
+            raise InputError(f"{group}={option} does not exist{guesses} Options of {group}: {', '.join(known)}.")
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             config = hydra_compose(command, list(words), return_hydra_config=True)
@@ -233,20 +238,10 @@ def compose_groups(command: str, words: Sequence[str]) -> tuple[dict[str, Any], 
             del config["hydra"]
         values: Any = OmegaConf.to_container(config)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise InputError(explain_composition(error, words)) from error
+        if match := re.match(r"Could not (?:override|delete\.?) '(.+?)'", str(error)):
+            raise InputError(f"{match[1]} is not a key of this command. All keys: {usage()} --help") from error
+        raise InputError(" ".join(str(error).split())) from error
     return values, choices
-
-
-def explain_composition(error: Exception, words: Sequence[str]) -> str:
-    """Hydra's complaint about the groups, as one line with a way out."""
-    for word in words:
-        group, _, option = word.lstrip("+~").partition("=")
-        if not word.startswith("~") and option not in (known := options_of(group)):
-            guesses = [f"{group}={guess}" for guess in nearest(option, known)]
-            return f"{group}={option} does not exist{did_you_mean(guesses)} Options of {group}: {', '.join(known)}."
-    if match := re.match(r"Could not (?:override|delete\.?) '(.+?)'", str(error)):
-        return f"{match[1]} is not a key of this command. All keys: {usage()} --help"
-    return " ".join(str(error).split())
 
 
 def groups_of(command: str) -> list[str]:
@@ -432,17 +427,15 @@ def key_of(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def nearest(word: str, candidates: Sequence[str], count: int = 3, cutoff: float = 0.6) -> list[str]:
+def nearest(word: str, candidates: Sequence[str]) -> list[str]:
     """The candidates most like word, best first. A word without a dot is compared with the last part of dotted keys."""
 
-    def likeness(candidate: str) -> tuple[float, float]:
-        whole = SequenceMatcher(None, word, candidate).ratio()
-        last = SequenceMatcher(None, word.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return max(whole if "." in word else 0.0, last), whole
+    def compared(name: str) -> str:
+        return name if "." in word else name.rpartition(".")[2]
 
-    ranked = sorted(candidates, key=likeness, reverse=True)[:count]
-    enough = max(cutoff, likeness(ranked[0])[0] - 0.15) if ranked else cutoff
-    return [candidate for candidate in ranked if likeness(candidate)[0] >= enough]
+    # The first part alone makes dotted keys alike.
+    close = get_close_matches(word, {compared(name) for name in candidates}, cutoff=0.8 if "." in word else 0.6)
+    return [name for part in close for name in candidates if compared(name) == part][:3]
 
 
 def did_you_mean(guesses: Sequence[str]) -> str:
@@ -464,7 +457,7 @@ def explain(error: Exception) -> str | None:
     ):
         return "another process of this run has ended; its own message says why."
     if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .*(killed|exited unexpectedly)", str(error)):
-        return f"{first_line(error)} Memory, or /dev/shm, may be full: try workers=0, or data.cache=false."
+        return f"{str(error).splitlines()[0]} Memory, or /dev/shm, may be full: try workers=0, or data.cache=false."
     return None
 
 
@@ -493,7 +486,3 @@ def interrupted(rank: int) -> NoReturn:
     if rank == 0:
         print("interrupted", file=sys.stderr)
     sys.exit(INTERRUPTED)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -21,6 +21,7 @@ from detector.inference.export_info import ExportInfo
 from detector.inference.runtime import ExportedDetector
 from detector.lab.prediction import _network_call, parts
 from detector.training.data_module import DetectionData
+from detector.training.trainer import RunOptions
 
 IMAGE = np.zeros((60, 90, 3), np.uint8)
 
@@ -34,10 +35,7 @@ def exported(detector: Detector, run: Any = None) -> ExportedDetector:
 
 
 def validate(detector: Detector, index: AnnotationIndex) -> object:
-    data = DetectionData(
-        train=None, val=index, preprocessing=detector.preprocessing, transform=None, train_batch_size=1,
-        val_batch_size=2, workers=0, cache=False,
-    )  # fmt: skip
+    data = DetectionData(index, detector.preprocessing, RunOptions.parse({"val": {"batch_size": 2}, "workers": 0}))
     return list(data.val_dataloader())
 
 

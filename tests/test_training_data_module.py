@@ -18,6 +18,7 @@ from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError
 from detector.training.data_module import ClassificationData, DetectionData, by_canvas, share
+from detector.training.trainer import RunOptions
 
 PREPROCESSING = Preprocessing(short_side=64, long_side=96)
 
@@ -30,13 +31,11 @@ def index_of(sizes: list[tuple[int, int]]) -> AnnotationIndex:
 
 def module(root: Path, **changes: Any) -> DetectionData:
     index = load_annotations(root / "annotations/train.json", root / "images")
-    values: dict[str, Any] = {
-        "train": index, "val": index, "preprocessing": PREPROCESSING,
-        "transform": TrainTransform(PREPROCESSING, AugmentOptions(flip=0), seed=0),
-        "train_batch_size": 2, "val_batch_size": 3,
-        "workers": 0, "seed": 5,
-    }  # fmt: skip
-    return DetectionData(**values | changes)
+    transform = TrainTransform(PREPROCESSING, AugmentOptions(flip=0), seed=0)
+    options = RunOptions.parse(
+        {"train": {"batch_size": 2}, "val": {"batch_size": 3}, "workers": 0, "seed": 5} | changes
+    )
+    return DetectionData(index, PREPROCESSING, options, train=index, transform=transform)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
@@ -109,7 +108,7 @@ def test_ranks_share_an_epoch(tiny_coco: Path) -> None:
 
 
 def test_more_pictures_a_step_than_there_are(tiny_coco: Path) -> None:
-    data = module(tiny_coco, train_batch_size=64)
+    data = module(tiny_coco, train={"batch_size": 64})
     assert data.train_batch_size == 4
     assert [len(batch) for batch in data.train_dataloader()] == [4]
     data.trainer = SimpleNamespace(world_size=2, global_rank=0)  # type: ignore[assignment]
@@ -119,12 +118,10 @@ def test_more_pictures_a_step_than_there_are(tiny_coco: Path) -> None:
 
 def classified(root: Path, rank: int = 0, world: int = 1, **changes: Any) -> ClassificationData:
     augment = PretrainAugment(scale=(0.5, 1), flip=0.5, colour=0.0)
-    values: dict[str, Any] = {
-        "train": ImageFolder(root / "train", train_view(32, augment), seed=5),
-        "val": ImageFolder(root / "val", eval_view(PretrainInput(size=32, resize=32))),
-        "train_batch_size": 4, "val_batch_size": 5, "workers": 0, "seed": 5,
-    }  # fmt: skip
-    data = ClassificationData(**values | changes)
+    train = ImageFolder(root / "train", train_view(32, augment), seed=5)
+    val = ImageFolder(root / "val", eval_view(PretrainInput(size=32, resize=32)))
+    values = {"train": {"batch_size": 4}, "val": {"batch_size": 5}, "workers": 0, "seed": 5}
+    data = ClassificationData(train, val, RunOptions.parse(values | changes))
     data.trainer = SimpleNamespace(world_size=world, global_rank=rank)  # type: ignore[assignment]
     return data
 
@@ -158,12 +155,12 @@ def test_classified_pictures_and_their_views_depend_on_epoch_and_seed_alone(tmp_
     assert torch.equal(same, images)
     assert views(data, 4)[0] != paths
     # Two ranks see the same views as one, each its half.
-    halves = [views(classified(root, rank, 2, train_batch_size=2), 3) for rank in range(2)]
+    halves = [views(classified(root, rank, 2, train={"batch_size": 2}), 3) for rank in range(2)]
     seen = {path: image for half in halves for path, image in zip(*half, strict=True)}
     assert all(torch.equal(seen[path], image) for path, image in zip(paths, images, strict=True))
 
 
 def test_too_few_classified_pictures(tmp_path: Path) -> None:
-    data = classified(write_classified_data(tmp_path, train=1), world=2, train_batch_size=64)
+    data = classified(write_classified_data(tmp_path, train=1), world=2, train={"batch_size": 64})
     with pytest.raises(InputError, match=r"has 3 images, fewer than one batch on each of 2 devices \(3 x 2\)"):
         data.train_dataloader()

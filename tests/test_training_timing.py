@@ -18,7 +18,7 @@ from detector.training import task as task_module
 from detector.training.data_module import DetectionData
 from detector.training.task import DetectionTask
 from detector.training.timing import PartTimes
-from detector.training.trainer import NOISE
+from detector.training.trainer import NOISE, RunOptions
 
 # Of each batch of two: passes through the network, one for each canvas size, and images.
 STEPS = ((1, 2), (2, 2), (1, 1))
@@ -48,9 +48,8 @@ def test_a_delay_shows_in_its_own_part(
     root = write_scored_data(tmp_path / "data", small_detector)
     index = load_annotations(root / "annotations/val.json", root / "images")
     data = DetectionData(
-        train=None, val=index, preprocessing=small_detector.preprocessing, transform=None, train_batch_size=1,
-        val_batch_size=2, workers=0, cache=False,
-    )  # fmt: skip
+        index, small_detector.preprocessing, RunOptions.parse({"val": {"batch_size": 2}, "workers": 0})
+    )
     fake = FakeTime()
     monkeypatch.setattr(clock_module, "time", fake)
     head = small_detector.network.head
@@ -58,8 +57,7 @@ def test_a_delay_shows_in_its_own_part(
     monkeypatch.setattr(head, "detect", fake.slowed(head.detect, 10))  # after it
     monkeypatch.setattr(task_module, "evaluate", fake.slowed(task_module.evaluate, 100))
     monkeypatch.setattr(AnnotationIndex, "read", fake.slowed(AnnotationIndex.read, 1000))
-    task = DetectionTask(small_detector)
-    task.val_index = index
+    task = DetectionTask(small_detector, index)
     clock = Clock()
     times = PartTimes(clock)
     trainer = lightning.Trainer(

@@ -140,14 +140,8 @@ def _validate(
 
     if is_first_process():
         check_writable(out)
-    data = DetectionData(
-        val=index,
-        preprocessing=detector.preprocessing,
-        val_batch_size=options.val.batch_size,
-        workers=options.workers,
-    )
-    task = DetectionTask(detector)
-    task.val_index = index
+    data = DetectionData(index, detector.preprocessing, options)
+    task = DetectionTask(detector, index)
     times = PartTimes(clock)
     trainer = lightning.Trainer(
         **devices(options.trainer),

@@ -73,18 +73,15 @@ class History(lightning.Callback):
         if not trainer.is_global_zero:
             return
         self.written = trainer.global_step
-        # A run that died wrote rows after its last checkpoint; they will be written again.
-        kept = [row for row in self._read() if int(row["step"]) <= trainer.global_step]
+        kept = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                # A run that died wrote rows after its last checkpoint; they will be written again.
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= self.written]
         with replacing(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
-
-    def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
 
     def _write(self, trainer: lightning.Trainer, values: Mapping[str, Any]) -> None:
         row = {"step": trainer.global_step, "epoch": trainer.current_epoch} | dict(values)
@@ -116,8 +113,7 @@ class History(lightning.Callback):
         if not self.best or (last[self.monitor] or 0.0) > (self.best[self.monitor] or 0.0):
             self.best = last
         write_json(self.run_dir / "metrics.json", {"best": self.best, "last": last})
-        if any(row["loss"] or row[self.monitor] for row in self._read()):
-            plot_curves(self.path, self.run_dir / "curves.png")
+        plot_curves(self.path, self.run_dir / "curves.png")
         shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in self.shown if name in metrics)
         shown = shown or "no AP, the validation split has no objects"
         log.info("after epoch %d of %d: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)

@@ -46,11 +46,9 @@ class SplitData(lightning.LightningDataModule):
     Args:
         train, val: the samples; train is None for evaluation alone.
         val_order: in which images are scored.
+        options: of the run; its batch sizes, `workers`, and `seed` are read.
         collate, collate_val: make batches of samples.
         sampler: of the training images.
-        train_batch_size, val_batch_size: images per step and device.
-        workers: loader processes per device; 0 loads in the training process.
-        seed: of the order of the training images.
     """
 
     def __init__(
@@ -58,21 +56,17 @@ class SplitData(lightning.LightningDataModule):
         train: Dataset[Any] | None,
         val: Dataset[Any],
         val_order: Sequence[int],
+        options: Any,
         *,
         collate: Callable[..., Any],
         collate_val: Callable[..., Any],
         sampler: type[DistributedSampler[Any]],
-        train_batch_size: int,
-        val_batch_size: int,
-        workers: int,
-        seed: int,
     ) -> None:
         super().__init__()
         self.train_split, self.val_split, self.val_order = train, val, val_order
-        self.collate, self.collate_val, self.sampler = collate, collate_val, sampler
+        self.options, self.collate, self.collate_val, self.sampler = options, collate, collate_val, sampler
         self.train_images = len(train) if isinstance(train, Sized) else 0
-        self.train_batch_size, self.val_batch_size = min(train_batch_size, self.train_images), val_batch_size
-        self.workers, self.seed = workers, seed
+        self.train_batch_size = min(options.train.batch_size, self.train_images) if train is not None else 0
 
     def train_dataloader(self) -> DataLoader[Any]:
         """
@@ -88,25 +82,26 @@ class SplitData(lightning.LightningDataModule):
             )
         # Padding by repetition is harmless in training. Another order each epoch (Lightning calls set_epoch), and the
         # one that epoch would have had where a run is resumed: so also for one process.
-        sampler = self.sampler(self.train_split, world, rank, shuffle=True, seed=self.seed)
+        sampler = self.sampler(self.train_split, world, rank, shuffle=True, seed=self.options.seed)
         arguments: Any = {"batch_size": self.train_batch_size, "sampler": sampler, "drop_last": True}
         return self._loader(self.train_split, collate_fn=self.collate, **arguments)
 
     def val_dataloader(self) -> DataLoader[Any]:
         world, rank = self._world()
-        batches = share(self.val_order, self.val_batch_size, rank, world)
+        batches = share(self.val_order, self.options.val.batch_size, rank, world)
         return self._loader(self.val_split, batch_sampler=batches, collate_fn=self.collate_val)
 
     def _loader(self, samples: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
+        workers = self.options.workers
         return DataLoader(
             samples,
-            num_workers=self.workers,
+            num_workers=workers,
             worker_init_fn=seed_worker,
             # The process group has threads of its own. A fork at the wrong moment copies a lock that one of them holds,
             # and the worker waits for it for ever: seen in tests on a busy machine. One process forks, and so shares
             # its cache with its workers.
-            multiprocessing_context="forkserver" if self.workers and self._world()[0] > 1 else None,
-            persistent_workers=self.workers > 0,
+            multiprocessing_context="forkserver" if workers and self._world()[0] > 1 else None,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             **arguments,
         )
@@ -120,49 +115,33 @@ class DetectionData(SplitData):
     """The splits of a detection data set.
 
     Args:
-        train, val: indices; train is None for evaluation alone.
+        val, train: indices; train is None for evaluation alone.
         preprocessing: of the detector.
+        options: see SplitData.
         transform: random changes of training images.
         cache: keep decoded training images in memory.
-        train_batch_size, val_batch_size, workers, seed: see SplitData.
     """
 
     def __init__(
         self,
-        *,
         val: AnnotationIndex,
         preprocessing: Preprocessing,
-        val_batch_size: int,
-        workers: int,
+        options: Any,
+        *,
         train: AnnotationIndex | None = None,
         transform: TrainTransform | None = None,
-        train_batch_size: int = 1,
         cache: bool = False,
-        seed: int = 0,
     ) -> None:
         super().__init__(
             DetectionDataset(train, transform, cache=cache) if train is not None else None,
             DetectionDataset(val, transform=None),
             by_canvas(val, preprocessing),
+            options,
             collate=collate,
             collate_val=partial(collate_eval, preprocessing=preprocessing),
             sampler=DistributedSampler,
-            train_batch_size=train_batch_size,
-            val_batch_size=val_batch_size,
-            workers=workers,
-            seed=seed,
         )
         self.transform = transform
-
-
-class ClassificationData(SplitData):
-    """The splits of an image classification data set; `counts` are the batch sizes, workers and seed of SplitData."""
-
-    def __init__(self, *, train: ImageFolder, val: ImageFolder, **counts: int) -> None:
-        super().__init__(
-            train, val, range(len(val)), collate=collate_images, collate_val=collate_images, sampler=EpochSampler,
-            **counts,
-        )  # fmt: skip
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -173,3 +152,11 @@ class EpochSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return ((index, self.epoch) for index in super().__iter__())
+
+
+class ClassificationData(SplitData):
+    """The splits of an image classification data set."""
+
+    def __init__(self, train: ImageFolder, val: ImageFolder, options: Any) -> None:
+        parts: Any = {"collate": collate_images, "collate_val": collate_images, "sampler": EpochSampler}
+        super().__init__(train, val, range(len(val)), options, **parts)

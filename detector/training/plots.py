@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from detector.data.preprocess import resize
-from detector.errors import InputError
 from detector.files import replacing
 from detector.inference.drawing import class_colour, draw_boxes
 
@@ -35,8 +34,6 @@ def draw_batch(batch: Batch, class_names: Sequence[str], limit: int = 16) -> Ima
     from PIL import Image as pil
 
     count = min(len(batch), limit)
-    if not count:
-        raise InputError("draw_batch: the batch has no images; give one that has.")
     height, width = batch.images.shape[2:]
 
     def zoom(columns: int) -> float:
@@ -68,19 +65,16 @@ def plot_curves(metrics_csv: str | Path, out: str | Path) -> None:
     Args:
         metrics_csv: one row for each log call, with blanks; columns `step`, `loss...`, `AP`, `AP50`, `AP75`,
             `top1`, `top5`, each with an optional prefix such as `train/`. Other columns are left out.
-        out: the image; its suffix says which format.
-
-    Raises:
-        InputError: the file is missing, or has none of these.
+        out: the image; its suffix says which format. Where there is nothing to draw yet, none is written.
     """
-    curves = _read_curves(Path(metrics_csv))
+    curves = _read_curves(metrics_csv)
     losses = {name: curve for name, curve in curves.items() if name.startswith("loss")}
     precisions = {name: curve for name, curve in curves.items() if name in ("AP", "AP50", "AP75")}
     accuracies = {name: curve for name, curve in curves.items() if name in ("top1", "top5")}
     parts = ((losses, "loss"), (precisions, "COCO AP"), (accuracies, "accuracy"))
     panels = [panel for panel in parts if panel[0]]
     if not panels:
-        raise InputError(f"{metrics_csv}: no losses and no AP; has the run logged anything yet?")
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -114,20 +108,12 @@ def _plot_curve(axis: Any, steps: np.ndarray, values: np.ndarray, name: str, *, 
     axis.plot(steps[start : start + len(valid)], valid, label=name, **({"color": shadow.get_color()} | total))
 
 
-def _read_curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _read_curves(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Steps and values of each column that has numbers, by its name without prefix; blanks are skipped."""
-    try:
-        rows = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, deletechars="", encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or 'no such file'}); give the metrics.csv of a run."
-        ) from error
-    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    columns = rows.dtype.names or ()
-    steps = rows["step"] if "step" in columns else np.full(len(rows), np.nan)
-    steps = np.where(np.isfinite(steps), steps, np.arange(len(rows)))
-    for column in columns:
-        known = np.isfinite(rows[column])
+    rows = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True, deletechars="", encoding="utf-8"))
+    curves = {}
+    for column in rows.dtype.names or ():
+        known = np.isfinite(rows[column]) & np.isfinite(rows["step"])
         if known.any():
-            curves[column.rpartition("/")[2]] = steps[known], rows[column][known]
+            curves[column.rpartition("/")[2]] = rows["step"][known], rows[column][known]
     return curves

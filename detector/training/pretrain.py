@@ -121,17 +121,11 @@ def pretrain(options: PretrainOptions) -> Path:
         schedule=options.schedule,
         label_smoothing=options.label_smoothing,
     )
-    data = ClassificationData(
-        train=train,
-        val=val,
-        train_batch_size=options.train.batch_size,
-        val_batch_size=options.val.batch_size,
-        workers=options.workers,
-        seed=options.seed,
-    )
     counts = len(train), len(val), len(train.classes), options.schedule.epochs_for(len(train))
     log.info("%d training and %d validation images of %d classes, %d epochs", *counts)
-    run_dir = fit(options, checkpoint, task, data, Path("runs/pretrain"), classifier_weights)
+    run_dir = fit(
+        options, checkpoint, task, ClassificationData(train, val, options), Path("runs/pretrain"), classifier_weights
+    )
     best = run_dir / "best.pth"
     if is_first_process() and not best.exists():  # a resumed run came without it
         with replacing(best) as partial:

@@ -55,16 +55,9 @@ def train(options: TrainOptions) -> Path:
         schedule=options.schedule,
         freeze=options.freeze,
     )
+    transform = TrainTransform(options.input, options.augment, seed=options.seed)
     data = DetectionData(
-        train=train_index,
-        val=val_index,
-        preprocessing=options.input,
-        transform=TrainTransform(options.input, options.augment, seed=options.seed),
-        train_batch_size=options.train.batch_size,
-        val_batch_size=options.val.batch_size,
-        workers=options.workers,
-        cache=options.data.cache,
-        seed=options.seed,
+        val_index, options.input, options, train=train_index, transform=transform, cache=options.data.cache
     )
     return fit(options, checkpoint, task, data)
 
