@@ -21,9 +21,10 @@ from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
 from detector.models.anchor_fit import best_anchor_iou, coverage, propose
 from detector.models.anchors import AnchorGrid
+from detector.models.rpn import RPNOptions
 
 WIDTH, HEIGHT = 96, 64
-ANCHORS = {"scales": [24, 32], "ratios": [0.5, 1.0, 2.0], "stride": 16, "foreground_iou": 0.7}
+ANCHORS = RPNOptions(scales=(24, 32))
 Content = dict[str, Any]
 
 
@@ -52,13 +53,12 @@ def clean(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def diagnose(root: Path, size: tuple[int, int] = (64, 96), anchors: dict[str, Any] | None = ANCHORS) -> Diagnosis:
+def diagnose(root: Path, size: tuple[int, int] = (64, 96), anchors: RPNOptions = ANCHORS) -> Diagnosis:
     splits = {
         split: read_annotations(root / "annotations" / f"{split}.json", root / "images") for split in ("train", "val")
     }
-    return examine(
-        splits, preprocessing=Preprocessing(short_side=size[0], long_side=size[1]), anchors=anchors, workers=2
-    )
+    preprocessing = Preprocessing(short_side=size[0], long_side=size[1])
+    return examine(splits, preprocessing=preprocessing, anchors=(anchors, 16), workers=2)
 
 
 def faults(diagnosis: Diagnosis) -> dict[str, tuple[str, int]]:
@@ -85,7 +85,7 @@ def test_a_clean_data_set_has_nothing_but_information(clean: Path) -> None:
 
 def test_the_embedded_data_set_is_clean(tmp_path: Path) -> None:
     root = ensure_shapes(tmp_path / "shapes", train=60, val=30)
-    anchors = ANCHORS | {"scales": [16, 32, 64, 128, 224]}
+    anchors = RPNOptions(scales=(16, 32, 64, 128, 224))
     assert faults(diagnose(root, (256, 256), anchors)) == {}
 
 
@@ -275,14 +275,14 @@ def test_black_pictures_are_alike_and_a_mirrored_one_is_not(clean: Path) -> None
 
 
 def test_anchors_that_do_not_fit(clean: Path) -> None:
-    diagnosis = diagnose(clean, anchors=ANCHORS | {"scales": [128, 256]})
+    diagnosis = diagnose(clean, anchors=RPNOptions(scales=(128, 256)))
     assert set(faults(diagnosis)) == {"anchor_coverage"}
     finding = next(f for f in diagnosis.findings if f.check == "anchor_coverage")
     assert finding.figures["before"]["share_below_0.5"] == 1.0
     assert finding.figures["after"]["share_below_0.5"] == 0.0
     assert finding.figures["override"] in finding.remedy
     # Twice the input, twice the scales that fit.
-    larger = diagnose(clean, size=(128, 192), anchors=ANCHORS | {"scales": [128, 256]})
+    larger = diagnose(clean, size=(128, 192), anchors=RPNOptions(scales=(128, 256)))
     doubled = next(f for f in larger.findings if f.check == "anchor_coverage").figures["proposed_scales"]
     assert np.mean(doubled) == pytest.approx(np.mean(finding.figures["proposed_scales"]) * 2, rel=0.2)
 

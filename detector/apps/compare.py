@@ -74,16 +74,14 @@ def compare(options: CompareOptions) -> None:
     load = cache(load_split)  # two runs on one data set: its file is parsed once
     sides = {name: _find_side(name, Path(path), options, load) for name, path in names.items()}
     index = _common_index(sides, options.annotations)
-    found = {name: _read(name, side.results, index) for name, side in sides.items()}
-    result = compare_results(
-        found["a"],
-        found["b"],
-        index,
-        draws=options.draws,
-        seed=options.seed,
-        score_threshold=options.score_threshold,
-        top=options.top,
-    )
+    found: dict[str, Results] = {}
+    for name, side in sides.items():
+        try:
+            found[name] = read_results(side.results, index)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    how = options.model_dump(include={"draws", "seed", "score_threshold", "top"})
+    result = compare_results(found["a"], found["b"], index, **how)
     for name, side in sides.items():
         _check_recorded_score(name, side.results, result["figures"]["AP"][name])
     for row in (*result["better"], *result["worse"]):
@@ -92,13 +90,6 @@ def compare(options: CompareOptions) -> None:
     out = Path(options.out) / "compare.json"
     write_json(out, result)
     log.info("%s\n\n%s", format_comparison(result, options.a, options.b), out)
-
-
-def _read(name: str, path: Path, index: AnnotationIndex) -> Results:
-    try:
-        return read_results(path, index)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def _find_side(
@@ -149,7 +140,7 @@ def _common_index(sides: Mapping[str, Side], given: str | None) -> AnnotationInd
         raise InputError("a and b are results files: say what they are scored against, annotations=FILE.")
     (first, index), *others = known.items()
     for name, other in others:
-        if index.annotation_file.resolve() != other.annotation_file.resolve() and not _same_objects(index, other):
+        if index.annotation_file.resolve() != other.annotation_file.resolve() and _content(index) != _content(other):
             raise InputError(
                 f"{first} belongs to {index.annotation_file} and {name} to {other.annotation_file}, which differ: "
                 "detectors can only be compared on the same images and objects. Score both on one data set: "
@@ -163,12 +154,8 @@ def _common_index(sides: Mapping[str, Side], given: str | None) -> AnnotationInd
     return index
 
 
-def _same_objects(one: AnnotationIndex, other: AnnotationIndex) -> bool:
-    """Whether ids and names of images and classes, and the objects, are the same, in any order."""
-    return _content(one) == _content(other)
-
-
 def _content(index: AnnotationIndex) -> list[object]:
+    """Ids and names of images and classes, and the objects, in an order that does not depend on that of the file."""
     index = index.select(sorted(range(len(index)), key=lambda i: repr(index.image_ids[i])))
     objects = np.column_stack((index.images, index.labels, index.xywh, index.crowd))
     images = list(zip(map(repr, index.image_ids), index.file_names, strict=True))
@@ -181,8 +168,9 @@ def _check_recorded_score(name: str, results: Path, ap: float | None) -> None:
     recorded = read_json(path, "metrics file") if path.is_file() else {}
     if not isinstance(recorded, dict) or "AP" not in recorded:
         return
-    if recorded["AP"] is None or ap is None or abs(recorded["AP"] - ap) > 1e-6:
+    before = recorded["AP"]
+    if before != ap and not (isinstance(before, float) and ap is not None and abs(before - ap) <= 1e-6):
         log.warning(
             "%s: AP is %s here, but %s in the metrics.json beside %s: were these detections made on another data set, "
-            "or another part of it? Remove them to have them made again.", name, ap, recorded["AP"], results,
+            "or another part of it? Remove them to have them made again.", name, ap, before, results,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from detector.data.finding import EXAMPLES, INFO, WARNING, Finding, Splits, foun
 from detector.data.preprocess import STRIDE, Preprocessing
 from detector.data.rules import RULES
 from detector.models.anchor_fit import POOR_IOU, best_anchor_iou, coverage, propose
+
+if TYPE_CHECKING:
+    from detector.models.rpn import RPNOptions
 
 # Pixels of the original image: what sticks out by less is an annotator's hand, not a fault.
 TOLERANCE = 1.0
@@ -131,27 +135,21 @@ def _skewed(counts: Mapping[str, Counter[str]], names: Sequence[str]) -> list[st
 
 
 def check_anchors(
-    index: AnnotationIndex,
-    sizes: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    scales: Sequence[float],
-    ratios: Sequence[float],
-    stride: int,
-    foreground_iou: float,
+    index: AnnotationIndex, sizes: np.ndarray, preprocessing: Preprocessing, rpn: RPNOptions, stride: int
 ) -> list[Finding]:
     """How well anchors cover the objects of the training split; `sizes` as of one split for `check_boxes`."""
+    scales, ratios = list(rpn.scales), list(rpn.ratios)
     boxes, canvas = _at_input(index, sizes, preprocessing)
     if not len(boxes):
         return []
-    before = coverage(best_anchor_iou(boxes, canvas, scales, ratios, stride), foreground_iou)
+    before = coverage(best_anchor_iou(boxes, canvas, scales, ratios, stride), rpn.foreground_iou)
     new_scales, new_ratios = propose(boxes, canvas, scales, ratios, stride)
-    after = coverage(best_anchor_iou(boxes, canvas, new_scales, new_ratios, stride), foreground_iou)
+    after = coverage(best_anchor_iou(boxes, canvas, new_scales, new_ratios, stride), rpn.foreground_iou)
     override = " ".join(
         f"'rpn.{name}=[{', '.join(f'{value:g}' for value in values)}]'"
         for name, values in (("scales", new_scales), ("ratios", new_ratios))
     )
-    same = new_scales == [float(s) for s in scales] and new_ratios == [float(r) for r in ratios]
+    same = (new_scales, new_ratios) == (scales, ratios)
     poor = before["share_below_0.5"] > POOR_SHARE
     remedy = ""
     if not same:
@@ -169,7 +167,7 @@ def check_anchors(
             f"objects whose best anchor has an IoU below {POOR_IOU} at the training input",
             tuple(lines[:1] if same else lines), remedy,
             figures={
-                "objects": len(boxes), "scales": list(scales), "ratios": list(ratios), "before": before,
+                "objects": len(boxes), "scales": scales, "ratios": ratios, "before": before,
                 "proposed_scales": new_scales, "proposed_ratios": new_ratios, "after": after, "override": override,
             },
         )

@@ -5,9 +5,8 @@ Training stops at the first error of an annotation file; here all faults are lis
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from detector.apps.doctor.boxes import check_anchors, check_balance, check_boxes, check_faults
 from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
@@ -15,6 +14,9 @@ from detector.data.finding import ERROR, INFO, WARNING, Finding, Splits
 from detector.data.preprocess import Preprocessing
 from detector.data.split_checks import check_splits
 from detector.evaluation.tables import markdown_table
+
+if TYPE_CHECKING:
+    from detector.models.rpn import RPNOptions
 
 _ORDER = (ERROR, WARNING, INFO)
 
@@ -43,14 +45,14 @@ class Diagnosis:
 
 
 def examine(
-    splits: Splits, *, preprocessing: Preprocessing, anchors: Mapping[str, Any] | None = None, workers: int = 1
+    splits: Splits, *, preprocessing: Preprocessing, anchors: tuple[RPNOptions, int] | None = None, workers: int = 1
 ) -> Diagnosis:
     """Run every check on a data set. All images are decoded.
 
     Args:
         splits: the annotations of each, as `read_annotations` gives them, the training split first.
         preprocessing: the training input; sizes of objects are judged there.
-        anchors: scales, ratios, stride and foreground_iou of the region proposal network; None leaves them alone.
+        anchors: options and stride of the region proposal network; None leaves its anchors alone.
         workers: threads that decode.
     """
     usable = {split: index for split, index in splits.items() if len(index)}
@@ -66,7 +68,7 @@ def examine(
     ]
     if anchors and usable:
         trained = next(iter(usable))
-        findings += check_anchors(usable[trained], sizes[trained], preprocessing, **anchors)
+        findings += check_anchors(usable[trained], sizes[trained], preprocessing, *anchors)
     findings.sort(key=lambda finding: _ORDER.index(finding.severity))
     about = {
         split: {

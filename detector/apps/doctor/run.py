@@ -42,7 +42,7 @@ def doctor(options: DoctorOptions) -> None:
     diagnosis = examine(
         {split: read_annotations(*options.data.files(split)) for split in ("train", "val")},
         preprocessing=options.input,
-        anchors=options.rpn.model_dump(include={"scales", "ratios", "foreground_iou"}) | {"stride": stride},
+        anchors=(options.rpn, stride),
         workers=options.workers,
     )
     out = Path(options.out) / "doctor.json"

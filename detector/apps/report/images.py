@@ -41,39 +41,36 @@ def worst_images(
     Raises:
         InputError: an image cannot be read.
     """
-    place = index.place
-    places = [place[row["image_id"]] for row in shown]
+    places = [index.place[row["image_id"]] for row in shown]
     complete = worst(judge(sort_records(results.select(places), index.select(places))), 0.0, len(places))
     by_id = {row["image_id"]: row for row in complete}
-    return [
-        # An image without a mistake at threshold 0 is not among the worst there.
-        _entry({**by_id.get(old["image_id"], old), "badness": old["badness"]}, index, i, budget // len(shown))
-        for old, i in zip(shown, places, strict=True)
-    ]
-
-
-def _entry(row: Mapping[str, Any], index: AnnotationIndex, i: int, budget: int) -> dict[str, Any]:
     label = {name: number for number, name in enumerate(index.class_names)}
-    image = index.read(i)
-    height, width = image.shape[:2]
-    objects = row["truths"][:_OBJECTS]
-    return {
-        "name": row["file_name"] or f"image {row['image_id']}",
-        "words": f"{len(row['truths'])} objects, badness {row['badness']:.3g}",
-        "width": width,
-        "height": height,
-        "jpeg": jpeg_uri(image, budget),
-        "detections": [
-            _box(found, label)
-            | {
-                "s": round(found["score"], 4),
-                "k": found["kind"],
-                "o": -1 if found["truth"] is None or found["truth"] >= len(objects) else found["truth"],
+    entries = []
+    for old, i in zip(shown, places, strict=True):
+        row = by_id.get(old["image_id"], old)  # an image without a mistake at threshold 0 is not among the worst there
+        image = index.read(i)
+        objects = row["truths"][:_OBJECTS]
+        detections = row["detections"][:_DETECTIONS]
+        entries.append(
+            {
+                "name": row["file_name"] or f"image {row['image_id']}",
+                "words": f"{len(row['truths'])} objects, badness {old['badness']:.3g}",
+                "width": image.shape[1],
+                "height": image.shape[0],
+                "jpeg": jpeg_uri(image, budget // len(shown)),
+                "detections": [
+                    _box(one, label)
+                    | {
+                        "s": round(one["score"], 4),
+                        "k": one["kind"],
+                        "o": one["truth"] if one["truth"] in range(len(objects)) else -1,
+                    }
+                    for one in detections
+                ],
+                "objects": [_box(one, label) | {"crowd": one["state"] == "crowd"} for one in objects],
             }
-            for found in row["detections"][:_DETECTIONS]
-        ],
-        "objects": [_box(one, label) | {"crowd": one["state"] == "crowd"} for one in objects],
-    }
+        )
+    return entries
 
 
 def _box(row: Mapping[str, Any], label: Mapping[str, int]) -> dict[str, Any]:

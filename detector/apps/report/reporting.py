@@ -166,11 +166,10 @@ def _examined(detector: Detector, index: AnnotationIndex, limit: int, workers: i
     from detector.apps.doctor.examine import examine
 
     rpn = detector.network.rpn
-    anchors = {key: getattr(rpn.options, key) for key in ("scales", "ratios", "foreground_iou")}
     diagnosis = examine(
         {"scored": index},
         preprocessing=detector.preprocessing,
-        anchors=anchors | {"stride": rpn.anchors.stride},
+        anchors=(rpn.options, rpn.anchors.stride),
         workers=max(1, workers),
     )
     findings = {
