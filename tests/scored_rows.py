@@ -26,7 +26,7 @@ def evaluate(
     results: Any, ground_truth: Any, *, image_ids: Iterable[Any] | None = None, metrics: str = "coco"
 ) -> dict[str, Any]:
     index = index_of(ground_truth, image_ids)
-    return metrics_module.evaluate(read_results(results, index), index, metrics)
+    return metrics_module.compute_metrics(read_results(results, index), index, metrics)
 
 
 def read_records(results: Any, ground_truth: Any, *, image_ids: Iterable[Any] | None = None) -> Records:

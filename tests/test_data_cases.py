@@ -9,7 +9,7 @@ import pytest
 from detector.data.annotations import AnnotationIndex, load_annotations
 from detector.data.results import read_results
 from detector.errors import InputError
-from detector.evaluation.metrics import evaluate
+from detector.evaluation.metrics import compute_metrics
 
 
 def load(shared: Path, case: str, split: str = "val") -> AnnotationIndex:
@@ -35,7 +35,7 @@ def test_a_byte_order_mark(shared: Path) -> None:
 def test_a_box_without_width_counts_and_is_never_found(shared: Path) -> None:
     index = load(shared, "zero_width")
     assert index.counts["degenerate"] == 1
-    found = evaluate(read_results(shared / "cases/zero_width/perfect.json", index), index)
+    found = compute_metrics(read_results(shared / "cases/zero_width/perfect.json", index), index)
     assert found["AP"] == pytest.approx(0.752, abs=1e-3)
 
 

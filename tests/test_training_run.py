@@ -66,9 +66,9 @@ def epochs(count: int) -> dict[str, Any]:
 
 def score_in_turn(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
     """Let the validations have these AP."""
-    evaluate, left = task_module.evaluate, list(scores)
+    compute, left = task_module.compute_metrics, list(scores)
     monkeypatch.setattr(
-        task_module, "evaluate", lambda *args, **kwargs: evaluate(*args, **kwargs) | {"AP": left.pop(0)}
+        task_module, "compute_metrics", lambda *args, **kwargs: compute(*args, **kwargs) | {"AP": left.pop(0)}
     )
 
 

@@ -55,7 +55,7 @@ def test_a_delay_shows_in_its_own_part(
     head = small_detector.network.head
     head.thin.register_forward_pre_hook(fake.slowed(lambda *_: None, 1))  # in the forward pass
     monkeypatch.setattr(head, "detect", fake.slowed(head.detect, 10))  # after it
-    monkeypatch.setattr(task_module, "evaluate", fake.slowed(task_module.evaluate, 100))
+    monkeypatch.setattr(task_module, "compute_metrics", fake.slowed(task_module.compute_metrics, 100))
     monkeypatch.setattr(AnnotationIndex, "read", fake.slowed(AnnotationIndex.read, 1000))
     task = DetectionTask(small_detector, index)
     clock = Clock()

@@ -23,8 +23,7 @@ from detector.data.results import Results, read_results, write_results
 from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
-from detector.evaluation.metrics import evaluate as evaluate_results
-from detector.evaluation.metrics import format_table, save_metrics
+from detector.evaluation.metrics import compute_metrics, format_table, save_metrics
 from detector.inference.runtime import ExportedDetector, is_export
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def score(
     if coco is not None and options.metrics == "coco":
         metrics = coco
     else:
-        metrics = evaluate_results(results, index, options.metrics)
+        metrics = compute_metrics(results, index, options.metrics)
         clock.book("metrics")
     _write(options, index, results, metrics, out)
     clock.book("files")

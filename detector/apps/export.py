@@ -34,7 +34,7 @@ from detector.data.progress import progress
 from detector.data.results import Results
 from detector.data.splits import load_split
 from detector.errors import InputError
-from detector.evaluation.metrics import evaluate
+from detector.evaluation.metrics import compute_metrics
 from detector.evaluation.tables import markdown_table
 from detector.export.formats import export_onnx, export_openvino, export_torch, import_packages
 from detector.export.parity import (
@@ -224,7 +224,7 @@ def accuracy_control(options: ExportOptions, detector: Detector) -> AccuracyCont
 
 def average_precision(found: Sequence[Found], index: AnnotationIndex) -> float | None:
     """AP of what was found in the images of an index; None where they hold no object."""
-    ap: float | None = evaluate(Results.of(range(len(index)), found), index)["AP"]
+    ap: float | None = compute_metrics(Results.of(range(len(index)), found), index)["AP"]
     return ap
 
 

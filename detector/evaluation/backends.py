@@ -72,7 +72,7 @@ def hotcoco_evaluation(
     except ImportError as error:
         raise InputError(
             "Scoring needs the package hotcoco: pip install '.[train]'. Where it cannot be had, "
-            "detector.evaluation.evaluate(..., metrics='pycocotools') gives the same metrics."
+            "detector.evaluation.compute_metrics(..., metrics='pycocotools') gives the same metrics."
         ) from error
     images = [{"id": place} | (_looked_for(index, place) if federated else {}) for place in range(len(index))]
     categories = _categories(index)

@@ -28,7 +28,7 @@ def diagnose(
     """All diagnoses of a set of results; plain types only, ready for JSON.
 
     Args:
-        results, index: as of detector.evaluation.metrics.evaluate.
+        results, index: as of detector.evaluation.metrics.compute_metrics.
         properties: read this many images, to slice by brightness and the like; 0 reads none.
         score_threshold: of the confusion matrix and the worst images; None takes the one of the best F1, 0.5 where
             there is no object.

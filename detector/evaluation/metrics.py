@@ -32,11 +32,11 @@ from detector.files import write_json
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 # In the order of lvis-api. r, c, f: classes that the file calls rare, common, frequent; AR300: at most 300 an image.
 LVIS_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR300", "ARs", "ARm", "ARl")
-# What `evaluate` can be asked for.
+# What `compute_metrics` can be asked for.
 PROTOCOLS = ("coco", "pycocotools", "lvis", "voc")
 
 
-def evaluate(results: Results, index: AnnotationIndex, metrics: str = "coco") -> dict[str, Any]:
+def compute_metrics(results: Results, index: AnnotationIndex, metrics: str = "coco") -> dict[str, Any]:
     """Score detections. Reads no file, prints nothing and changes neither argument.
 
     Args:
@@ -79,7 +79,7 @@ def _existing(value: float) -> float | None:
 
 
 def save_metrics(metrics: Mapping[str, Any], path: str | Path) -> None:
-    """Write what `evaluate` returned as JSON; metrics that do not exist become null."""
+    """Write what `compute_metrics` returned as JSON; metrics that do not exist become null."""
     write_json(path, dict(metrics))
 
 
@@ -87,7 +87,7 @@ def format_table(metrics: Mapping[str, Any], title: str) -> str:
     """The metrics and the AP of each class as text for a terminal or a Markdown page, ASCII lines only.
 
     Args:
-        metrics: what `evaluate` returned.
+        metrics: what `compute_metrics` returned.
         title: the first line.
     """
     numbers = [(name, value) for name, value in metrics.items() if not isinstance(value, Mapping)]

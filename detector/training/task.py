@@ -15,7 +15,7 @@ from detector.data.annotations import AnnotationIndex
 from detector.data.collate import Batch, EvaluationBatch
 from detector.data.results import Results
 from detector.errors import InputError
-from detector.evaluation.metrics import evaluate, format_table
+from detector.evaluation.metrics import compute_metrics, format_table
 from detector.inference.detector import Detector
 from detector.options import Flag, Options
 from detector.training.callbacks import Columns
@@ -168,7 +168,7 @@ class DetectionTask(Task):
         self.results = Results.joined(_gather(self._found))
         outcome: list[Any] = [None]
         if rank() == 0:
-            outcome = [evaluate(self.results, self.val_index)]
+            outcome = [compute_metrics(self.results, self.val_index)]
         if world_size() > 1:
             dist.broadcast_object_list(outcome, src=0)
         self.metrics = outcome[0]

@@ -32,7 +32,7 @@ class Report:
     Attributes:
         title: of the page.
         about: short facts under it.
-        metrics: what detector.evaluation.evaluate returned; it is in the page as it is.
+        metrics: what detector.evaluation.compute_metrics returned; it is in the page as it is.
         diagnosis: what detector.evaluation.diagnosis.diagnose returned.
         two_stages: what detector.apps.report.two_stages.two_stages returned.
         images: what detector.apps.report.images.worst_images gave.

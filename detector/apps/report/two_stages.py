@@ -18,7 +18,7 @@ from detector.data.preprocess import prepare, restore
 from detector.data.progress import progress
 from detector.data.results import Results
 from detector.errors import InputError
-from detector.evaluation.metrics import evaluate
+from detector.evaluation.metrics import compute_metrics
 from detector.evaluation.records import SIZES
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
@@ -52,8 +52,8 @@ def two_stages(
          "recall": {"proposals": numbers of RECALL_AT up to the limit, and the limit,
                     "all", "small", "medium", "large": {"truths": count, "recall50": at IoU 0.5, "recall": mean over
                         0.50:0.95; one value in [0, 1] for each number, or None without objects}},
-         "budgets": [{"proposals": n, "AP", "AP50": of the detections from n proposals, as detector.evaluation.evaluate
-                        gives them, "ms": shared part and head}],
+         "budgets": [{"proposals": n, "AP", "AP50": of the detections from n proposals, as
+                        detector.evaluation.compute_metrics gives them, "ms": shared part and head}],
          "ms_shared": of backbone, neck, RPN and thin map,
          "anchors": {"foreground_iou": float, "edges": 21 bounds from 0 to 1,
                      "all", "small", "medium", "large": {"truths": count, "unmatched": share out of reach, None without
@@ -83,7 +83,7 @@ def two_stages(
     scored = index.select(places)
     rows = []
     for place, number in enumerate(numbers):
-        metrics = evaluate(Results.of(places, [look.found[place] for look in looks]), scored)
+        metrics = compute_metrics(Results.of(places, [look.found[place] for look in looks]), scored)
         spent = float(np.median(milliseconds[:, 0] + milliseconds[:, place + 1]))
         rows.append({"proposals": number, "AP": metrics["AP"], "AP50": metrics["AP50"], "ms": spent})
     return {
