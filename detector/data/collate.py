@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,7 @@ class Batch:
     image_ids: tuple[Any, ...]
 
     def _map(self, move: Any) -> Batch:
-        names = ("images", "image_sizes", "boxes", "labels", "crowd", "scales", "original_sizes")
-        return Batch(**{name: move(getattr(self, name)) for name in names}, image_ids=self.image_ids)
+        return replace(self, **{name: move(part) for name, part in vars(self).items() if name != "image_ids"})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on another device."""
@@ -59,23 +58,20 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     Padded places have label -1, a box of zeros and no crowd flag.
     """
     count, places = len(samples), max(1, *(len(sample["labels"]) for sample in samples))
-    boxes = np.zeros((count, places, 4), np.float32)
-    labels = np.full((count, places), -1, np.int64)
-    crowd = np.zeros((count, places), bool)
+    boxes, crowd = torch.zeros(count, places, 4), torch.zeros(count, places, dtype=torch.bool)
+    labels = torch.full((count, places), -1)
     for i, sample in enumerate(samples):
-        objects = len(sample["labels"])
-        boxes[i, :objects] = sample["boxes"]
-        labels[i, :objects] = sample["labels"]
-        crowd[i, :objects] = sample["crowd"]
+        for padded, key in ((boxes, "boxes"), (labels, "labels"), (crowd, "crowd")):
+            padded[i, : len(sample["labels"])] = torch.from_numpy(sample[key])
     images = [sample["image"] for sample in samples]
     return Batch(
         images=torch.from_numpy(pad(images)),
-        image_sizes=torch.tensor([image.shape[:2] for image in images], dtype=torch.int64),
-        boxes=torch.from_numpy(boxes),
-        labels=torch.from_numpy(labels),
-        crowd=torch.from_numpy(crowd),
-        scales=torch.from_numpy(np.stack([sample["scale"] for sample in samples]).astype(np.float64)),
-        original_sizes=torch.from_numpy(np.stack([sample["original_size"] for sample in samples]).astype(np.int64)),
+        image_sizes=torch.tensor([image.shape[:2] for image in images]),
+        boxes=boxes,
+        labels=labels,
+        crowd=crowd,
+        scales=torch.from_numpy(np.stack([sample["scale"] for sample in samples])),
+        original_sizes=torch.from_numpy(np.stack([sample["original_size"] for sample in samples])),
         image_ids=tuple(sample["image_id"] for sample in samples),
     )
 

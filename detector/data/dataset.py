@@ -46,17 +46,11 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
         image = self._images[i] if i < len(self._images) else self.index.read(i)
         if self.transform is None:
             return {"image": image, "image_id": self.index.image_ids[i]}
-        result = self.transform(image, *self.index.objects(i))
-        return {
-            **result._asdict(),
-            "original_size": np.array(image.shape[:2], np.int64),
-            "image_id": self.index.image_ids[i],
-        }
+        sample = self.transform(image, *self.index.objects(i))._asdict()
+        return sample | {"original_size": np.array(image.shape[:2]), "image_id": self.index.image_ids[i]}
 
 
 def seed_worker(worker_id: int) -> None:
@@ -85,12 +79,8 @@ def _decode(index: AnnotationIndex) -> list[np.ndarray]:
     for i in progress(range(len(index)), "decode"):
         image = index.read(i)
         if used + image.nbytes > CACHE_BYTES:
-            logger.warning(
-                "cache: %d of %d images fill %.1f GiB; the others are decoded each time",
-                len(images),
-                len(index),
-                CACHE_BYTES / 1024**3,
-            )
+            full = f"{len(images)} of {len(index)} images fill {CACHE_BYTES / 1024**3:.1f} GiB"
+            logger.warning("cache: %s; the others are decoded each time", full)
             break
         image.setflags(write=False)
         images.append(image)

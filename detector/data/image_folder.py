@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -94,9 +94,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
             raise InputError(f"No folder {folder} here (looked in '{folder.resolve()}'): give {LAYOUT}.")
         super().__init__(str(folder), loader=read_image, is_valid_file=_is_image, allow_empty=True)
         self.view, self.seed = view, seed
-        counts = np.bincount(self.targets, minlength=len(self.classes)) if self.targets else [0] * len(self.classes)
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
-        if empty:
+        if empty := sorted(set(self.classes) - {self.classes[label] for label in self.targets}):
             raise InputError(
                 f"{folder / empty[0]}: no image in this class folder; expected files that end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}. Add some, or remove the folder."
@@ -147,10 +145,9 @@ def train_view(size: int, augment: PretrainAugment) -> View:
         size: side of the view in pixels.
         augment: what is drawn; the aspect ratio of the part changes by up to 4/3 (Szegedy et al. 2015).
     """
-    steps: list[Any] = [v2.RandomResizedCrop(size, scale=augment.scale, antialias=True)]
-    if augment.colour:
-        steps.append(v2.ColorJitter(augment.colour, augment.colour, augment.colour))
-    return v2.Compose([*steps, v2.RandomHorizontalFlip(augment.flip)])
+    colours = [v2.ColorJitter(*[augment.colour] * 3)] if augment.colour else []
+    part = v2.RandomResizedCrop(size, scale=augment.scale, antialias=True)
+    return v2.Compose([part, *colours, v2.RandomHorizontalFlip(augment.flip)])
 
 
 def eval_view(sizes: PretrainInput) -> View:
@@ -164,12 +161,9 @@ def draws(seed: tuple[int, ...]) -> Iterator[None]:
 
     torchvision takes no generator. The CPU's default one alone is set: `torch.manual_seed` would set those of GPUs too.
     """
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]))
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]))
         yield
-    finally:
-        torch.set_rng_state(before)
 
 
 def _is_image(path: str) -> bool:

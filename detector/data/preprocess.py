@@ -94,16 +94,12 @@ def prepare(
     """
     resized = [resize(image, *preprocessing.target_size(*_size(image), canvas)) for image in images]
     groups = group_by_canvas([_size(image) for image in resized]) if canvas is None else [list(range(len(images)))]
-    return [_padded(images, resized, group, canvas) for group in groups if group]
-
-
-def _padded(
-    images: Sequence[np.ndarray], resized: Sequence[np.ndarray], group: list[int], canvas: tuple[int, int] | None
-) -> Prepared:
-    sizes = np.array([_size(resized[i]) for i in group], np.int64)
-    originals = np.array([_size(images[i]) for i in group], np.int64)
-    scales = (sizes / originals)[:, ::-1]
-    return Prepared(pad([resized[i] for i in group], canvas), sizes, scales, originals, np.array(group, np.int64))
+    prepared = []
+    for group in filter(None, groups):
+        sizes, originals = (np.array([_size(of[i]) for i in group], np.int64) for of in (resized, images))
+        padded, scales = pad([resized[i] for i in group], canvas), (sizes / originals)[:, ::-1]
+        prepared.append(Prepared(padded, sizes, scales, originals, np.array(group, np.int64)))
+    return prepared
 
 
 def _size(image: np.ndarray) -> tuple[int, int]:
@@ -133,9 +129,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def canvas_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
     """The smallest canvas, in multiples of STRIDE, that holds images of these (height, width)."""
-    height = max(h for h, _ in sizes)
-    width = max(w for _, w in sizes)
-    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+    height, width = (-(-max(sides) // STRIDE) * STRIDE for sides in zip(*sizes, strict=True))
+    return height, width
 
 
 def pad(images: Sequence[np.ndarray], canvas: tuple[int, int] | None = None) -> np.ndarray:
@@ -169,15 +164,13 @@ def restore(boxes: np.ndarray, scale: np.ndarray, original_size: Sequence[int] |
     """
     height, width = original_size
     restored = boxes.astype(np.float64) / np.tile(scale, 2)
-    restored[:, 0::2] = restored[:, 0::2].clip(0, width)
-    restored[:, 1::2] = restored[:, 1::2].clip(0, height)
-    return restored.astype(np.float32)
+    return restored.clip(0, [width, height, width, height]).astype(np.float32)
 
 
 def group_by_canvas(sizes: list[tuple[int, int]]) -> list[list[int]]:
     """Indices of images (height, width) that fill the same canvas, so that no image gets a batch mate's padding.
 
-    What lies around a image changes its features a little (the convolutions see it): with its own canvas, a result
+    What lies around an image changes its features a little (the convolutions see it): with its own canvas, a result
     is the same alone, in any batch, and in any process.
     """
     groups: dict[tuple[int, int], list[int]] = {}

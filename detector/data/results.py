@@ -115,15 +115,12 @@ def read_results(source: str | Path | Sequence[Mapping[str, Any]], index: Annota
 
 def write_results(path: str | Path, results: Results, index: AnnotationIndex) -> None:
     """Write COCO's results format, a line for each detection, complete or not at all."""
-    columns = (results.images.tolist(), results.labels.tolist(), results.boxes.tolist(), results.scores.tolist())
-    lines = (
-        json.dumps(
-            dict(zip(_KEYS, (index.image_ids[image], index.category_ids[label], box, score), strict=True)),
-            ensure_ascii=False,
-            allow_nan=False,
-        )
-        for image, label, box, score in zip(*columns, strict=True)
+    rows = zip(*(column.tolist() for column in vars(results).values()), strict=True)
+    named = (
+        dict(zip(_KEYS, (index.image_ids[image], index.category_ids[label], box, score), strict=True))
+        for image, label, box, score in rows
     )
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in named)
     with replacing(path) as partial:
         partial.write_text("[" + ",\n ".join(lines) + "]\n", encoding="utf-8", errors=UNENCODABLE)
 
@@ -140,12 +137,8 @@ def _numbers_of(ids: list[Any], known: Mapping[Any, int], where: str, what: str)
             f"{show(sorted(known, key=id_order), 5)}. Do both belong to the same data set?"
         )
     if other_type.any():
-        logger.warning(
-            "%s: %d %s ids are numbers here and texts in the annotations, or the other way round",
-            where,
-            other_type.sum(),
-            what,
-        )
+        how = f"{what} ids are numbers here and texts in the annotations, or the other way round"
+        logger.warning("%s: %d %s", where, other_type.sum(), how)
     return found
 
 

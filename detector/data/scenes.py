@@ -146,8 +146,7 @@ def _noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np
     import cv2
 
     grid = rng.random((int(height / cell) + 2, int(width / cell) + 2), np.float32)
-    field: np.ndarray = cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR)
-    return field
+    return cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def _field(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -210,8 +209,7 @@ def _contrasting_colour(rng: np.random.Generator, region: np.ndarray) -> np.ndar
     colours = rng.uniform(10, 245, (32, 3)).astype(np.float32)
     difference = (colours @ CONTRAST.T)[:, :, None] - pixels  # (32, 3, pixels)
     share = (np.square(difference).sum(axis=1) > MIN_CONTRAST**2).mean(axis=1)
-    best: np.ndarray = colours[int(np.argmax(np.minimum(share, 0.95)))]  # the first that is good enough, or the best
-    return best
+    return colours[int(np.argmax(np.minimum(share, 0.95)))]  # the first that is good enough, or the best
 
 
 @dataclass(frozen=True)
@@ -247,18 +245,13 @@ def _fit(rng: np.random.Generator, contours: list[Contour], size: tuple[float, f
     return _Item(cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA), contours[0], label)
 
 
-def _draw_size(rng: np.random.Generator, largest: float) -> tuple[float, float]:
-    """Width and height of a box, in pixels, independent of what fills it."""
+def _object(rng: np.random.Generator, largest: float) -> _Item:
+    """An object in a box whose size is independent of what fills it."""
     _, low, high = SIDES[rng.choice(len(SIDES), p=[share for share, _, _ in SIDES])]
     side = min(rng.uniform(low, high), largest)
     stretch = np.exp(rng.uniform(-0.12, 0.12))
-    return side * stretch, side / stretch
-
-
-def _object(rng: np.random.Generator, largest: float) -> _Item:
-    size = _draw_size(rng, largest)
     label = int(rng.integers(len(CLASS_NAMES)))
-    return _fit(rng, _OUTLINES[CLASS_NAMES[label]](rng), size, label)
+    return _fit(rng, _OUTLINES[CLASS_NAMES[label]](rng), (side * stretch, side / stretch), label)
 
 
 def _distractor(rng: np.random.Generator, largest: float) -> _Item:
@@ -288,9 +281,7 @@ class _Painter:
         self.rng, self.height, self.width = rng, height, width
         self.canvas = _ground(rng, height, width)
         self.owner = np.full((height, width), -1, np.int16)
-        self.boxes: list[np.ndarray] = []
-        self.labels: list[int] = []
-        self.areas: list[float] = []
+        self.objects: list[tuple[np.ndarray, int, float]] = []  # box, label, area of each
         self.totals = np.zeros(0)  # pixels of each object inside the image ...
         self.shown = np.zeros(0)  # ... and those of them that nothing covers
 
@@ -321,8 +312,7 @@ class _Painter:
             low, high = (0, 0), (max(self.width - columns, 0) + 1, max(self.height - rows, 0) + 1)
         else:  # only the centre has to be in the image
             low, high = (-columns // 2, -rows // 2), (self.width - columns // 2, self.height - rows // 2)
-        x, y = self.rng.integers(low, high).tolist()
-        return x, y
+        return tuple(self.rng.integers(low, high).tolist())
 
     def _paint(self, item: _Item, x: int, y: int) -> None:
         canvas, part = _overlap(x, y, item.coverage.shape, self.owner.shape)
@@ -333,11 +323,10 @@ class _Painter:
         alpha = coverage / np.float32(255)
         region += (paint - region) * alpha
         inside = coverage > 127
-        self.owner[canvas][inside] = len(self.boxes) if item.label >= 0 else -1
+        self.owner[canvas][inside] = len(self.objects) if item.label >= 0 else -1
         if item.label >= 0:
-            self.boxes.append(_extent(item.outline + np.array([x, y]), self.width, self.height))
-            self.labels.append(item.label)
-            self.areas.append(float(alpha.sum()))
+            box = _extent(item.outline + np.array([x, y]), self.width, self.height)
+            self.objects.append((box, item.label, float(alpha.sum())))
             self.totals = np.append(self.totals, inside.sum())
             self.shown = np.append(self.shown, inside.sum())
 
@@ -387,9 +376,9 @@ def render_scene(seed: np.random.SeedSequence | np.random.Generator | int, *, si
         painter.add(items[index])
     return Scene(
         image=painter.photograph(),
-        boxes=np.array(painter.boxes, np.float64).reshape(-1, 4),
-        labels=np.array(painter.labels, np.int64),
-        areas=np.array(painter.areas, np.float64),
+        boxes=np.array([box for box, _, _ in painter.objects], np.float64).reshape(-1, 4),
+        labels=np.array([label for _, label, _ in painter.objects], np.int64),
+        areas=np.array([area for _, _, area in painter.objects], np.float64),
         visible=painter.shown / painter.totals,
         owner=painter.owner,
         jpeg_quality=int(rng.integers(70, 96)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -50,34 +51,35 @@ def check_splits(splits: Splits) -> list[Finding]:
         return []
     findings = [*_marked(splits), *_whole_images(splits), *_empty(splits), *_duplicates(splits)]
     if len(splits) > 1:
-        findings += [*_categories(splits), *_no_objects(splits), *_classes_to_learn(splits), *_shared_files(splits)]
+        findings += [*_categories(splits), *_objects(splits), *_shared_files(splits)]
     return findings
 
 
 def _marked(splits: Splits) -> list[Finding]:
-    shares = {split: float(index.difficult.mean()) for split, index in splits.items() if len(index.labels)}
     return found(
-        "mostly_ignored", WARNING,
-        [f"{split}: {share:.1%} of its boxes" for split, share in shares.items() if share > NEARLY_ALL],
+        "mostly_ignored", WARNING, _nearly_all({split: index.difficult for split, index in splits.items()}),
         "splits whose boxes are nearly all marked `iscrowd`, `ignore` or `difficult`, so that hardly any counts",
         "clear these marks where the boxes are ordinary objects",
     )  # fmt: skip
 
 
 def _whole_images(splits: Splits) -> list[Finding]:
-    culprits = []
+    whole = {}
     for split, index in splits.items():
-        size = index.sizes[index.images]
-        known = (size > 0).all(axis=1)
+        size = index.sizes[index.images][:, ::-1]
         sides = index.boxes[:, 2:] - index.boxes[:, :2]
-        share = (sides >= WHOLE_SIDE * size[:, ::-1]).all(axis=1)[known].mean() if known.any() else 0.0
-        if share > NEARLY_ALL:
-            culprits.append(f"{split}: {share:.1%} of its boxes")
+        whole[split] = (sides >= WHOLE_SIDE * size).all(axis=1)[(size > 0).all(axis=1)]
     return found(
-        "whole_image_boxes", WARNING, culprits,
+        "whole_image_boxes", WARNING, _nearly_all(whole),
         "splits whose boxes are nearly all the whole image: a detector learns no places from them",
         "annotate the objects, or train a classifier",
     )  # fmt: skip
+
+
+def _nearly_all(marks: Mapping[str, np.ndarray]) -> list[str]:
+    """Splits of which nearly all boxes are marked."""
+    shares = {split: mark.mean() for split, mark in marks.items() if len(mark)}
+    return [f"{split}: {share:.1%} of its boxes" for split, share in shares.items() if share > NEARLY_ALL]
 
 
 def _empty(splits: Splits) -> list[Finding]:
@@ -135,38 +137,33 @@ def _categories(splits: Splits) -> list[Finding]:
     )  # fmt: skip
 
 
-def _no_objects(splits: Splits) -> list[Finding]:
-    trained = next(iter(splits))
-    nothing = {
-        split: f"{split}: {len(index.labels)} boxes, of which none counts"
-        for split, index in splits.items()
-        if (index.crowd | index.degenerate).all()
-    }
-    scored = [text for split, text in nothing.items() if split != trained]
-    unlearnable = [nothing[trained]] if trained in nothing else []
-    remedy = "annotate some; check that `annotations` is complete and not all crowd regions or boxes without area"
-    return [
-        *found("nothing_to_learn", ERROR, unlearnable, "training split without an object", remedy),
-        *found("nothing_to_score", WARNING, scored, "split to score without an object", remedy),
-    ]
-
-
-def _classes_to_learn(splits: Splits) -> list[Finding]:
-    """Classes that are scored and cannot be learnt, and a training split of one class where more are declared."""
+def _objects(splits: Splits) -> list[Finding]:
+    """Splits without an object, classes that cannot be learnt, and one class alone where more are declared."""
     boxes = {}
     for split, index in splits.items():
         counts = np.bincount(index.labels[~index.crowd & ~index.degenerate], minlength=len(index.class_names))
         boxes[split] = dict(zip(index.class_names, counts.tolist(), strict=True))
+    nothing = {
+        split: f"{split}: {len(splits[split].labels)} boxes, of which none counts"
+        for split, counts in boxes.items() if not any(counts.values())
+    }  # fmt: skip
     (first, base), *others = boxes.items()
-    if not any(base.values()):
-        return []  # nothing_to_learn
+    used = [name for name, count in base.items() if count]
     unlearnt = [
         f"{name}: {count} boxes in {split}, none in {first}"
-        for split, counts in others for name, count in counts.items() if count and base.get(name) == 0
+        for split, counts in others for name, count in counts.items() if used and count and base.get(name) == 0
     ]  # fmt: skip
-    used = [name for name, count in base.items() if count]
-    only = [f"{first}: all {base[used[0]]} boxes are {used[0]}, {len(base)} classes are declared"]
+    only = [f"{first}: all {base[used[0]]} boxes are {used[0]}, {len(base)} classes are declared"] if used else []
+    remedy = "annotate some; check that `annotations` is complete and not all crowd regions or boxes without area"
     return [
+        *found(
+            "nothing_to_learn", ERROR, [nothing[first]] if first in nothing else [],
+            "training split without an object", remedy,
+        ),
+        *found(
+            "nothing_to_score", WARNING, [text for split, text in nothing.items() if split != first],
+            "split to score without an object", remedy,
+        ),
         *found(
             "unlearnt_classes", WARNING, unlearnt, "classes that are scored, but have no box to train on",
             "move images between the splits, or annotate some",
@@ -181,15 +178,14 @@ def _classes_to_learn(splits: Splits) -> list[Finding]:
 
 def _shared_files(splits: Splits) -> list[Finding]:
     """By name: opening no file, and asking the disk for none."""
-    (first, base), *others = {split: _files(index) for split, index in splits.items()}.items()
+    files = {}
+    for split, index in splits.items():
+        folder = str(index.image_dir.resolve())
+        files[split] = dict.fromkeys(os.path.normpath(os.path.join(folder, name)) for name in index.file_names)
+    (first, base), *others = files.items()
     shared = [f"{first} and {split}: {file}" for split, files in others for file in files if file in base]
     return found(
         "shared_files", WARNING, shared,
         "image files of the training split that are scored, too: scores are too good",
         "take them out of one split: what is trained on must not be scored on",
     )  # fmt: skip
-
-
-def _files(index: AnnotationIndex) -> dict[str, None]:
-    folder = str(index.image_dir.resolve())
-    return dict.fromkeys(os.path.normpath(os.path.join(folder, name)) for name in index.file_names)

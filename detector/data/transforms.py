@@ -94,8 +94,7 @@ class TrainTransform:
             seed: sets the draws, together with the rank and, in loader workers, with the worker's own seed; >= 0.
         """
         self.preprocessing = preprocessing
-        self.crop = options.crop
-        self.log_scale = (float(np.log(options.scale[0])), float(np.log(options.scale[1])))
+        self.options = options
         self.seed = seed
         self._compose = _compose(options)
         # Seeded at the first call: by then the process knows its rank.
@@ -134,7 +133,7 @@ class TrainTransform:
         if self._generator is None:
             self.reseed(0)
         assert self._generator is not None
-        if self._generator.random() < self.crop:
+        if self._generator.random() < self.options.crop:
             image, boxes = _crop(image, boxes, self._generator)
         # One index comes back for each box that is left; labels and flags need not pass through float32.
         rows = np.arange(len(boxes))
@@ -147,18 +146,19 @@ class TrainTransform:
         """Resize to a drawn size, and cut out a window where that is larger than the size at factor 1."""
         assert self._generator is not None
         height, width = self.preprocessing.target_size(*image.shape[:2])
-        factor = np.exp(self._generator.uniform(*self.log_scale))
+        factor = np.exp(self._generator.uniform(*np.log(self.options.scale)))
         full = max(1, round(height * factor)), max(1, round(width * factor))
-        whole = _resized(image, boxes, labels, crowd, *full)
+        scale = np.array([full[1] / image.shape[1], full[0] / image.shape[0]])
+        boxes = _inside((boxes * np.tile(scale, 2)).astype(np.float32), *full)
         height, width = min(height, full[0]), min(width, full[1])
         top = int(self._generator.integers(full[0] - height + 1))
         left = int(self._generator.integers(full[1] - width + 1))
-        cut = _inside(whole.boxes - np.array([left, top, left, top], np.float32), height, width)
+        cut = _inside(boxes - np.array([left, top, left, top], np.float32), height, width)
         sides = cut[:, 2:] - cut[:, :2]
-        visible = sides.prod(axis=1) / (whole.boxes[:, 2:] - whole.boxes[:, :2]).prod(axis=1).clip(1e-6)
+        visible = sides.prod(axis=1) / (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).clip(1e-6)
         keep = (sides >= 1).all(axis=1) & ((visible >= _MIN_VISIBLE) | crowd)
-        window = np.ascontiguousarray(whole.image[top : top + height, left : left + width])
-        return Transformed(window, cut[keep], labels[keep], crowd[keep], whole.scale)
+        window = np.ascontiguousarray(resize(image, *full)[top : top + height, left : left + width])
+        return Transformed(window, cut[keep], labels[keep], crowd[keep], scale)
 
 
 def process_rank() -> int:
@@ -217,8 +217,7 @@ def _crop(image: np.ndarray, boxes: np.ndarray, generator: np.random.Generator) 
     low, high = boxes[:, :2].min(axis=0, initial=np.inf), boxes[:, 2:].max(axis=0, initial=-np.inf)
     left, right = _crop_side(width, low[0], high[0], generator)
     top, bottom = _crop_side(height, low[1], high[1], generator)
-    image = np.ascontiguousarray(image[top:bottom, left:right])
-    return image, boxes - np.array([left, top, left, top], np.float32)
+    return np.ascontiguousarray(image[top:bottom, left:right]), boxes - np.array([left, top, left, top], np.float32)
 
 
 def _crop_side(size: int, low: float, high: float, generator: np.random.Generator) -> tuple[int, int]:
@@ -227,14 +226,6 @@ def _crop_side(size: int, low: float, high: float, generator: np.random.Generato
     start = int(generator.integers(int(np.clip(np.floor(low), 0, size - shortest)) + 1))
     end = int(generator.integers(int(np.clip(np.ceil(high), start + shortest, size)), size + 1))
     return start, end
-
-
-def _resized(
-    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, height: int, width: int
-) -> Transformed:
-    scale = np.array([width / image.shape[1], height / image.shape[0]])
-    boxes = _inside((boxes * np.tile(scale, 2)).astype(np.float32), height, width)
-    return Transformed(resize(image, height, width), boxes, labels, crowd, scale)
 
 
 def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
