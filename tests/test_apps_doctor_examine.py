@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 
 from detector.apps.doctor.examine import Diagnosis, examine, format_diagnosis
 from detector.data.annotations import load_annotations, read_annotations
+from detector.data.image_files import match_files
 from detector.data.preprocess import Preprocessing
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
@@ -55,7 +56,8 @@ def clean(tmp_path: Path) -> Path:
 
 def diagnose(root: Path, size: tuple[int, int] = (64, 96), anchors: RPNOptions = ANCHORS) -> Diagnosis:
     splits = {
-        split: read_annotations(root / "annotations" / f"{split}.json", root / "images") for split in ("train", "val")
+        split: match_files(read_annotations(root / "annotations" / f"{split}.json", root / "images"))
+        for split in ("train", "val")
     }
     preprocessing = Preprocessing(short_side=size[0], long_side=size[1])
     return examine(splits, preprocessing=preprocessing, anchors=(anchors, 16), workers=2)
@@ -232,7 +234,7 @@ def test_an_exif_rotation(clean: Path, orientation: int, declared: tuple[int, in
         box(content, 1, bbox=[32, 32, 26, 26])
 
     edit(clean, change)
-    assert faults(diagnose(clean)) == ({"exif_orientation": ("warning", 1)} if odd else {})
+    assert faults(diagnose(clean)) == ({"exif_unknown": ("error", 1)} if odd else {})
 
 
 def copy_picture(root: Path, source: str, target: str, how: Callable[[Image.Image], Image.Image]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from detector.apps.report.reporting import write_evaluation_report
 from detector.apps.scoring import EvalOptions, Scored, evaluation_data
 from detector.data.annotations import AnnotationIndex, read_annotations
+from detector.data.image_files import match_files
 from detector.data.progress import progress
 from detector.data.results import Results, read_results, write_results
 from detector.data.splits import load_split
@@ -47,6 +48,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     detector = _load(options)
     if detector is None:
         index = read_annotations(str(options.annotations), options.images).check()
+        if options.images is not None:
+            index = match_files(index)  # for the report: no image is needed to score
     else:
         index = load_split(evaluation_data(options.data, detector), "val", class_names=detector.class_names)
     return score(options, detector, index, clock)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from detector.data.annotations import AnnotationIndex
+from detector.data.image_files import ExifBoxes
 from detector.data.results import Results
 from detector.data.splits import DataOptions
 from detector.errors import InputError
@@ -39,6 +40,8 @@ class GivenDataOptions(Options):
 
     root: PathText | None = None
     """folder of the data set"""
+    exif_boxes: ExifBoxes | None = None
+    """frame of the boxes where images have an EXIF rotation"""
     val: GivenSplitOptions = GivenSplitOptions()
 
 
@@ -133,4 +136,6 @@ def evaluation_data(given: GivenDataOptions, detector: Detector | ExportedDetect
         raise InputError("This checkpoint does not say which data it was trained on; give data.root=DIR.")
     if data is None or (given.root and given.root != data.root):
         data = (data or DataOptions()).model_copy(update={"root": given.root, "generate": None, "missing": None})
+    if given.exif_boxes:
+        data = data.model_copy(update={"exif_boxes": given.exif_boxes})
     return data.model_copy(update={"val": data.val.model_copy(update=given.val.model_dump(exclude_none=True))})

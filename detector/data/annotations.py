@@ -22,21 +22,18 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from detector.data.boxes import clip_boxes
 from detector.data.finding import ERROR, EXAMPLES, Finding
-from detector.data.images import exif_orientation, read_image
+from detector.data.image_files import ExifBoxes, match_files
+from detector.data.images import read_image
 from detector.data.json_file import read_json
-from detector.data.rules import KEYS, RULES, Key, brief
+from detector.data.rules import KEYS, RULES, Key, brief, fault
 from detector.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Missing images are looked for among this many when a file is loaded, and the rest when they are read: asking a
-# network disk for 118,000 files takes minutes.
-_FILES_CHECKED = 5
 # Boxes that stick out by less are rounding, not a mistake worth counting: COCO writes two decimals.
 _ROUNDING = 0.01
-# Boxes that stick out of one frame by more belong to another: annotators' hands are a pixel off.
-_HAND = 1.0
 _SECTIONS = ("images", "annotations", "categories")
 _LVIS_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
 _Row = dict[str, Any]
@@ -52,6 +49,7 @@ class AnnotationIndex:
         image_ids: M ids as in the file, integers or texts.
         file_names: M names as in the file, "" where it has none.
         sizes: (M, 2) int64, height and width in the frame of the boxes, 0 where the file declares none.
+        upright: (M,) bool; the boxes are in the frame after an EXIF rotation, if there is one.
         offsets: (M + 1,) int64; the boxes of image i are offsets[i]:offsets[i + 1], in the file's order.
         xywh: (B, 4) float64, as in the file, in pixels of the original image: what metrics count.
         boxes: (B, 4) float32, xyxy, inside the image where its size is declared: what training sees.
@@ -62,7 +60,7 @@ class AnnotationIndex:
         class_names: declared classes by ascending COCO id, whether or not a box uses them.
         category_ids: the COCO id of each class.
         annotation_ids: (B,) as in the file, int64 where all are numbers; for messages only.
-        faults: what is wrong with the file, errors first.
+        faults: what is wrong with the file.
         lvis: for each image its LVIS lists of classes, see detector.evaluation.metrics; None where no image has them.
         frequencies: LVIS's `frequency` of each class, None where there is none.
         other_ids: of images of the file that are not in this index (see `select`).
@@ -73,6 +71,7 @@ class AnnotationIndex:
     image_ids: list[Any]
     file_names: list[str]
     sizes: np.ndarray
+    upright: np.ndarray
     offsets: np.ndarray
     xywh: np.ndarray
     boxes: np.ndarray
@@ -147,8 +146,8 @@ class AnnotationIndex:
     def read(self, i: int) -> np.ndarray:
         """Decode image i, in the frame that its boxes are in.
 
-        A camera's image may carry an EXIF rotation, and tools disagree on whether boxes refer to the image before or
-        after it. The size that the file declares decides; without one, the rotation is applied.
+        That is after an EXIF rotation, or before it: see `detector.data.image_files.match_files`. Where nobody looked,
+        the size that the file declares decides; without one, the rotation is applied.
 
         Returns:
             uint8 RGB (h, w, 3).
@@ -156,17 +155,17 @@ class AnnotationIndex:
         Raises:
             InputError: the file cannot be read, or has another size than the annotation file says.
         """
-        path, name = self.path(i), f"image id {self.image_ids[i]!r}"
+        path, name, upright = self.path(i), f"image id {self.image_ids[i]!r}", bool(self.upright[i])
         try:
-            image = read_image(path)
+            image = read_image(path, exif=upright)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         declared = tuple(self.sizes[i].tolist())
         if 0 in declared or image.shape[:2] == declared:
             return image
-        unrotated = read_image(path, exif=False)
-        if unrotated.shape[:2] == declared:
-            return unrotated
+        other = read_image(path, exif=not upright)
+        if other.shape[:2] == declared:
+            return other
         raise InputError(
             f"{name}: {path} is {image.shape[1]} x {image.shape[0]} pixels, but {self.annotation_file.name} says width "
             f"{declared[1]} and height {declared[0]}, so its boxes would be in the wrong place; correct width and "
@@ -186,6 +185,7 @@ class AnnotationIndex:
             image_ids=ids,
             file_names=[self.file_names[i] for i in chosen],
             sizes=self.sizes[chosen],
+            upright=self.upright[chosen],
             offsets=offsets,
             lvis=[self.lvis[i] for i in chosen] if self.lvis is not None else None,
             other_ids=self.other_ids.union(self.image_ids) - frozenset(ids),
@@ -198,14 +198,16 @@ class AnnotationIndex:
         Raises:
             InputError: the first error, and how many more there are.
         """
-        errors = [fault for fault in self.faults if fault.severity == ERROR]
+        places = list(RULES)
+        faults = sorted(self.faults, key=lambda one: places.index(one.check))
+        errors = [one for one in faults if one.severity == ERROR]
         if errors:
             remedy = "" if errors[0].check == "file" else f"; {errors[0].remedy}"  # each of these says its own
-            more = sum(fault.count for fault in errors) - 1
+            more = sum(one.count for one in errors) - 1
             hint = f" {more} more of its entries are at fault: tools/doctor.py lists them." if more else ""
             raise InputError(f"{self.annotation_file}: {errors[0].examples[0]}{remedy}.{hint}")
-        for fault in self.faults:
-            what = f"{fault.count} {fault.message}, the first: {fault.examples[0]}; {fault.remedy}"
+        for one in faults:
+            what = f"{one.count} {one.message}, the first: {one.examples[0]}; {one.remedy}"
             logger.warning("%s: %s.", self.annotation_file, what)
         return self
 
@@ -214,6 +216,12 @@ class AnnotationIndex:
         image = int(np.searchsorted(self.offsets, row, side="right")) - 1
         annotation = self.annotation_ids[row : row + 1].tolist()[0]
         return f"annotation {'(no id)' if annotation is None else repr(annotation)} of image {self.image_ids[image]!r}"
+
+    def degenerate_boxes(self) -> list[Finding]:
+        """The fault that some boxes have no area inside their images; none where all have."""
+        bad = np.flatnonzero(self.degenerate).tolist()
+        texts = [f"`bbox` of {self.describe(row)} is {self.xywh[row].tolist()}" for row in bad[:EXAMPLES]]
+        return fault("degenerate_boxes", texts, len(bad))
 
     def summary(self) -> str:
         """One line for the log."""
@@ -233,6 +241,7 @@ def load_annotations(
     keep_empty: bool = True,
     class_names: Sequence[str] | None = None,
     limit: int | None = None,
+    exif_boxes: ExifBoxes | None = None,
 ) -> AnnotationIndex:
     """Read an annotation file to train or to evaluate on: as `read_annotations`, without errors.
 
@@ -242,6 +251,7 @@ def load_annotations(
         keep_empty: keep images without a box: what a detector must stay silent on is worth training on.
         class_names: the classes that the file must declare, in this order (those of a checkpoint); None takes any.
         limit: keep only this many images, the first ones.
+        exif_boxes: which frame the boxes of images with an EXIF rotation are in; see `match_files`.
 
     Raises:
         InputError: a file or folder is missing; the file has an error; nothing is left; the classes are not
@@ -252,21 +262,18 @@ def load_annotations(
         raise InputError(f"limit={limit}: at least 1 image; leave it out (null) to take all.")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the folder that holds the images of {path.name}.")
-    index = read_annotations(path, folder).check()
+    everything = index = read_annotations(path, folder)
+    if keep_empty and limit is not None:
+        index = index.select(np.arange(len(index))[:limit])
+    index = match_files(index, exif_boxes).check()
     _check_class_names(path, index.class_names, class_names)
     logger.info(index.summary())
-    if not keep_empty or limit is not None:
-        chosen = np.arange(len(index)) if keep_empty else np.flatnonzero(~index.empty)
-        if not len(chosen):
+    if not keep_empty:
+        index = index.select(np.flatnonzero(~index.empty)[:limit])
+        if not len(index):
             raise InputError(f"{path}: no image has a box; annotate some, or keep images without boxes (keep_empty).")
-        index = index.select(chosen[:limit])
-        logger.info("%s: %d of these images are used", path.name, len(index))
-    for i in range(min(_FILES_CHECKED, len(index))):
-        if not index.path(i).is_file():
-            raise InputError(
-                f"image id {index.image_ids[i]!r}: {index.path(i)}: no such file; check image_dir ({folder}) and the "
-                f"`file_name` entries of {path.name}."
-            )
+    if len(index) < len(everything):
+        logger.info("%s: %d of %d images are used", path.name, len(index), len(everything))
     return index
 
 
@@ -347,11 +354,7 @@ class _Reader:
         self.faults: list[Finding] = []
 
     def report(self, rule: str, texts: Sequence[str], count: int | None = None) -> None:
-        """Note a fault of these entries; none where there are none."""
-        if texts:
-            severity, message, remedy = RULES[rule]
-            examples = tuple(texts[:EXAMPLES])
-            self.faults.append(Finding(rule, severity, count or len(texts), message, examples, remedy))
+        self.faults += fault(rule, texts, count)
 
     def read(self, content: Any) -> AnnotationIndex:
         sections = self._sections(content)
@@ -373,7 +376,6 @@ class _Reader:
         sizes = np.array([[h or 0, w or 0] for h, w in zip(images["height"], images["width"], strict=True)], np.int64)
         sizes = sizes.reshape(-1, 2)
         sizes[(sizes == 0).any(axis=1)] = 0  # one without the other is no size
-        self._turn(sizes, images, places[order], xywh)
         lvis = [{key: entry.get(key) for key in _LVIS_KEYS} for entry in images["entry"]]
         index = AnnotationIndex(
             annotation_file=self.path,
@@ -383,7 +385,8 @@ class _Reader:
             sizes=sizes,
             offsets=np.searchsorted(places[order], np.arange(len(sizes) + 1)),
             xywh=xywh,
-            boxes=_clip(_corners(xywh), sizes[places[order]]),
+            upright=np.ones(len(sizes), bool),
+            boxes=clip_boxes(_corners(xywh), sizes[places[order]]),
             labels=labels[order],
             crowd=crowd,
             difficult=crowd | difficult | ignored,
@@ -394,11 +397,7 @@ class _Reader:
             lvis=lvis if any(value is not None for entry in lvis for value in entry.values()) else None,
             frequencies=tuple(entry.get("frequency") for entry in classes),
         )
-        bad = np.flatnonzero(index.degenerate).tolist()
-        texts = [f"`bbox` of {index.describe(row)} is {xywh[row].tolist()}" for row in bad[:EXAMPLES]]
-        self.report("degenerate_boxes", texts, len(bad))
-        order_of_rules = list(RULES)
-        return replace(index, faults=tuple(sorted(self.faults, key=lambda fault: order_of_rules.index(fault.check))))
+        return replace(index, faults=(*self.faults, *index.degenerate_boxes()))
 
     def _sections(self, content: Any) -> dict[str, list[_Row]]:
         """The entries of each section; none where the file cannot be used at all."""
@@ -505,31 +504,6 @@ class _Reader:
             self.report(rule, texts, len(at))
         return places
 
-    def _turn(self, sizes: np.ndarray, images: dict[str, list[Any]], places: np.ndarray, xywh: np.ndarray) -> None:
-        """Swap the declared sides of images whose boxes only fit after the EXIF rotation, in place.
-
-        One image decides for all that are stored the same way: a tool wrote the file.
-        """
-        if not self.has_images:
-            return
-        ends, size = xywh[:, :2] + xywh[:, 2:], sizes[places]
-        out = (ends > size[:, ::-1] + _HAND).any(axis=1) & (ends <= size + _HAND).all(axis=1) & (size > 0).all(axis=1)
-        suspects = np.unique(places[out])
-        if not any(self._is_turned(sizes[i], images["file_name"][i]) for i in suspects.tolist()):
-            return
-        turned = [i for i, name in enumerate(images["file_name"]) if self._is_turned(sizes[i], name)]
-        sizes[turned] = sizes[turned][:, ::-1]
-        self.report(
-            "exif_frame",
-            [f"image id {images['id'][i]!r} ({images['file_name'][i]})" for i in turned[:EXAMPLES]],
-            len(turned),
-        )
-
-    def _is_turned(self, declared: np.ndarray, name: str) -> bool:
-        """Whether an image is stored lying, with the size that is declared."""
-        orientation, stored = exif_orientation(self.folder / name)
-        return orientation >= 5 and stored == tuple(declared.tolist()) and stored[0] != stored[1]
-
 
 def _entry(section: str, item: _Row, position: int) -> str:
     noun = {"images": "image", "annotations": "annotation", "categories": "category"}[section]
@@ -547,10 +521,3 @@ def _ids(values: list[Any]) -> np.ndarray:
 
 def _corners(xywh: np.ndarray) -> np.ndarray:
     return np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
-
-
-def _clip(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Boxes (B, 4) xyxy inside their images (B, 2), where their sizes are known, float32."""
-    known = (sizes > 0).all(axis=1, keepdims=True)
-    low, high = np.where(known, 0, -np.inf), np.where(known, sizes[:, [1, 0, 1, 0]], np.inf)
-    return corners.clip(low, high).astype(np.float32)

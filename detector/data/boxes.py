@@ -36,3 +36,10 @@ def box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np
     if crowd is not None:
         union = np.where(crowd, area, union)
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes (B, 4) inside their images (B, 2), height and width, where these are known (not 0); float32."""
+    known = (sizes > 0).all(axis=1, keepdims=True)
+    low, high = np.where(known, 0, -np.inf), np.where(known, sizes[:, [1, 0, 1, 0]], np.inf)
+    return boxes.clip(low, high).astype(np.float32)

@@ -115,7 +115,9 @@ def exif_orientation(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]
     """
     try:
         with Image.open(path) as image:
-            return _orientation(image), (image.height, image.width)
+            # Pillow would decode a PNG to look for EXIF behind its pixels, where hardly any program writes it.
+            tagged = image.format != "PNG" or "exif" in image.info
+            return _orientation(image) if tagged else 1, (image.height, image.width)
     except Exception:  # Decoders raise what they like; whoever reads the pixels says what is wrong.
         return 1, (0, 0)
 

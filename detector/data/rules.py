@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Len
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
-from detector.data.finding import ERROR, WARNING
+from detector.data.finding import ERROR, WARNING, Finding, found
 
 _LONGEST_NAME = 255  # bytes of a file name on every common file system
 _FARTHEST = 1e9  # pixels; what lies beyond is no place in any image
@@ -63,6 +65,16 @@ RULES: dict[str, Rule] = {
         "annotations of categories that the file does not declare",
         "add the entry to `categories`, or correct the ids",
     ),
+    "missing_files": Rule(
+        ERROR,
+        "images that are not there",
+        "check image_dir (data.train.images, data.val.images) and `file_name`, or remove these entries",
+    ),
+    "exif_unknown": Rule(
+        ERROR,
+        "images with an EXIF rotation whose boxes may be in the frame before it or after it",
+        "say which one: data.exif_boxes=turned (after it, as people see the image), or data.exif_boxes=stored",
+    ),
     "repaired_values": Rule(
         WARNING,
         "values that are not as COCO writes them, but plain",
@@ -78,9 +90,15 @@ RULES: dict[str, Rule] = {
         "files that more than one image entry names; an entry that lacks the objects of the other teaches wrongly",
         "merge the entries",
     ),
+    "foreign_names": Rule(
+        WARNING,
+        "names of files with the folders of another machine; these files were found by the end of their names",
+        "nothing need be done here; write names relative to the folder of the images for other tools",
+    ),
     "exif_frame": Rule(
         WARNING,
-        "images with an EXIF rotation, width and height before it, and boxes that only fit after it; read as after it",
+        "images with an EXIF rotation whose width and height belong to another frame than the boxes; read in the frame "
+        "of the boxes",
         "nothing need be done here; swap `width` and `height` for other tools",
     ),
     "degenerate_boxes": Rule(
@@ -90,6 +108,12 @@ RULES: dict[str, Rule] = {
         "correct or remove them",
     ),
 }
+
+
+def fault(rule: str, texts: Sequence[str], count: int | None = None) -> list[Finding]:
+    """What breaks a rule: these entries, or `count` of them; nothing where there are none."""
+    severity, message, remedy = RULES[rule]
+    return [replace(one, count=count or one.count) for one in found(rule, severity, texts, message, remedy)]
 
 
 def _no_flag(value: Any) -> Any:

@@ -178,11 +178,11 @@ def _objects(splits: Splits) -> list[Finding]:
 
 def _shared_files(splits: Splits) -> list[Finding]:
     """By name: opening no file, and asking the disk for none."""
-    files = {}
+    named = {}
     for split, index in splits.items():
         folder = str(index.image_dir.resolve())
-        files[split] = dict.fromkeys(os.path.normpath(os.path.join(folder, name)) for name in index.file_names)
-    (first, base), *others = files.items()
+        named[split] = dict.fromkeys(os.path.normpath(os.path.join(folder, name)) for name in index.file_names)
+    (first, base), *others = named.items()
     shared = [f"{first} and {split}: {file}" for split, files in others for file in files if file in base]
     return found(
         "shared_files", WARNING, shared,

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.image_files import ExifBoxes
 from detector.data.shapes import ShapesOptions, ensure_shapes
 from detector.errors import InputError
 from detector.options import Count, Flag, Options
@@ -34,6 +35,8 @@ class DataOptions(Options):
     """draw the embedded data set there"""
     train: SplitOptions = SplitOptions(annotations="annotations/train.json")
     val: SplitOptions = SplitOptions(annotations="annotations/val.json")
+    exif_boxes: ExifBoxes | None = None
+    """frame of the boxes where images have an EXIF rotation: before it, or after it; null: the one that they fit"""
     keep_empty: Flag = True
     """images without objects are training data too; validation always has them"""
     cache: Flag = True
@@ -91,4 +94,5 @@ def load_split(
         keep_empty=options.keep_empty or split == "val",
         class_names=class_names,
         limit=options.split(split).limit,
+        exif_boxes=options.exif_boxes,
     )

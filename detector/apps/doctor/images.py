@@ -34,7 +34,6 @@ class DecodedImage(NamedTuple):
         error: why it cannot be decoded; None for a good one, "" for a file that is not there.
         size: height and width as a person sees it, EXIF rotation applied.
         stored: height and width before that.
-        orientation: of the EXIF block, 1 to 8; 1 for none.
         digest: of the decoded pixels.
         bits: (64,) bool, the difference hash.
         thumbnail: (16, 16, 3) uint8.
@@ -44,7 +43,6 @@ class DecodedImage(NamedTuple):
     error: str | None
     size: tuple[int, int] = (0, 0)
     stored: tuple[int, int] = (0, 0)
-    orientation: int = 1
     digest: bytes = b""
     bits: np.ndarray | None = None
     thumbnail: np.ndarray | None = None
@@ -61,7 +59,7 @@ def look_at(path: Path) -> DecodedImage:
         image = read_image(path)
     except InputError as error:
         return DecodedImage(str(error))
-    orientation, stored = exif_orientation(path)
+    _, stored = exif_orientation(path)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     # Whether brightness falls from each of 9 x 8 cells to the next one (Krawetz's dHash).
     cells = resize(grey, 8, 9).astype(np.int16)
@@ -69,7 +67,6 @@ def look_at(path: Path) -> DecodedImage:
         error=None,
         size=(image.shape[0], image.shape[1]),
         stored=stored,
-        orientation=orientation,
         digest=hashlib.blake2b(image.tobytes() + repr(image.shape).encode(), digest_size=16).digest(),
         bits=(cells[:, 1:] > cells[:, :-1]).ravel(),
         thumbnail=resize(image, _THUMBNAIL, _THUMBNAIL),
@@ -93,31 +90,24 @@ def look_at_all(splits: Splits, workers: int = 1) -> dict[str, list[DecodedImage
 
 def box_frames(index: AnnotationIndex, decoded: Sequence[DecodedImage]) -> np.ndarray:
     """(M, 2) height and width that the boxes refer to: declared, else as decoded, else 0."""
-    sizes = np.array([one.size for one in decoded], np.int64).reshape(-1, 2)
+    frames = [one.size if upright else one.stored for one, upright in zip(decoded, index.upright, strict=True)]
+    sizes = np.array(frames, np.int64).reshape(-1, 2)
     return np.where((index.sizes > 0).all(axis=1, keepdims=True), index.sizes, sizes)
 
 
 def check_files(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -> list[Finding]:
-    missing, unreadable, sizes, rotated, dark = [], [], [], [], []
+    unreadable, sizes, dark = [], [], []
     for split, index in splits.items():
         for i, one in enumerate(decoded[split]):
             who = f"{split}: image {index.image_ids[i]!r}, {index.file_names[i]}"
             declared = tuple(index.sizes[i].tolist())
             if 0 < one.brightest < DARK:  # a frame without any light, all 0, hides no objects
                 dark.append(f"{who}: its brightest value is {one.brightest} of 255")
-            if one.error == "":
-                missing.append(who)
-            elif one.error is not None:
+            if one.error:
                 unreadable.append(f"{who}: {one.error}")
-            elif 0 not in declared and declared not in (one.size, one.stored):
+            elif one.error is None and 0 not in declared and declared not in (one.size, one.stored):
                 sizes.append(f"{who}: declared {_show(declared)}, is {_show(one.size)}")
-            elif one.orientation != 1 and (0 in declared or declared == one.stored):
-                rotated.append(f"{who}: orientation {one.orientation}, declared {_show(declared)}")
     return [
-        *found(
-            "missing_files", ERROR, missing, "images that are not there",
-            "check the folder (data.train.images, data.val.images) and `file_name`, or remove these images",
-        ),
         *found(
             "unreadable_files", ERROR, unreadable, "files that cannot be decoded", "fetch them again, or remove them"
         ),
@@ -125,12 +115,6 @@ def check_files(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -
             "size_mismatch", ERROR, sizes,
             "images of another size than the annotation file says, so that boxes are in the wrong place",
             "correct `width`, `height` and boxes, or restore the original images",
-        ),
-        *found(
-            "exif_orientation", WARNING, rotated,
-            "images with an EXIF rotation whose declared size does not say that it has been applied: boxes may refer "
-            "to the image before the rotation or after it",
-            "look at some with their boxes; then store the pixels upright, without the EXIF entry",
         ),
         *found(
             "dark_images", WARNING, dark, f"images that are nearly black, without a value of {DARK} or more of 255",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from detector.apps.doctor.examine import examine, format_diagnosis
 from detector.data.annotations import read_annotations
+from detector.data.image_files import match_files
 from detector.errors import InputError
 from detector.files import write_json
 from detector.models.build import build_network
@@ -40,7 +41,10 @@ def doctor(options: DoctorOptions) -> None:
         raise InputError(f"{root}: no such folder (looked in '{root.resolve()}'); check data.root.")
     stride = build_network(options, num_classes=1).rpn.anchors.stride
     diagnosis = examine(
-        {split: read_annotations(*options.data.files(split)) for split in ("train", "val")},
+        {
+            split: match_files(read_annotations(*options.data.files(split)), options.data.exif_boxes)
+            for split in ("train", "val")
+        },
         preprocessing=options.input,
         anchors=(options.rpn, stride),
         workers=options.workers,
