@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_case import write_case
 from scored_data import write_scored_data
 from scored_rows import evaluate
 from tool_runner import run_tool
@@ -121,3 +122,20 @@ def test_mistakes_of_the_command_line(tmp_path: Path, tiny_coco: Path, results: 
         ((files[0], "b=nowhere.ckpt", truth), "No checkpoint at 'nowhere.ckpt'"),
     ):
         assert part in run_tool("compare", *overrides, cwd=tmp_path).error()
+
+
+def test_scores_that_are_no_shares(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_case(tmp_path / "case")
+    rows = json.loads((folder / "dt.json").read_text())
+    write(folder / "percent.json", [row | {"score": 1e308 * row["score"]} for row in rows])
+    found = []
+    for b in ("dt.json", "percent.json"):
+        compare(
+            CompareOptions(
+                a=str(folder / "dt.json"), b=str(folder / b), annotations=str(folder / "gt.json"), draws=20,
+                out=str(tmp_path / b),
+            )
+        )  # fmt: skip
+        found.append(json.loads((tmp_path / b / "compare.json").read_text())["figures"])
+    assert found[0] == found[1]
+    assert "b: 10 of 10 scores lie outside 0 to 1" in caplog.text

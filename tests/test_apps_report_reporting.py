@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_case import write_case
+from report_case import results, write_case
 from scored_data import write_scored_data
 from tool_runner import tool_environment
 
@@ -101,3 +101,85 @@ def test_the_usual_canvas(tmp_path: Path, small_detector: Detector) -> None:
     assert _usual_canvas(small_detector, index) == (64, 96)
     index.sizes[:] = np.array([[0, 0]])
     assert _usual_canvas(small_detector, index) == (64, 96)
+
+
+def odd_results(folder: Path, **changes: Any) -> Path:
+    """The case with the first detection changed."""
+    rows = json.loads((folder / "dt.json").read_text())
+    rows[0] |= changes
+    (folder / "dt.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {0: 1.5}, {0: -1.0}, {0: 1e308, 1: -1e308}, {place: 100.0 * place - 300 for place in range(10)},
+        dict.fromkeys(range(10), -1e308),
+    ],
+)  # fmt: skip
+def test_scores_that_are_no_shares_are_scored_and_reported(tmp_path: Path, scores: dict[int, float]) -> None:
+    """Metrics and report are those of any scores in the same order; only calibration has no meaning."""
+    rows = results()
+    for place, score in scores.items():
+        rows[place]["score"] = score
+    order = sorted({row["score"] for row in rows})
+    ranks = [row | {"score": (1 + order.index(row["score"])) / len(order)} for row in rows]
+    pages = {}
+    for name, scored in (("odd", rows), ("ranks", ranks)):
+        folder = write_case(tmp_path / name)
+        (folder / "dt.json").write_text(json.dumps(scored))
+        metrics = {protocol: evaluate(options(folder, metrics=protocol)) for protocol in ("pycocotools", "coco")}
+        assert metrics["coco"] == metrics["pycocotools"]
+        diagnosis = json.loads((folder / "eval/diagnosis.json").read_text())
+        pages[name] = (metrics["coco"], {key: diagnosis[key] for key in ("tide", "worst", "confusion", "slices")})
+        odd = name == "odd"
+        assert (diagnosis["calibration"] is None) == odd
+        assert ("scores lie outside 0 to 1" in (folder / "eval/report.html").read_text()) == odd
+    assert pages["odd"] == pages["ranks"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"score": float("nan")}, "score is nan"),
+        ({"score": float("-inf")}, "score is -inf"),
+        ({"score": 10**400}, "score is 1000"),
+        ({"score": "0.5"}, "score is '0.5'"),
+        ({"bbox": [0, 0, 1e300, 1e300]}, "within 1e\\+150 pixels"),
+        ({"bbox": [-1e300, 0, 1e300, 5]}, "within 1e\\+150 pixels"),
+        ({"bbox": [5, 5, -3, 4]}, "no negative size"),
+        ({"bbox": [5, 5, 3]}, "four finite numbers"),
+        ({"image_id": 10**400}, "1 unknown image id"),
+        ({"image_id": "x" * 1000}, "1 unknown image id"),
+        ({"category_id": 999}, "1 unknown category id.* 999;"),
+        ({"category_id": None}, "1 unknown category id.* None;"),
+        ({"category_id": [3]}, "category id is no number or text"),
+    ],
+)
+def test_numbers_that_no_metric_can_use_are_refused_by_entry(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    folder = odd_results(write_case(tmp_path / "case"), **changes)
+    with pytest.raises(InputError, match=rf"dt\.json.*{words}") as refused:
+        evaluate(options(folder))
+    assert len(str(refused.value)) < 600
+    assert not (folder / "eval").exists()
+
+
+def test_unknown_ids_of_several_kinds(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "case")
+    rows = results()
+    for row, image_id in zip(rows, (None, 999, "x", True, float("nan")), strict=False):
+        row["image_id"] = image_id
+    (folder / "dt.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r"dt.json\[0\]: 5 unknown image id\(s\): None, 999, 'x', True, nan; the"):
+        evaluate(options(folder))
+
+
+@pytest.mark.parametrize("box", [[0, 0, 1e20, 1e20], [1e100, 1e100, 5, 5], [10, 10, 0, 40], [10, 10, 5e-324, 5e-324]])
+def test_boxes_that_can_match_nothing_are_scored(tmp_path: Path, box: list[float]) -> None:
+    folder = odd_results(write_case(tmp_path / "case"), bbox=box)
+    metrics = {protocol: evaluate(options(folder, metrics=protocol)) for protocol in ("pycocotools", "coco")}
+    assert metrics["coco"] == metrics["pycocotools"]
+    assert (folder / "eval/report.html").is_file()

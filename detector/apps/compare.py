@@ -21,7 +21,7 @@ from detector.apps.evaluate import score
 from detector.apps.scoring import EvalOptions, PathText, ScoringOptions, evaluation_data
 from detector.data.annotations import AnnotationIndex, read_annotations
 from detector.data.json_file import read_json
-from detector.data.results import Results, read_results
+from detector.data.results import Results, read_results, within_unit
 from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
@@ -77,9 +77,11 @@ def compare(options: CompareOptions) -> None:
     found: dict[str, Results] = {}
     for name, side in sides.items():
         try:
-            found[name] = read_results(side.results, index)
+            found[name], ranks = within_unit(read_results(side.results, index))
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+        if ranks:
+            log.warning("%s: %s.", name, ranks)
     how = options.model_dump(include={"draws", "seed", "score_threshold", "top"})
     result = compare_results(found["a"], found["b"], index, **how)
     for name, side in sides.items():

@@ -14,12 +14,14 @@ import numpy as np
 
 from detector.data.annotations import AnnotationIndex, id_order, look_up, show
 from detector.data.json_file import read_json
+from detector.data.rules import brief
 from detector.errors import InputError
 from detector.files import UNENCODABLE, replacing
 
 logger = logging.getLogger(__name__)
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
+_LARGEST = 1e150  # pixels; areas of larger boxes, and their sums, are no finite numbers
 _EXPECTED = f"expected a list with one {{{', '.join(_KEYS)}}} for each detection."
 
 
@@ -113,6 +115,26 @@ def read_results(source: str | Path | Sequence[Mapping[str, Any]], index: Annota
     return found.rows(images < len(index)) if index.other_ids else found
 
 
+def within_unit(results: Results) -> tuple[Results, str]:
+    """Results with scores from 0 to 1, for what sets thresholds or compares scores with shares.
+
+    Where scores are none such (percent, logits), each is replaced by its rank among the distinct ones, as a share: the
+    order stays, and with it all metrics.
+
+    Returns:
+        The results, and what was done to them, "" for nothing.
+    """
+    outside = (results.scores < 0) | (results.scores > 1)
+    if not outside.any():
+        return results, ""
+    distinct, rank = np.unique(results.scores, return_inverse=True)
+    note = (
+        f"{outside.sum()} of {len(results)} scores lie outside 0 to 1 (all: from {distinct[0]:g} to {distinct[-1]:g}): "
+        "ranks stand for the scores, 0.7 is above 70 % of them"
+    )
+    return replace(results, scores=(rank + 1) / len(distinct)), note
+
+
 def write_results(path: str | Path, results: Results, index: AnnotationIndex) -> None:
     """Write COCO's results format, a line for each detection, complete or not at all."""
     rows = zip(*(column.tolist() for column in vars(results).values()), strict=True)
@@ -131,9 +153,12 @@ def _numbers_of(ids: list[Any], known: Mapping[Any, int], where: str, what: str)
     except TypeError as error:  # a list, for example
         raise InputError(f"{where}: an {what} id is no number or text ({error}); correct it.") from error
     if len(found) and found.min() < 0:
-        unknown = sorted({ids[i] for i in np.flatnonzero(found < 0)}, key=id_order)
+        unknown = sorted({brief(ids[i]): i for i in np.flatnonzero(found < 0)[::-1]}.items(), key=itemgetter(1))
+        texts = ", ".join(text for text, _ in unknown[:5]) + (
+            f" ... ({len(unknown)} in all)" if len(unknown) > 5 else ""
+        )
         raise InputError(
-            f"{where}: {len(unknown)} unknown {what} id(s): {show(unknown, 5)}; the ground truth has "
+            f"{where}[{unknown[0][1]}]: {len(unknown)} unknown {what} id(s): {texts}; the ground truth has "
             f"{show(sorted(known, key=id_order), 5)}. Do both belong to the same data set?"
         )
     if other_type.any():
@@ -149,7 +174,7 @@ def _malformed(rows: Sequence[Any]) -> str:
             break
         missing = [key for key in _KEYS if key not in row]
         if missing:
-            return f"[{place}] lacks {', '.join(missing)}; it has {', '.join(row) or 'no keys'}."
+            return f"[{place}] lacks {', '.join(missing)}; it has {brief(list(row)) if row else 'no keys'}."
     return f": {_EXPECTED}"
 
 
@@ -159,8 +184,9 @@ def _finite(values: list[Any], key: str, shape: tuple[int, ...], where: str) -> 
     if array is not None:
         return array
     place = next((place for place, value in enumerate(values) if _valid([value], (1, *shape)) is None), 0)
-    wanted = "four finite numbers x, y, width, height with no negative size" if shape else "one finite number"
-    raise InputError(f"{where}[{place}]: {key} is {values[place]!r}; expected {wanted}.")
+    sizes = f"four finite numbers x, y, width, height with no negative size, all within {_LARGEST:g} pixels"
+    wanted = sizes if shape else "one finite number"
+    raise InputError(f"{where}[{place}]: {key} is {brief(values[place])}; expected {wanted}.")
 
 
 def _valid(values: list[Any], shape: tuple[int, ...]) -> np.ndarray | None:
@@ -170,4 +196,6 @@ def _valid(values: list[Any], shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     if array.shape != shape or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
         return None
-    return None if array.ndim == 2 and (array[:, 2:] < 0).any() else array.astype(np.float64)
+    if array.ndim == 2 and ((array[:, 2:] < 0).any() or (np.abs(array) > _LARGEST).any()):
+        return None
+    return array.astype(np.float64)

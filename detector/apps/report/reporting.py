@@ -18,6 +18,7 @@ from detector.apps.report.page import IMAGE_BUDGET, Report, format_times, write_
 from detector.apps.scoring import EvalOptions, ReportOptions, Scored
 from detector.data.annotations import AnnotationIndex
 from detector.data.preprocess import canvas_size
+from detector.data.results import within_unit
 from detector.evaluation.diagnosis import diagnose
 from detector.files import write_json
 from detector.inference.runtime import ExportedDetector
@@ -38,9 +39,12 @@ def write_evaluation_report(out: Path, scored: Scored) -> None:
     kind = "results" if detector is None else "export" if isinstance(detector, ExportedDetector) else "checkpoint"
     made = {} if detector is None else detector.provenance
     model = _look_at_model(scored, wanted)
-    diagnosis = diagnose(
-        scored.results, index, properties=wanted.properties if has_images else 0, worst_count=wanted.pictures
-    )
+    results, ranks = within_unit(scored.results)
+    diagnosis = diagnose(results, index, properties=wanted.properties if has_images else 0, worst_count=wanted.pictures)
+    if ranks:
+        log.warning("In the report %s.", ranks)
+        diagnosis["calibration"] = None
+        model["left_out"]["calibration"] = f"{ranks}. Calibration needs the scores to be shares."
     write_json(out / "diagnosis.json", diagnosis | {"two_stages": model.get("two_stages")})
     clock.book("diagnosis")
     shown: list[dict[str, Any]] = []
@@ -49,12 +53,12 @@ def write_evaluation_report(out: Path, scored: Scored) -> None:
     elif not wanted.pictures:
         model["left_out"]["pictures"] = "No image was wanted (report.pictures=0)."
     else:
-        shown = worst_images(diagnosis["worst"], scored.results, index, IMAGE_BUDGET)
+        shown = worst_images(diagnosis["worst"], results, index, IMAGE_BUDGET)
     now = datetime.now().isoformat(sep=" ", timespec="minutes")
     clock.book("report")
     report = Report(
         title=f"Evaluation of {source.name}",
-        about=_about(diagnosis, index, options.metrics, now),
+        about=[*_about(diagnosis, index, options.metrics, now), *([ranks] if ranks else [])],
         metrics=scored.metrics,
         diagnosis=diagnosis,
         images=shown,

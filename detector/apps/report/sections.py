@@ -19,6 +19,7 @@ def class_section(metrics: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> d
     """A row for each class, with what the diagnosis knows of it."""
     curves = diagnosis["curves"]
     confusion = diagnosis["confusion"]
+    gaps = (diagnosis["calibration"] or {}).get("per_class", {})
     objects = {name: sum(row) for name, row in zip(confusion["names"], confusion["matrix"], strict=True)}
     rows = []
     for name, value in metrics.get("per_class", {}).items():
@@ -27,7 +28,7 @@ def class_section(metrics: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> d
         rows.append(
             [name, value, sum(precision) / len(precision) if precision else None, objects.get(name)]
             + [best.get(key) for key in ("threshold", "f1", "precision", "recall")]
-            + [diagnosis["calibration"]["per_class"].get(name)]
+            + [gaps.get(name)]
         )
     columns = ["class", "AP", "AP50", "objects", "best threshold", "F1", "precision", "recall", "ECE"]
     return {"columns": columns, "rows": rows}
