@@ -42,3 +42,11 @@ def test_a_damaged_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=r"a\.json: not valid JSON \(.+ line 1 .+\); the file is damaged"):
         read_json(tmp_path / "a.json", "file")
+
+
+def test_lists_too_deep_inside_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    for hook in (None, dict):
+        with pytest.raises(InputError, match=r"deep\.json: lists or objects too deep"):
+            read_json(path, "annotation file", hook)

@@ -302,7 +302,7 @@ def read_annotations(
 
 def show(values: Sequence[Any], most: int = 8) -> str:
     """The first values, for a message."""
-    shown = ", ".join(repr(value) for value in values[:most])
+    shown = ", ".join(map(brief, values[:most]))
     return shown if len(values) <= most else f"{shown} ... ({len(values)} in all)"
 
 
@@ -360,7 +360,7 @@ class _Reader:
         sections = self._sections(content)
         images, annotations, categories = (self._columns(name, sections[name]) for name in _SECTIONS)
         rows, labels_by_id = self._first_of_each_id(images, categories)
-        classes = [categories["entry"][i] for i in labels_by_id.values()]
+        frequencies = [categories["entry"][i].get("frequency") for i in labels_by_id.values()]
         self._repeats("annotation_ids", "annotation id", [a["id"] for a in sections["annotations"] if "id" in a])
         places = self._look_up("image_id", annotations, rows, "images")
         numbers = {number: label for label, number in enumerate(labels_by_id)}
@@ -395,7 +395,7 @@ class _Reader:
             category_ids=tuple(labels_by_id),
             annotation_ids=_ids([annotations["entry"][i].get("id") for i in order]),
             lvis=lvis if any(value is not None for entry in lvis for value in entry.values()) else None,
-            frequencies=tuple(entry.get("frequency") for entry in classes),
+            frequencies=tuple(word if word in ("r", "c", "f") else None for word in frequencies),
         )
         return replace(index, faults=(*self.faults, *index.degenerate_boxes()))
 

@@ -41,6 +41,8 @@ def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]
         raise InputError(f"{path}: no such {what}; check the path.") from error
     except OSError as error:
         raise InputError(f"{path}: this {what} cannot be read ({error.strerror}); check the path.") from error
+    except RecursionError:
+        raise InputError(f"{path}: lists or objects too deep inside each other for JSON of any use here.") from None
     except ValueError as error:
         raise InputError(
             f"{path}: not valid JSON ({error}); the file is damaged or incomplete, fetch it again."

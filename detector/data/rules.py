@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from detector.data.finding import ERROR, WARNING, Finding, found
 
 _LONGEST_NAME = 255  # bytes of a file name on every common file system
-_FARTHEST = 1e9  # pixels; what lies beyond is no place in any image
+FARTHEST = 1e9  # pixels; what lies beyond is no place in any image
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -133,12 +133,12 @@ def _short_name(value: str) -> str:
 # A bool is an int in Python; here it is no number.
 _NoFlag = BeforeValidator(_no_flag)
 _Number = Annotated[float, Field(allow_inf_nan=False), _NoFlag]
-_Place = Annotated[float, Field(ge=-_FARTHEST, le=_FARTHEST), _NoFlag]
-_Length = Annotated[int, Field(gt=0, lt=_FARTHEST), _NoFlag]
+_Place = Annotated[float, Field(ge=-FARTHEST, le=FARTHEST), _NoFlag]
+_Length = Annotated[int, Field(gt=0, lt=FARTHEST), _NoFlag]
 _ImageId = Annotated[int | str, _NoFlag]
 # A text of digits is a number; another text is an id too.
 _CategoryId = Annotated[int | Annotated[str, Field(pattern=r"[^\d.+-]")], Field(union_mode="left_to_right"), _NoFlag]
-_Name = Annotated[str, Field(coerce_numbers_to_str=True), _NoFlag]
+_Name = Annotated[str, Field(coerce_numbers_to_str=True, min_length=1), _NoFlag]
 _FileName = Annotated[str, AfterValidator(_short_name)]
 _Flag = Annotated[bool | _Number, Field(union_mode="left_to_right"), AfterValidator(bool)]
 
@@ -183,13 +183,13 @@ class Key:
 KEYS: tuple[Key, ...] = (
     Key("images", "id", True, _ImageId, "an integer or a text"),
     Key("images", "file_name", True, _FileName, "a file name, relative to the folder of the images"),
-    Key("images", "width", False, _Length, "a positive integer"),
-    Key("images", "height", False, _Length, "a positive integer"),
+    Key("images", "width", False, _Length, "a positive integer below a billion"),
+    Key("images", "height", False, _Length, "a positive integer below a billion"),
     Key("categories", "id", True, _CategoryId, "an integer or a text"),
     Key("categories", "name", True, _Name, "a text"),
     Key("annotations", "image_id", True, _ImageId, "an id, an integer or a text"),
     Key("annotations", "category_id", True, _CategoryId, "an id, an integer or a text"),
-    Key("annotations", "bbox", True, Annotated[list[_Place], Len(4, 4)], "4 finite numbers"),
+    Key("annotations", "bbox", True, Annotated[list[_Place], Len(4, 4)], "4 finite numbers, none beyond a billion"),
     Key("annotations", "area", False, _Number, "a finite number"),
     Key("annotations", "iscrowd", False, _Flag, "0 or 1"),
     Key("annotations", "difficult", False, _Flag, "0 or 1"),
