@@ -124,8 +124,8 @@ def test_all_formats_in_a_folder(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["format=tflite"], "format=tflite; there is onnx, openvino, torch_export, int8, int8_onnx and all"),
-        (["size=256"], "size=256; expected dynamic, or height x width"),
+        (["format=tflite"], "format=tflite: expected onnx, openvino, torch_export, int8, int8_onnx or all"),
+        (["size=256"], "size=256: expected dynamic, or height x width"),
         (["size=100x96"], "multiples of 32"),
         (["batch=4"], "batch=4: expected dynamic or 1"),
         (["out=model.pt2"], "ends in .onnx"),

@@ -16,7 +16,6 @@ Exit code 1 when an export is worse than `check.max_drop` allows, or differs fro
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +24,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, Strict, field_validator
+from pydantic import Field, Strict
 
-from detector.apps.scoring import GivenDataOptions, evaluation_data, recorded_data
+from detector.apps.scoring import GivenDataOptions, PathText, evaluation_data, recorded_data
 from detector.data.annotations import AnnotationIndex
 from detector.data.images import list_images, read_image
 from detector.data.progress import progress
@@ -36,16 +35,9 @@ from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.metrics import compute_metrics
 from detector.evaluation.tables import markdown_table
+from detector.export import parity
 from detector.export.formats import export_onnx, export_openvino, export_torch, import_packages
-from detector.export.parity import (
-    AGREEING_IOU,
-    AGREEING_SCORE,
-    CONFIDENT,
-    REFERENCE,
-    Comparison,
-    compare_contestants,
-    take_turns,
-)
+from detector.export.parity import REFERENCE, Comparison, compare_contestants, take_turns
 from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx
 from detector.files import write_json
 from detector.inference.detections import Found
@@ -83,6 +75,11 @@ FORMATS = {
 }
 
 
+FormatName = Literal["onnx", "openvino", "torch_export", "int8", "int8_onnx", "all"]
+_FORMAT = "onnx, openvino, torch_export, int8, int8_onnx or all, or a list of them"
+_SIZE = "^(dynamic|[0-9]{1,6}x[0-9]{1,6})$"
+
+
 class MaxDropOptions(Options):
     """Points of AP, 0 to 100, that an export may lose. Chosen by this project: what rounding costs at most."""
 
@@ -104,17 +101,17 @@ class CheckOptions(Options):
 class ExportOptions(Options):
     """What to write, how it is calibrated, and how it is compared."""
 
-    ckpt: str = Field(coerce_numbers_to_str=True)
+    ckpt: PathText
     """best.ckpt or last.ckpt of a run"""
-    format: str | list[str] = "onnx"
+    format: Annotated[FormatName | list[FormatName], _FORMAT] = "onnx"
     """onnx, openvino, torch_export, int8 (OpenVINO), int8_onnx; several: [onnx,int8]; all"""
-    out: str | None = Field(default=None, coerce_numbers_to_str=True)
+    out: PathText | None = None
     """a file for one format, else a folder; null: beside the checkpoint, under its name"""
     batch: Literal["dynamic", 1] = "dynamic"
     """dynamic, or 1"""
-    size: str = "dynamic"
+    size: Annotated[str, Field(pattern=_SIZE), "dynamic, or height x width in pixels, such as 256x320"] = "dynamic"
     """dynamic: any multiples of 32; or HxW: images are padded to it, shrunk where they stick out"""
-    calibration: str | None = Field(default=None, coerce_numbers_to_str=True)
+    calibration: PathText | None = None
     """int8: a folder of images; null: the checkpoint's own training images"""
     calibration_images: Count = 200
     """int8: how many of them fix the ranges"""
@@ -124,45 +121,22 @@ class ExportOptions(Options):
     """the comparison with the checkpoint; null leaves it out"""
     data: GivenDataOptions = GivenDataOptions()
 
-    @field_validator("size")
-    @classmethod
-    def _check_size(cls, size: str) -> str:
-        if size != "dynamic" and not re.fullmatch("[0-9]{1,6}x[0-9]{1,6}", size):
-            raise InputError(f"size={size}; expected dynamic, or height x width in pixels, for example size=256x320.")
-        return size
-
-    @field_validator("format")
-    @classmethod
-    def _check_format(cls, given: str | list[str]) -> str | list[str]:
-        for name in [given] if isinstance(given, str) else given:
-            if name not in FORMATS and given not in ("all", ["all"]):
-                raise InputError(f"format={name}; there is {', '.join(FORMATS)} and all.")
-        return given
-
-    @property
-    def formats(self) -> list[str]:
-        """Keys of FORMATS, each once."""
-        names = [self.format] if isinstance(self.format, str) else self.format
-        return list(FORMATS) if names == ["all"] else list(dict.fromkeys(names))
-
     @property
     def canvas(self) -> tuple[int, int] | None:
         """Height and width of every input; None: any."""
-        if self.size == "dynamic":
-            return None
-        height, width = map(int, self.size.split("x"))
-        return height, width
+        height, _, width = self.size.partition("x")
+        return (int(height), int(width)) if width else None
 
     @property
     def files(self) -> dict[str, Path]:
-        """Where each format is written."""
-        checkpoint = Path(self.ckpt)
-        if not self.out:
-            return {name: checkpoint.with_suffix(FORMATS[name].suffix) for name in self.formats}
-        out, formats = Path(self.out), self.formats
+        """Where each format is written: keys of FORMATS, each once."""
+        names = [self.format] if isinstance(self.format, str) else self.format
+        formats = list(FORMATS) if "all" in names else list(dict.fromkeys(names))
+        checkpoint, out = Path(self.ckpt), Path(self.out or "")
         if len(formats) > 1 or out.is_dir() or not out.suffix:
-            return {name: out / f"{checkpoint.stem}{FORMATS[name].suffix}" for name in formats}
-        ending = Path(f"a{FORMATS[formats[0]].suffix}").suffix
+            folder = out if self.out else checkpoint.parent
+            return {name: folder / f"{checkpoint.stem}{FORMATS[name].suffix}" for name in formats}
+        ending = "." + FORMATS[formats[0]].suffix.rpartition(".")[2]
         if out.suffix != ending:
             raise InputError(f"out={out}: a file of format={formats[0]} ends in {ending}.")
         return {formats[0]: out}
@@ -313,7 +287,8 @@ def render(rows: list[Comparison], images: int, canvas: tuple[int, int] | None) 
         lines.append(line)
     legend = (
         f"{images} images, one at a time. box, score: largest difference from torch of matched detections. agree: "
-        f"confident ones (score {CONFIDENT}) found at IoU {AGREEING_IOU} with a score within {AGREEING_SCORE}"
+        f"confident ones (score {parity.CONFIDENT}) found at IoU {parity.AGREEING_IOU} with a score within "
+        f"{parity.AGREEING_SCORE}"
     )
     if canvas:
         legend += f". torch pads and shrinks to {canvas[0]} x {canvas[1]}, as the exports do; '{ANY_SIZE}' does not"
