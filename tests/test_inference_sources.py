@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import gzip
 import io
+import struct
 import threading
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +26,7 @@ from detector.inference.sources import (
     ReadingOptions,
     SourceImage,
     count_images,
+    expand,
     is_live,
     is_video,
     leave_out,
@@ -90,6 +96,54 @@ def test_patterns_and_folders_without_pictures(tree: Path, tmp_path: Path) -> No
         [message] = values(source)
         assert str(source) in str(message)
         assert part in str(message)
+
+
+def test_links_are_followed_and_loops_have_an_end(tree: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    Image.fromarray(grey(5)).save(elsewhere / "deep" / "5.png")
+    (tree / "link").symlink_to(elsewhere)
+    for folder in (tree, tree / "b", elsewhere):  # each leads to itself and to the others, in two ways
+        (folder / "up").symlink_to(tree)
+        (folder / "again").symlink_to(elsewhere / "deep" / "..")
+    (tree / "broken.png").symlink_to(tmp_path / "nowhere")
+    (tree / "file.png").symlink_to(elsewhere / "deep" / "5.png")
+    (tmp_path / "root").symlink_to(tree)
+    for root in (tree, tmp_path / "root"):
+        for source in (root, f"{root}/**/*.png"):
+            assert sorted(values(source)) == [1, 2, 3, 5, 5], source  # 5: by two names
+
+
+def test_what_a_folder_leaves_out_is_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.HEIC", "b/c.heic", ".hidden.png", "Makefile"):
+        (tree / name).write_bytes(b"")
+    with caplog.at_level("INFO"):
+        assert values(tree) == [1, 3, 2]
+    [message] = caplog.messages
+    assert message.startswith(f"{tree}: left out by their names, hidden or no images: 2 .heic, ")
+    assert {"1 .txt", "1 .png", "1 no suffix"} == set(message.split(": ")[2].split(", ")[1:])
+    for path in tree.rglob("*.png"):
+        path.unlink()
+    assert "2 .heic" in str(values(tree)[0])
+
+
+def test_patterns_with_any_number_of_folders_are_those_of_glob(tmp_path: Path) -> None:
+    for name in ("1.png", "a/2.png", "a/b/3.png", "a/b/c/4.jpg", ".h/5.png", "a/.h/6.png", "a/.7.png", "a/b.png/8.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grey(1)).save(tmp_path / name)
+    for pattern in (
+        "**",
+        "**/*",
+        "**/*.png",
+        "a/**/*.png",
+        "a/**/b/**/*",
+        "*/**/[34].?[np]g",
+        "**/.*.png",
+        ".h/**/*",
+        "**/**/*",
+    ):
+        expected = {name for name in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if Path(name).is_file()}
+        assert {str(path) for path in expand(f"{tmp_path}/{pattern}")} == expected, pattern
 
 
 def test_results_of_earlier_runs_are_left_out(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +303,7 @@ def test_a_video_among_pictures(tmp_path: Path) -> None:
     np.testing.assert_allclose([picture.image.mean() for picture in pictures], [7, 0, 200, 0, 200], atol=3)
     assert [picture.rate for picture in pictures] == [None, 10, 10, 10, 10]
     assert count_images([grey(7), path, str(path)], every=2) == 5
+    assert [picture.path for picture in read_images(tmp_path, ReadingOptions(every=2))] == [str(path)] * 2
     path.write_bytes(b"no video")
     assert "not a video" in str(values(path)[0])
 
@@ -295,6 +350,47 @@ def test_a_video_at_an_address(served: str, tree: Path) -> None:
 def test_a_reading_that_cannot_be(reading: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(reading))}="):
         ReadingOptions.parse(reading)
+
+
+def bomb(width: int, height: int, text: int) -> bytes:
+    """A PNG that declares a size and holds a text of so many bytes, and has no pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return (
+        start
+        + chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(text)))
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "zip", "mp4"])
+def test_bombs_and_archives_end_in_a_line_each(tmp_path: Path, suffix: str) -> None:
+    if suffix == "mp4":
+        pytest.importorskip("av")
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("1.png", bytes(10_000_000))
+    contents = [
+        bomb(60_000, 60_000, 1),
+        bomb(30, 30, 100_000_000),
+        archive.getvalue(),
+        gzip.compress(bytes(10_000_000)),
+    ]
+    paths = [tmp_path / f"{number}.{suffix}" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    found = values([*paths, grey(7)])
+    assert found[-1] == 7
+    for message, path in zip(found, paths, strict=False):
+        assert str(message).startswith(f"{path}: ")
+        assert "\n" not in str(message)
+    if suffix == "png":
+        assert "too many pixels" in str(found[0])
 
 
 def test_a_picture_with_an_error_has_no_pixels(tmp_path: Path) -> None:

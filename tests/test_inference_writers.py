@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import os
 import subprocess
@@ -407,3 +408,60 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "out" / "detections.csv").mkdir(parents=True)
     with pytest.raises(InputError, match=r"out=.*: cannot be written \(Is a directory\)"):
         Results(Places(tmp_path / "out", "webcam:0", ["jsonl", "csv"]), NAMES, live=True)
+
+
+def test_class_names_that_no_file_can_say_cost_nobody_anything(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from detector.inference.video import write_video
+
+    odd = Painted()
+    odd.class_names = ("\ud83d", "\udce9\0\n/..")
+    Image.fromarray(paint(SIZE, *OBJECTS)).save(tmp_path / "a.png")
+    with write_video(tmp_path / "v.mp4", 5) as add:
+        add(paint(SIZE, *OBJECTS))
+    source, out = [str(tmp_path / name) for name in ("a.png", "v.mp4")], tmp_path / "out"
+    with Results(Places(out, source, list(WRITERS)), odd.class_names) as results:
+        for picture, found in odd.search(source, PredictOptions()):
+            results.add(picture, found)
+    assert results.lost == {}
+    records = json.loads((out / "detections.json").read_text("utf-8"))
+    assert [record["names"] for record in records] == [list(odd.class_names)] * 2
+    assert [json.loads(line) for line in (out / "detections.jsonl").read_text("utf-8").splitlines()] == records
+    assert [entry["name"] for entry in json.loads((out / "coco.json").read_text("utf-8"))["categories"]] == [
+        *odd.class_names
+    ]
+    with (out / "detections.csv").open(encoding="utf-8", newline="") as file:
+        assert next(csv.DictReader(file))["name"] == r"\ud83d"
+    assert len(list((out / "crops").iterdir())) == 4
+    assert (out / "a.png").is_file()
+    assert (out / "v.mp4").is_file()
+
+
+def test_a_video_whose_frames_change_size_keeps_all_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a recorder that is switched from one quality to another: three programs, one after the other."""
+    av = pytest.importorskip("av")
+    stream = io.BytesIO()
+    for height, width in ((64, 96), (128, 96), (64, 96)):
+        part = io.BytesIO()
+        with av.open(part, "w", format="mpeg") as container:
+            track = container.add_stream("mpeg2video", rate=25)
+            track.width, track.height, track.pix_fmt, track.bit_rate = width, height, "yuv420p", 4_000_000
+            for _ in range(5):
+                image = paint((height, width), (10, 5, 30, 25, 0, 250))
+                container.mux(track.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(track.encode(None))
+        stream.write(part.getvalue())
+    (tmp_path / "switched.mpg").write_bytes(stream.getvalue())
+    Image.fromarray(paint(SIZE, *OBJECTS)).save(tmp_path / "still.png")
+    out = tmp_path / "out"
+    found = write([str(tmp_path / "switched.mpg"), str(tmp_path / "still.png")], out, list(WRITERS))
+    sizes = [one.image_size for one in found]
+    assert set(sizes[:-1]) == {(64, 96), (128, 96)}
+    assert 13 <= len(sizes) <= 16
+    assert found[-1].error is None
+    assert len(json.loads((out / "detections.json").read_text())) == len(found)
+    with av.open(str(out / "switched.mp4")) as container:
+        assert [frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)] == [(64, 96, 3)] * (
+            len(found) - 1
+        )
+    assert len([message for message in caplog.messages if "are scaled to the 96 x 64 of the first" in message]) == 1

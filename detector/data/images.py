@@ -100,12 +100,29 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
         raise InputError(f"{root}: {what}; check the path.")
     found = sorted(
         path
-        for path in root.rglob("*")
+        for path in list_files(root)
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
     if not found:
         raise InputError(f"{root}: no image in this folder; expected files that end in {_suffixes()}.")
     return found
+
+
+def list_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """All files below a folder; through links too, but no folder twice, so that a link to one above has an end."""
+    waiting, seen = [os.fspath(folder)], set[str]()
+    while waiting:
+        links: list[str] = []
+        for root in waiting:
+            for place, folders, names in os.walk(root):
+                real = os.path.realpath(place)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                links += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+                yield from (Path(place, name) for name in names)
+        waiting = sorted(links)  # after what lies in the folder itself
 
 
 def exif_orientation(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]]:

@@ -52,6 +52,8 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, texts: Sequence[str], colou
     drawn = pil.fromarray(image)
     if not len(boxes):
         return drawn
+    # Line breaks, and half a surrogate pair, on which Pillow fails.
+    texts = ["".join(letter if letter.isprintable() else "?" for letter in text) for text in texts]
     longer = max(drawn.size)
     font = _font("".join(texts), round(min(max(_LETTERS[0], longer / 50), _LETTERS[1])))
     canvas = ImageDraw.Draw(drawn)

@@ -2,7 +2,7 @@
 
 "street.jpg", Path("street.jpg")      an image file
 "frames/*.jpg", "**/*.png"            the images and videos that match, sorted
-"folder"                              its images, with subfolders, sorted; hidden files are left out
+"folder"                              its images and videos, with subfolders, sorted; hidden files are left out
 "https://host/street.jpg"             downloaded: see detector.inference.remote
 b"...", io.BytesIO, open(p, "rb")     the bytes of an image file
 PIL image, numpy array, torch tensor  see detector.data.images.read_image
@@ -14,10 +14,13 @@ PIL image, numpy array, torch tensor  see detector.data.images.read_image
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import io
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from detector.data.images import IMAGE_SUFFIXES, is_tensor, list_images, read_image
+from detector.data.images import IMAGE_SUFFIXES, is_tensor, list_files, read_image
 from detector.errors import InputError
 from detector.inference.remote import fetch, without_credentials
 from detector.inference.video import (
@@ -40,6 +43,8 @@ from detector.inference.video import (
     read_video,
 )
 from detector.options import Count, Flag, Options
+
+log = logging.getLogger(__name__)
 
 
 class ReadingOptions(Options):
@@ -109,7 +114,7 @@ def expand(source: Any) -> list[Any]:
     if not isinstance(source, (str, os.PathLike)) or _scheme(source):
         return [source]
     if os.path.isdir(source):  # unlike pathlib's, no error for a name that no file can have
-        return list(list_images(source))
+        return _in_folder(Path(source))
     if isinstance(source, str) and glob.has_magic(source) and not os.path.exists(source):
         return _matches(source)
     return [source]
@@ -138,12 +143,14 @@ def leave_out(source: Any, folder: Path) -> Any:
     if isinstance(source, (list, tuple)):
         return [leave_out(part, folder) for part in source]
     root, results = search_root(source), folder.resolve()
-    if root is None or root.resolve() not in results.parents:
+    if root is None:
         return source
     try:
         files = expand(source)
     except InputError:
         return source  # it will be told when it is read
+    if root.resolve() not in results.parents:
+        return files
     left_out = {parent for parent in {file.parent for file in files} if parent.resolve().is_relative_to(results)}
     kept = [file for file in files if file.parent not in left_out]
     if not kept:
@@ -153,14 +160,16 @@ def leave_out(source: Any, folder: Path) -> Any:
 
 def count_images(source: Any, every: int = 1) -> int | None:
     """How many images a source will give, if that can be told without reading them; videos may say it roughly."""
-    if is_collection(source):
-        parts = [count_images(part, every) for part in source] if isinstance(source, (list, tuple)) else [None]
-        return None if None in parts else sum(part or 0 for part in parts)
     try:
-        counts = [_count_item(item, every) for item in expand(source)]
+        if not is_collection(source):
+            counts = [_count_item(item, every) for item in expand(source)]
+        elif isinstance(source, (list, tuple)):
+            counts = [count_images(part, every) for part in source]
+        else:
+            return None
     except InputError:
         return None  # it will be told when it is read
-    return None if None in counts else sum(count or 0 for count in counts)
+    return sum(count for count in counts if count is not None) if None not in counts else None
 
 
 def is_live(source: Any) -> bool:
@@ -187,37 +196,33 @@ def _read_item(item: Any, reading: ReadingOptions, bgr: bool) -> Iterator[Source
     name = source_name(item)
     try:
         if is_live(item) or is_video(item):
-            for frame in _frames(item, reading):
+            for frame in _frames(item, name, reading):
                 yield SourceImage(frame.image, name, frame.index, frame.time, frame.rate, live=is_live(item))
         else:
-            yield SourceImage(_read_still(item, reading, bgr), name)
+            content = _fetched(item, reading)
+            yield SourceImage(read_image(content, bgr=bgr, max_pixels=reading.max_pixels, name=name), name)
     except InputError as error:
         yield _broken(item, error)
 
 
-def _frames(item: Any, reading: ReadingOptions) -> Iterator[Frame]:
+def _frames(item: Any, name: str | None, reading: ReadingOptions) -> Iterator[Frame]:
     if _is_camera(item):
         return read_camera(str(item).removeprefix(CAMERA), every=reading.every)
-    scheme = _scheme(item)
-    if scheme in STREAM_SCHEMES:
+    if is_live(item):
         return read_stream(str(item), every=reading.every)
-    if scheme:
-        content = io.BytesIO(fetch(str(item), allow_private=reading.allow_private))
-        return read_video(content, every=reading.every, name=source_name(item))
-    return read_video(item, every=reading.every)
+    content = _fetched(item, reading)
+    return read_video(io.BytesIO(content) if _scheme(item) else content, every=reading.every, name=name)
 
 
-def _read_still(item: Any, reading: ReadingOptions, bgr: bool) -> np.ndarray:
+def _fetched(item: Any, reading: ReadingOptions) -> Any:
+    """What an address leads to; anything else itself."""
     scheme = _scheme(item)
-    if not scheme:
-        return read_image(item, bgr=bgr, max_pixels=reading.max_pixels)
-    if scheme not in ("http", "https"):
+    if scheme not in ("", "http", "https"):
         known = ", ".join(("http", "https", *STREAM_SCHEMES))
         raise InputError(
             f"{source_name(item)}: addresses of {scheme} are not read; there is {known}. A file is given by its path."
         )
-    content = fetch(str(item), allow_private=reading.allow_private)
-    return read_image(content, max_pixels=reading.max_pixels, name=source_name(item))
+    return fetch(item, allow_private=reading.allow_private) if scheme else item
 
 
 def _broken(item: Any, error: InputError) -> SourceImage:
@@ -236,13 +241,47 @@ def _is_camera(item: Any) -> bool:
     return isinstance(item, int) and not isinstance(item, bool)
 
 
+def _in_folder(folder: Path) -> list[Path]:
+    """Its images and videos; what else is there is counted, and said."""
+    files = list(list_files(folder))
+    kept = sorted(path for path in files if _is_listed(path) and not path.name.startswith("."))
+    others = Counter(path.suffix.lower() or "no suffix" for path in set(files) - set(kept))
+    what = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+    if not kept:
+        there = f"; there is {what}: a file given by its name is read" if what else ""
+        known = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise InputError(f"{folder}: no image in this folder; expected files that end in {known}{there}.")
+    if others:
+        log.info("%s: left out by their names, hidden or no images: %s", folder, what)
+    return kept
+
+
+def _is_listed(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and path.is_file()
+
+
 def _matches(pattern: str) -> list[Path]:
-    found = [Path(name) for name in glob.iglob(pattern, recursive=True)]
-    kept = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and path.is_file())
+    root = search_root(pattern)
+    if root is not None and "**" in Path(pattern).parts:  # glob would follow a link to a folder above without end
+        parts = Path(pattern).parts[len(root.parts) :]
+        found = [path for path in list_files(root) if _fits(path.parts[len(root.parts) :], parts)]
+    else:
+        found = [Path(name) for name in glob.iglob(pattern)]
+    kept = sorted(filter(_is_listed, found))
     if not kept:
         what = f"{len(found)} matches, none an image or a video" if found else "no such file"
         raise InputError(f"{pattern}: {what}; check the pattern.")
     return kept
+
+
+def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a pattern, as in glob: ** is any number of folders, none hidden."""
+    if not path or not pattern:
+        return not path and all(part == "**" for part in pattern)
+    hidden = path[0].startswith(".") and not pattern[0].startswith(".")
+    if pattern[0] == "**":
+        return _fits(path, pattern[1:]) or (not hidden and _fits(path[1:], pattern))
+    return not hidden and fnmatch.fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
 
 
 def _count_item(item: Any, every: int) -> int | None:
