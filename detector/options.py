@@ -217,6 +217,8 @@ def _within(bounds: Mapping[str, float]) -> str:
             return f" from {low} to below {high}"
         case {"ge": low}:
             return f", {low} or more"
+        case {"gt": low, "le": high}:
+            return f" above {low}, {high} at most"
         case {"gt": low}:
             return f" above {low}"
     return ""

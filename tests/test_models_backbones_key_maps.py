@@ -250,7 +250,7 @@ def test_damaged_and_other_files_of_the_authors_are_named(tmp_path: Path) -> Non
     path = tmp_path / "authors.pth"
     torch.save({key: value for key, value in state.items() if key != "features.5.branch_main.3.weight"}, path)
     with pytest.raises(
-        InputError, match=r"features\.5\.branch_main\.3\.weight \(our stage3\.1\.branch2\.3\.weight\) is missing"
+        InputError, match=r"features\.5\.branch_main\.3\.weight \(here stage3\.1\.branch2\.3\.weight\) is missing"
     ):
         load_weights(build("v2_1x", layout="paper"), path)
     torch.save(state, path)

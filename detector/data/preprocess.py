@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
+from pydantic.types import Strict
 
-from detector.options import Count, Options
+from detector.options import Options
 
 # Canvas sizes are multiples of the largest stride, so that every feature map divides evenly.
 STRIDE = 32
@@ -19,12 +21,15 @@ STRIDE = 32
 PADDING = (124, 116, 104)
 
 
+Side = Annotated[int, Strict(), Field(ge=1), Field(le=2**14)]  # more would take all memory
+
+
 class Preprocessing(Options):
     """How an image becomes network input."""
 
-    short_side: Count = 800
+    short_side: Side = 800
     """Pixels that the shorter side is resized to (Li et al. 2017, section 4.1) ..."""
-    long_side: Count = 1200
+    long_side: Side = 1200
     """... unless the longer side would exceed this many."""
 
     @model_validator(mode="after")

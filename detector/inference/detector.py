@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from detector.errors import InputError
 from detector.files import replacing
 from detector.inference.detections import Found
 from detector.inference.predictor import Predictor
-from detector.models.build import NetworkOptions, build_network
+from detector.models.build import NetworkOptions, build_network, check_fit
 from detector.models.fuse import fuse, multiply_pointwise
 from detector.models.light_head_rcnn import LightHeadRCNN
+from detector.models.weights import DamagedFileError, check_weights, read_tensors
 
 FORMAT = "light-head-detector"
 VERSION = 1
@@ -47,6 +49,11 @@ class Detector(Predictor):
     ) -> None:
         if not class_names:
             raise InputError("A detector needs at least one class name.")
+        for name, count in Counter(map(str, class_names)).items():
+            if count > 1:
+                raise InputError(f"class_names: {name!r} is there {count} times; give each class a name of its own.")
+        if other := next((name for name in class_names if not isinstance(name, str)), None):
+            raise InputError(f"class_names: {other!r} is a {type(other).__name__}, expected a text.")
         self.options = options
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
@@ -71,7 +78,9 @@ class Detector(Predictor):
         checkpoint = read_checkpoint(path)
         about = checkpoint["detector"]
         weights = {
-            key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
+            key.removeprefix(PREFIX): value
+            for key, value in checkpoint["state_dict"].items()
+            if isinstance(key, str) and key.startswith(PREFIX)
         }
         try:
             for key, kind in DESCRIPTION.items():
@@ -81,7 +90,11 @@ class Detector(Predictor):
                 raise InputError(f"preprocessing.{min(lacking)} is missing")
             options = NetworkOptions.parse(about["spec"])
             preprocessing = Preprocessing.parse(about["preprocessing"])
-            detector = cls(options, about["class_names"], preprocessing, about.get("provenance"))
+            if not isinstance(provenance := about.get("provenance") or {}, dict):
+                raise InputError(f"provenance is a {type(provenance).__name__}")
+            check_fit(options, len(about["class_names"]), weights)
+            detector = cls(options, about["class_names"], preprocessing, provenance)
+            check_weights(detector.network.state_dict(), weights)
             detector.network.load_state_dict(weights)
         except (InputError, RuntimeError) as error:  # the latter of load_state_dict
             reason = " ".join(str(error).split())[:300]
@@ -185,9 +198,8 @@ def read_torch_file(path: str | Path) -> Any:
     if not path.is_file():
         raise InputError(f"No checkpoint at '{path}'. Give the path of a best.ckpt or last.ckpt that training wrote.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # On damaged bytes the unpickler raises anything: IndexError, KeyError, TypeError ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return read_tensors(path)
+    except DamagedFileError as error:
         raise InputError(
-            f"'{path}' cannot be read as a checkpoint: it is truncated, or of another program ({reason[:200]})."
+            f"'{path}' cannot be read as a checkpoint: it is truncated, or of another program ({error})."
         ) from error

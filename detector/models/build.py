@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from detector.models.backbones import AnyBackboneOptions, build_backbone
+from detector.models.backbones.external import TimmOptions, TorchvisionOptions
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
 from detector.models.light_head import LightHead, LightHeadOptions
 from detector.models.light_head_rcnn import LightHeadRCNN
 from detector.models.neck import NECKS, AnyNeckOptions, NoNeckOptions
 from detector.models.rpn import RPN, RPNOptions
+from detector.models.weights import check_weights
 from detector.options import Options
 
 
@@ -46,3 +51,16 @@ def build_network(options: NetworkOptions, num_classes: int) -> LightHeadRCNN:
     rpn = RPN(neck.rpn_channels, neck.rpn_stride, options.rpn)
     head = LightHead(neck.head_channels, neck.head_stride, num_classes, options.light_head)
     return LightHeadRCNN(backbone, neck, rpn, head)
+
+
+def check_fit(options: NetworkOptions, num_classes: int, weights: Mapping[str, Any]) -> None:
+    """Refuse weights that no network of these options has, before it takes memory, however large the options make it.
+
+    A model of another library is as large as that library says, and is compared when it is built.
+
+    Raises:
+        InputError: see `check_weights`.
+    """
+    if not isinstance(options.backbone, TorchvisionOptions | TimmOptions):
+        with torch.device("meta"):
+            check_weights(build_network(options, num_classes).state_dict(), weights)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Self, cast
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
+from pydantic.types import Strict
 from torch import Tensor, nn
 
 from detector.errors import InputError
@@ -25,12 +26,18 @@ if TYPE_CHECKING:
     from detector.data.collate import Batch
 
 
+# Bounds: no image has use for more, and a damaged number must not take all memory.
+Limit = Annotated[int, Strict(), Field(ge=1), Field(le=100_000)]
+Pixels = Annotated[float, Strict(), Field(gt=0), Field(le=100_000)]
+Ratio = Annotated[float, Strict(), Field(ge=0.001), Field(le=1000)]
+
+
 class ProposalLimits(Options):
     """How many boxes survive."""
 
-    before_nms: Count
+    before_nms: Limit
     """Anchors per image, by objectness, that are decoded at all."""
-    after_nms: Count
+    after_nms: Limit
     """P, the fixed number of proposals per image."""
 
 
@@ -44,9 +51,9 @@ class RPNOptions(Options):
     """Channels of the hidden map: 256 in setting S (section 4.3), 512 in L (section 4.2)."""
     separable: Flag = False
     """5x5 depthwise and 1x1 convolution (ThunderNet, section 3.2) in place of the published 3x3."""
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64, 128, 256, 512)
+    scales: Annotated[tuple[Pixels, ...], Field(min_length=1, max_length=64)] = (32, 64, 128, 256, 512)
     """Square roots of the anchors' areas, in pixels of the network input (section 3.3)."""
-    ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)
+    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1, max_length=64)] = (0.5, 1.0, 2.0)
     """Height / width of the anchors (section 3.3)."""
     foreground_iou: Share = 0.7
     """Anchors at or above are foreground, and the best of each object (section 3.3)."""

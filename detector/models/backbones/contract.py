@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
+from pydantic.types import Strict
 from torch import Tensor, nn
 
 from detector.models.layers import Activation
 from detector.options import BelowOne, Count, Flag, Options, Positive
 
-Stages = tuple[Count, ...]
-"""Outputs, or units, of each stage."""
+# Bounds of what a network takes from a file: none has more, and a damaged number must not take all memory.
+Channels = Annotated[int, Strict(), Field(ge=1), Field(le=2**16)]
+Widths = tuple[Channels, ...]
+"""Outputs of each stage."""
+Repeats = tuple[Annotated[int, Strict(), Field(ge=1), Field(le=64)], ...]
+"""Units of each stage."""
 FEATURES = ("c3", "c4", "c5")
 
 
 class ClassifierOptions(Options):
     """What an image classifier has on top of a backbone: what published costs count, and what is pre-trained."""
 
-    conv5_channels: Count | None = None
+    conv5_channels: Channels | None = None
     """Outputs of a 1x1 convolution with BN before the average; null: there is none, the average of c5 is classified."""
     activation: Activation = "relu"
     """The one after conv5."""

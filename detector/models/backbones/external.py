@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -16,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone, BackboneOptions
+from detector.models.backbones.contract import FEATURES, Backbone, BackboneOptions
 
-FEATURES = ("c3", "c4", "c5")
 PROBE = 64  # side of the images that channels and stages are read from
 TRUNK_PROBE = 256  # large enough to tell strides by
 NEEDS = "a backbone needs maps (N, C, H, W) at strides 4, 8, 16 and 32"
@@ -37,9 +39,8 @@ class External(Backbone):
     """
 
     def __init__(self, body: nn.Module, *, dilate_c5: bool) -> None:
-        super().__init__()
+        super().__init__(dilate_c5=dilate_c5)
         self.body = body
-        self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
         maps = self._probe()
         self.channels = {key: x.shape[1] for key, x in zip(FEATURES, maps[1:], strict=True)}
         self.stages = _stages(self, maps)
@@ -48,6 +49,24 @@ class External(Backbone):
         """What the network has at stride 4, 8, 16 and 32."""
         found = self.body(images)
         return list(found.values() if isinstance(found, dict) else found)
+
+    def whole(self) -> nn.Module:
+        """The library's whole model, with random weights."""
+        raise NotImplementedError
+
+    def names_of_whole(self) -> frozenset[str]:
+        """Names of the whole model's tensors, of which the backbone has a part.
+
+        So that what lies above c5 can be told from what belongs to another model, ResNet-101's third stage to
+        ResNet-50's.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's Inception announces how it will start; these weights go
+            try:
+                with torch.device("meta"):
+                    return frozenset(self.whole().state_dict())
+            except NotImplementedError:  # torchvision's RegNet computes its widths with tensors
+                return frozenset(self.whole().state_dict())
 
     def names_in_library(self) -> dict[str, str]:
         """Every name of `state_dict` -> its name in a weight file of the library's whole model."""
@@ -125,8 +144,6 @@ class TorchvisionBackbone(External):
     """
 
     def __init__(self, options: TorchvisionOptions) -> None:
-        from torchvision.models.feature_extraction import create_feature_extractor
-
         model, dilate_c5 = options.model, options.dilate_c5
         stock = _torchvision_model(model)
         # Found without dilation, where strides tell the stages apart.
@@ -141,6 +158,10 @@ class TorchvisionBackbone(External):
         # In checkpoints the parts have the names of the library's weight files.
         self._register_state_dict_hook(_without_body)
         self._register_load_state_dict_pre_hook(_with_body)
+
+    def whole(self) -> nn.Module:
+        """See `External.whole`."""
+        return models.get_model(self.model, weights=None)
 
     def to_inference(self) -> None:
         """Fold each normalisation into the convolution before it, where nothing else reads the convolution."""
@@ -192,11 +213,15 @@ class TimmBackbone(External):
         super().__init__(body, dilate_c5=dilate_c5)
         self.model = model
 
+    def whole(self) -> nn.Module:
+        """See `External.whole`."""
+        model: nn.Module = _timm().create_model(self.model, pretrained=False)
+        return model
+
     def names_in_library(self) -> dict[str, str]:
         """See `External.names_in_library`. timm wraps some networks in a module more, and joins a Sequential's name
         with those of its parts: "body.features_conv0.weight" is "features.conv0.weight"."""
-        with torch.device("meta"):
-            whole = set(_timm().create_model(self.model, pretrained=False).state_dict())
+        whole = self.names_of_whole()
         joined = {name.replace(".", "_", 1): name for name in whole}
         found = {}
         for own in self.state_dict():
@@ -217,8 +242,6 @@ def _taps(parts: Sequence[tuple[Any, int]], name: str) -> list[Any]:
 
 
 def _torchvision_model(name: str, **options: Any) -> nn.Module:
-    from torchvision import models
-
     known = models.list_models(module=models)
     if name not in known:
         raise InputError(f"backbone.model={name!r} is not in torchvision; {_closest(name, known)}")

@@ -29,13 +29,13 @@ BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def library_names(backbone: Backbone) -> dict[str, str]:
-    """Our name for each of a library's whole model that a backbone has under another one, and of what is on top.
+    """The name here of each tensor of a library's whole model that has another one there, and of what is on top.
 
     timm's and torchvision's models say themselves what their parts are called. In torchvision's MobileNet V2,
     features.18 is conv5. Its DenseNet files write "norm.1" for what the model calls "norm1".
     """
     if isinstance(backbone, External):
-        names = {theirs: ours for ours, theirs in backbone.names_in_library().items()}
+        names = {theirs: here for here, theirs in backbone.names_in_library().items()}
         return {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): names[name] for name in names} | names
     if isinstance(backbone, MobileNetV2):
         names = {"features.18.0.weight": "conv5.0.weight"}
@@ -49,13 +49,14 @@ def is_megvii(names: Iterable[str]) -> bool:
     return any(re.match(r"(features|stage[234])\.\d+\.branch_main\.", name) for name in names)
 
 
-def megvii_names(backbone: ShuffleNetV2, *, by_stage: bool = False) -> dict[str, str]:
-    """Our name for each of the authors', those of a classifier included: conv_last is conv5, classifier.0 is fc.
+def megvii_names(backbone: ShuffleNetV2, file: Iterable[str] = ()) -> dict[str, str]:
+    """The name here of each of the authors', those of a classifier included: conv_last is conv5, classifier.0 is fc.
 
     Args:
-        by_stage: units are not numbered through, "features.5", but by stage, "stage3.1": as in FastestDet and
-            Yolo-FastestV2, which took the authors' code.
+        file: names in a file, where units are numbered through, "features.5", or by stage, "stage3.1", as in FastestDet
+            and Yolo-FastestV2, which took the authors' code.
     """
+    by_stage = any(name.startswith("stage") for name in file)
     starts, number = {}, 0
     for stage in STAGES:
         starts[stage] = number
@@ -63,19 +64,14 @@ def megvii_names(backbone: ShuffleNetV2, *, by_stage: bool = False) -> dict[str,
     branches = {"branch1": "branch_proj", "branch2": "branch_main"}
     names = {f"conv_last.{rest}": f"conv5.{rest}" for rest in ("0.weight", *(f"1.{part}" for part in BN))}
     names["classifier.0.weight"] = "fc.weight"
-    for ours in backbone.state_dict():
-        if match := re.match(r"(stage\d)\.(\d+)\.(branch\d)\.(.+)", ours):
+    for here in backbone.state_dict():
+        if match := re.match(r"(stage\d)\.(\d+)\.(branch\d)\.(.+)", here):
             stage, unit, branch, rest = match.groups()
             place = f"{stage}.{unit}" if by_stage else f"features.{starts[stage] + int(unit)}"
-            names[f"{place}.{branches[branch]}.{rest}"] = ours
-        elif ours.startswith("conv1."):
-            names[ours.replace("conv1", "first_conv", 1)] = ours
+            names[f"{place}.{branches[branch]}.{rest}"] = here
+        elif here.startswith("conv1."):
+            names[here.replace("conv1", "first_conv", 1)] = here
     return names
-
-
-def names_for(backbone: ShuffleNetV2, theirs: Iterable[str]) -> dict[str, str]:
-    """`megvii_names` in the way in which these names of a file are numbered."""
-    return megvii_names(backbone, by_stage=any(name.startswith("stage") for name in theirs))
 
 
 def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> ShuffleNetV2:
@@ -89,20 +85,19 @@ def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: s
         InputError: it is of another family, has residuals, no shuffle or four stages, or its layout has no place for a
             projection that keeps its channels.
     """
-    if not isinstance(backbone, ShuffleNetV2) or "stage1" in backbone._modules:
+    if not isinstance(backbone, ShuffleNetV2) or len(backbone.options.channels) > 3:
         raise InputError(
             f"backbone.weights={source}: a ShuffleNet V2 of the authors' code, for backbone=v2_0.5x, v2_1x, v2_1.5x, "
             "v2_2x and their V2* variants only. Choose the one of this width."
         )
-    units = [unit for stage in STAGES for unit in getattr(backbone, stage)]
-    if not backbone.stage2.shuffle or any(getattr(unit, "last", None) is not None for unit in units):
+    if not backbone.options.shuffle or backbone.options.residual:
         raise InputError(
             f"backbone.weights={source}: the authors' network shuffles and has no residuals. Set backbone.shuffle=true "
             "and backbone.residual=false."
         )
-    for theirs, ours in names_for(backbone, tensors).items():
-        if theirs in tensors and ours.endswith(".0.branch1.2.weight"):
-            outputs, inputs = backbone.get_parameter(ours).shape[:2]
+    for theirs, here in megvii_names(backbone, tensors).items():
+        if theirs in tensors and here.endswith(".0.branch1.2.weight"):
+            outputs, inputs = backbone.get_parameter(here).shape[:2]
             if tensors[theirs].shape[:2] == (inputs, inputs) != (outputs, inputs):
                 raise InputError(
                     f"backbone.weights={source}: {theirs} keeps its {inputs} channels, and layout=torchvision has "
@@ -111,7 +106,7 @@ def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: s
     return backbone
 
 
-def in_our_order(tensors: Mapping[str, Tensor], backbone: ShuffleNetV2) -> dict[str, Tensor]:
+def in_order_here(tensors: Mapping[str, Tensor], backbone: ShuffleNetV2) -> dict[str, Tensor]:
     """The authors' tensors with their channels in the order in which the units here use them.
 
     c3, c4 and c5 are then the authors' up to the order of channels, and conv5 and fc, which read c5
@@ -176,11 +171,11 @@ def stage_order(stage: Stage) -> tuple[dict[int, list[int]], list[list[int]]]:
 
     outputs: dict[int, dict[int, int]] = defaultdict(dict)
     inputs = []
-    for ours, theirs in zip(reads_here(own, len(stage) - 1), reads_of_authors(pair, len(stage) - 1), strict=True):
+    for here, theirs in zip(reads_here(own, len(stage) - 1), reads_of_authors(pair, len(stage) - 1), strict=True):
         places: dict[int, deque[int]] = defaultdict(deque)
         for place, number in enumerate(theirs):
             places[origin(number)[0]].append(place)
-        taken = [(*origin(number), places[origin(number)[0]].popleft()) for number in ours]
+        taken = [(*origin(number), places[origin(number)[0]].popleft()) for number in here]
         inputs.append([place for _, _, place in taken])
         for branch, index, place in taken:
             outputs[branch][index] = origin(theirs[place])[1]

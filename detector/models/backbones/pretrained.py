@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from detector.errors import InputError
 from detector.models.backbones.contract import Backbone
+from detector.models.backbones.external import External
 from detector.models.backbones.input_frame import BGR, FRAMES, RGB, for_normalised_rgb
-from detector.models.backbones.key_maps import in_our_order, is_megvii, library_names, megvii_backbone, names_for
-from detector.models.backbones.published import REMEDY, published_weights, whole_model
+from detector.models.backbones.key_maps import in_order_here, is_megvii, library_names, megvii_backbone, megvii_names
+from detector.models.backbones.published import REMEDY, published_weights
+from detector.models.weights import DamagedFileError, misfits, oddity, read_tensors
 
 # What a classifier of this project has on top of a backbone.
 CLASSIFIER = ("conv5.", "fc.")
+AUTHORS = "the authors' ShuffleNet V2"
 
 
 @dataclass(frozen=True)
@@ -90,22 +92,9 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"backbone.weights={path}: there is no such file. {REMEDY}")
     try:
-        if path.suffix == ".safetensors":
-            return _safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # both raise whatever the bytes lead them to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"backbone.weights={path}: not a whole file of torch weights ({reason}). {REMEDY}") from error
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise InputError(f"backbone.weights={path}: needs the package safetensors: pip install safetensors.") from error
-    return load_file(path)
+        return read_tensors(path)
+    except DamagedFileError as error:
+        raise InputError(f"backbone.weights={path}: not a whole file of torch weights ({error}). {REMEDY}") from error
 
 
 def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
@@ -114,6 +103,9 @@ def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"backbone.weights={source}: holds no state dict (names and tensors). {REMEDY}")
+    for name, value in content.items():
+        if odd := oddity(value):
+            raise InputError(f"backbone.weights={source}: {name} {odd}. {REMEDY}")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
@@ -122,55 +114,49 @@ def _load(
 ) -> WeightsReport:
     own = backbone.state_dict()
     authors = megvii_backbone(backbone, content, source) if is_megvii(content) else None
-    ours = library_names(backbone) if authors is None else names_for(authors, content)
-    tensors = {ours.get(name, name): value for name, value in content.items()}
-    theirs = {name: other for other, name in ours.items()} | {ours.get(name, name): name for name in content}
+    names = library_names(backbone) if authors is None else megvii_names(authors, content)
+    tensors = {names.get(name, name): value for name, value in content.items()}
+    theirs = {name: other for other, name in names.items()} | {names.get(name, name): name for name in content}
 
-    ignored = _above(backbone, tensors)
+    # Of a classifier on top.
+    whole = backbone.names_of_whole() if isinstance(backbone, External) else frozenset()
+    ignored = [name for name in tensors if name not in own and (name.startswith(CLASSIFIER) or name in whole)]
     given = {name: value for name, value in tensors.items() if name not in ignored}
     kept = [name for name in own if name not in given and _may_be_absent(name, given, authors is not None)]
-    problems = _mismatches(own, given, kept, theirs)
-    fitting = [name for name in own if name in given and given[name].shape == own[name].shape]
+    expected = {name: tensor for name, tensor in own.items() if name not in kept}
+    problems = misfits(expected, given, lambda name: _both_names(name, theirs.get(name, name)))
+    fitting = [name for name in expected if name not in problems]
     if problems and not (partial and fitting):
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        first, more = list(problems.values())[:3], f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         if not fitting:
             more += f". The file has {len(content)} tensors: {', '.join(list(content)[:4])} ..."
         raise InputError(
-            f"backbone.weights={source}: made for another architecture: {'; '.join(problems[:3])}{more}. "
+            f"backbone.weights={source}: made for another architecture, or damaged: {'; '.join(first)}{more}. "
             "Choose the backbone, width and layout that the file was made for."
         )
 
     frame = input_frame or (RGB if authors is None else BGR)
     if authors is not None:
-        tensors = in_our_order(tensors, authors)
+        tensors = in_order_here(tensors, authors)
     if frame == BGR and ("conv1.0.weight" in fitting or not partial):
         tensors = for_normalised_rgb(tensors)
     backbone.load_state_dict({name: tensors[name] for name in fitting}, strict=False)
+    own_names = all(theirs.get(name, name) == name for name in fitting)
     return WeightsReport(
         source,
-        format=_format(authors is not None, fitting, theirs),
+        format=AUTHORS if authors else "this project's names" if own_names else "a whole model's names",
         input_frame=frame,
         matched=tuple(fitting),
         ignored=tuple(theirs.get(name, name) for name in ignored),
         kept=tuple(name for name in kept if ".extra." in name),
-        problems=tuple(problems),
-        random=tuple(name for name in own if name not in (*fitting, *kept) and not name.endswith(".order")),
+        problems=tuple(problems.values()),
+        random=tuple(name for name in expected if name not in fitting and not name.endswith(".order")),
         classifier={name: value for name, value in tensors.items() if name.startswith(CLASSIFIER) and name not in own},
     )
 
 
-def _format(authors: bool, fitting: list[str], theirs: Mapping[str, str]) -> str:
-    if authors:
-        return "the authors' ShuffleNet V2"
-    return (
-        "this project's names" if all(theirs.get(name, name) == name for name in fitting) else "a whole model's names"
-    )
-
-
-def _above(backbone: Backbone, names: Collection[str]) -> list[str]:
-    """Those of a classifier on top of this backbone."""
-    own, whole = backbone.state_dict(), whole_model(backbone)
-    return [name for name in names if name not in own and (name.startswith(CLASSIFIER) or name in whole)]
+def _both_names(name: str, theirs: str) -> str:
+    return name if theirs == name else f"{theirs} (here {name})"
 
 
 def _may_be_absent(name: str, given: Collection[str], authors: bool) -> bool:
@@ -179,22 +165,3 @@ def _may_be_absent(name: str, given: Collection[str], authors: bool) -> bool:
     if name.endswith(".order") and authors:  # of this project alone
         return True
     return ".extra." in name and not any(".extra." in other for other in given)
-
-
-def _mismatches(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], kept: Collection[str], theirs: Mapping[str, str]
-) -> list[str]:
-    """One phrase for each tensor that does not fit, in the order of the network."""
-
-    def named(name: str) -> str:
-        other = theirs.get(name, name)
-        return name if other == name else f"{other} (our {name})"
-
-    problems = []
-    for name, tensor in own.items():
-        expected = tuple(tensor.shape)
-        if name in given and tuple(given[name].shape) != expected:
-            problems.append(f"{named(name)} is {tuple(given[name].shape)}, expected {expected}")
-        elif name not in given and name not in kept:
-            problems.append(f"{named(name)} is missing, expected {expected}")
-    return problems + [f"{name} has no place here" for name in given if name not in own]

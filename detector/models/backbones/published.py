@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torchvision import models
 
 from detector.errors import InputError
 from detector.models.backbones.contract import Backbone
@@ -33,7 +32,13 @@ def published_weights(backbone: Backbone) -> tuple[Any, str]:
     if isinstance(backbone, TimmBackbone):
         return _from_timm(backbone.model)
     url = imagenet_url(backbone)
-    return _download(url), url
+    try:
+        content = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except Exception as error:  # no network, a proxy's answer, a damaged file in the cache: one remedy
+        raise InputError(f"backbone.weights=imagenet: could not get {url} ({error}). {REMEDY}") from error
+    return content, url
 
 
 def imagenet_url(backbone: Backbone) -> str:
@@ -42,8 +47,6 @@ def imagenet_url(backbone: Backbone) -> str:
     Raises:
         InputError: there are none.
     """
-    from torchvision import models
-
     if isinstance(backbone, TorchvisionBackbone):
         weights = models.get_model_weights(backbone.model)
         return getattr(weights, "IMAGENET1K_V1", weights.DEFAULT).url
@@ -61,41 +64,6 @@ def imagenet_url(backbone: Backbone) -> str:
             f"{REMEDY}"
         )
     return published[kind, widths].IMAGENET1K_V1.url
-
-
-def whole_model(backbone: Backbone) -> frozenset[str]:
-    """Names of the tensors of the model that an external backbone is a part of; of no other.
-
-    So that what lies above c5 can be told from what belongs to another model, ResNet-101's third stage to ResNet-50's.
-    """
-    if not isinstance(backbone, TorchvisionBackbone | TimmBackbone):
-        return frozenset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's Inception announces how it will start; these weights go
-        try:
-            with torch.device("meta"):
-                return frozenset(_library_model(backbone).state_dict())
-        except NotImplementedError:  # torchvision's RegNet computes its widths with tensors
-            return frozenset(_library_model(backbone).state_dict())
-
-
-def _library_model(backbone: TorchvisionBackbone | TimmBackbone) -> nn.Module:
-    if isinstance(backbone, TimmBackbone):
-        import timm
-
-        return timm.create_model(backbone.model, pretrained=False)
-    from torchvision import models
-
-    return models.get_model(backbone.model, weights=None)
-
-
-def _download(url: str) -> Any:
-    try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
-    except Exception as error:  # no network, a proxy's answer, a damaged file in the cache: one remedy
-        raise InputError(f"backbone.weights=imagenet: could not get {url} ({error}). {REMEDY}") from error
 
 
 def _from_timm(model: str) -> tuple[Any, str]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone, BackboneOptions, Place, Stages
+from detector.models.backbones.contract import Backbone, BackboneOptions, Channels, Place, Repeats, Widths
 from detector.models.layers import conv_bn, depthwise, pooled_stem
 from detector.options import Count, Flag, Positive
 
@@ -75,11 +75,11 @@ class ShuffleNetV1Options(BackboneOptions):
     """What the channels of a grouped 1x1 convolution are divided into (table 1)."""
     width: Positive | None = None
     """Times the channels of table 1, which depend on the groups; null: 1, or what `channels` say."""
-    channels: Stages | None = None
+    channels: Widths | None = None
     """Outputs of the last three stages, which give c3, c4 and c5, or of four, the first at stride 4 (V1-50)."""
-    stem_channels: Count | None = None
+    stem_channels: Channels | None = None
     """Null: 12 up to half the width, 24, and 48 from twice the width on (the authors' code)."""
-    repeats: Stages = (4, 8, 4)
+    repeats: Repeats = (4, 8, 4)
     """Units in each stage, the one of stride 2 included (table 1)."""
     bottleneck: Count = 4
     """Outputs of a unit over the channels of its depthwise convolution (section 3.2)."""

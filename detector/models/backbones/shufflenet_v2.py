@@ -15,10 +15,18 @@ from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
 from detector.models.backbones.channel_order import uneven_order
-from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions, Place, Stages
+from detector.models.backbones.contract import (
+    Backbone,
+    BackboneOptions,
+    Channels,
+    ClassifierOptions,
+    Place,
+    Repeats,
+    Widths,
+)
 from detector.models.backbones.unshuffled import UnshuffledStage, reorder_inputs
 from detector.models.layers import Activation, activation_layer, conv_bn, depthwise
-from detector.options import Count, Flag
+from detector.options import Flag
 
 Pair = tuple[Tensor, Tensor]
 
@@ -158,11 +166,11 @@ class ShuffleNetV2Options(BackboneOptions):
     """The defaults are ShuffleNet V2 1x (Ma et al. 2018, table 5)."""
 
     name: Literal["shufflenet_v2"] = "shufflenet_v2"
-    stem_channels: Count | Annotated[tuple[Count, ...], Field(min_length=1)] = 24
+    stem_channels: Channels | Annotated[tuple[Channels, ...], Field(min_length=1, max_length=64)] = 24
     """Outputs of conv1 (table 5), or of each convolution of the stem, of which the first has stride 2 (appendix)."""
-    channels: Stages = (116, 232, 464)
+    channels: Widths = (116, 232, 464)
     """Outputs of the last three stages, c3, c4 and c5 (table 5), or of four, the first at stride 4 (appendix)."""
-    repeats: Stages = (4, 8, 4)
+    repeats: Repeats = (4, 8, 4)
     """Units in each stage, the one of stride 2 included (table 5)."""
     extra_depthwise: Flag = False
     """V2*: one more depthwise 3x3 at the start of every main branch (section 4)."""
@@ -186,6 +194,12 @@ class ShuffleNetV2Options(BackboneOptions):
             raise InputError(
                 f"backbone: channels={list(self.channels)}, repeats={list(self.repeats)}; give three of each (or "
                 "four), channels as multiples of 4."
+            )
+        stem = self.stem_channels if isinstance(self.stem_channels, int) else self.stem_channels[-1]
+        if self.layout == "paper" and any(after <= before for before, after in pairwise((stem, *self.channels))):
+            raise InputError(
+                f"backbone.channels={list(self.channels)}: with layout=paper every stage must be wider than the one "
+                f"before it, the first wider than the stem of {stem}."
             )
         return self
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone, BackboneOptions, Place, Stages
+from detector.models.backbones.contract import Backbone, BackboneOptions, Channels, Place, Repeats, Widths
 from detector.models.layers import conv_bn, depthwise, pooled_stem
 from detector.options import Count
 
@@ -49,11 +49,11 @@ class XceptionOptions(BackboneOptions):
     """The defaults are the light Xception 1x (Li et al. 2017, table 7)."""
 
     name: Literal["xception"] = "xception"
-    stem_channels: Count = 24
+    stem_channels: Channels = 24
     """Channels of the first convolution (table 7)."""
-    channels: Stages = (144, 288, 576)
+    channels: Widths = (144, 288, 576)
     """Channels of the last three stages, which give c3, c4 and c5 (table 7)."""
-    repeats: Stages = (4, 8, 4)
+    repeats: Repeats = (4, 8, 4)
     """Blocks in each stage, the one of stride 2 included (table 7)."""
     bottleneck: Count = 6
     """Outputs of a block over the channels between its convolutions; not published, chosen for the costs, see there."""
