@@ -157,7 +157,7 @@ def _in_one_line(options: type[Options], error: Any, values: Any, where: str) ->
         return str(error["ctx"]["error"])
     names, value = _place(error, values)
     path = ".".join(filter(None, (where, *names)))
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "invalid_key"):
         return f"{path} is not an option."
     if error["type"] == "missing" and isinstance(error["loc"][-1], str):
         return f"{path} is missing: add {path}=... to the command line."

@@ -99,7 +99,8 @@ class Detector(Predictor):
         except (InputError, RuntimeError) as error:  # the latter of load_state_dict
             reason = " ".join(str(error).split())[:300]
             raise InputError(
-                f"'{path}' does not fit its own description: it is damaged, or of another version ({reason})."
+                f"'{path}' does not fit its own description: it is damaged, or of another version ({reason}). "
+                "Give another checkpoint."
             ) from error
         if fused:
             detector.network, detector.fused = fuse(detector.network), True

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+from pydantic.types import Strict
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
+# No layer has more, and a damaged number in a file must not take all memory.
+Channels = Annotated[int, Strict(), Field(ge=1), Field(le=2**16)]
+Width = Annotated[float, Strict(), Field(gt=0), Field(le=64)]
+"""Times the channels of a paper's table."""
 Activation = Literal["relu", "relu6", "leaky_relu", "hard_swish"]
 ACTIVATIONS: dict[Activation, Callable[..., nn.Module]] = {
     "relu": nn.ReLU,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detector.errors import InputError
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
-from detector.models.layers import draw_small
+from detector.models.layers import Channels, draw_small
 from detector.models.matching import Matches, gather_boxes, match, sample
 from detector.models.postprocess import FixedDetections, Suppress, is_empty, keep_best, suppress_eagerly
 from detector.models.ps_roi_align import ps_roi_align
@@ -98,13 +98,13 @@ class LightHeadOptions(Options):
     "Released code" is the authors', github.com/zengarden/light_head_rcnn.
     """
 
-    mid_channels: Count = 64
+    mid_channels: Channels = 64
     """Hidden channels of the large separable convolution: 64 in setting S (section 4.3), 256 in L (section 4.2)."""
-    kernel_size: Count = 15
+    kernel_size: Channels = 15
     """Size k of the large separable convolution, an odd number (section 3.2)."""
-    thin_channels: Count = 10
+    thin_channels: Channels = 10
     """C of the thin map's C * 7 * 7 channels (section 3.2: 10 * 7 * 7 = 490)."""
-    hidden_channels: Count = 2048
+    hidden_channels: Channels = 2048
     """Width of the fully connected layer (section 3.3)."""
     align_reduce: Literal["mean", "max"] = "mean"
     """What becomes of the 2x2 samples of a bin: mean (the paper) or max (released code)."""

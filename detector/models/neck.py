@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from detector.models.layers import conv_bn, depthwise
-from detector.options import Count, Options
+from detector.models.layers import Channels, conv_bn, depthwise
+from detector.options import Options
 
 
 class NoNeckOptions(Options):
@@ -24,7 +24,7 @@ class ContextEnhancementOptions(Options):
     """One fused map for both stages: Qin et al. 2019 (ThunderNet), section 3.2."""
 
     name: Literal["cem"] = "cem"
-    width: Count = 245
+    width: Channels = 245
     """Channels of the fused map (ThunderNet, section 3.2: 245)."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from detector.errors import InputError
 from detector.models.anchors import AnchorGrid
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
-from detector.models.layers import conv_bn, depthwise, draw_small
+from detector.models.layers import Channels, conv_bn, depthwise, draw_small
 from detector.models.matching import gather_boxes, match, sample
 from detector.models.postprocess import Suppress, is_empty, keep_best, suppress_eagerly
 from detector.options import Count, Flag, Options, Positive, Share
@@ -47,7 +47,7 @@ class RPNOptions(Options):
     "Released code" is the authors', github.com/zengarden/light_head_rcnn, where the paper is silent.
     """
 
-    channels: Count = 256
+    channels: Channels = 256
     """Channels of the hidden map: 256 in setting S (section 4.3), 512 in L (section 4.2)."""
     separable: Flag = False
     """5x5 depthwise and 1x1 convolution (ThunderNet, section 3.2) in place of the published 3x3."""

@@ -10,11 +10,9 @@ from pydantic import Field
 from pydantic.types import Strict
 from torch import Tensor, nn
 
-from detector.models.layers import Activation
+from detector.models.layers import Activation, Channels
 from detector.options import BelowOne, Count, Flag, Options, Positive
 
-# Bounds of what a network takes from a file: none has more, and a damaged number must not take all memory.
-Channels = Annotated[int, Strict(), Field(ge=1), Field(le=2**16)]
 Widths = tuple[Channels, ...]
 """Outputs of each stage."""
 Repeats = tuple[Annotated[int, Strict(), Field(ge=1), Field(le=64)], ...]

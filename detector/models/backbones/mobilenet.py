@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from detector.errors import InputError
 from detector.models.backbones.contract import Backbone, BackboneOptions, ClassifierOptions, Place
-from detector.models.layers import Activation, conv_bn, depthwise
-from detector.options import Count, Flag, Positive
+from detector.models.layers import Activation, Channels, Width, conv_bn, depthwise
+from detector.options import Flag
 
 # Expansion, outputs, blocks, stride of the first block: table 2 of V2, in its letters t, c, n, s.
 V2_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -27,7 +27,7 @@ class MobileNetV1Options(BackboneOptions):
     """The defaults are MobileNet V1 1.0 (Howard et al. 2017, table 1)."""
 
     name: Literal["mobilenet_v1"] = "mobilenet_v1"
-    width: Positive = 1.0
+    width: Width = 1.0
     """Times the channels of table 1 (the paper's alpha); the products must be whole numbers."""
     activation: Activation = "relu"
     """relu (section 3.2); the authors' later code has relu6."""
@@ -90,9 +90,9 @@ class MobileNetV2Options(BackboneOptions):
     """The defaults are MobileNet V2 1.0 (Sandler et al. 2018, table 2)."""
 
     name: Literal["mobilenet_v2"] = "mobilenet_v2"
-    width: Positive = 1.0
+    width: Width = 1.0
     """Times the channels of table 2."""
-    multiple_of: Count = 8
+    multiple_of: Channels = 8
     """Channels are rounded to the nearest multiple, upwards where that would lose over a tenth (authors' code: 8)."""
     scale_last: Flag = True
     """c5 has 320 channels times the width (authors' code); false: 320 at every width, see MobileNetV2."""

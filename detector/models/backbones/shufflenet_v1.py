@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone, BackboneOptions, Channels, Place, Repeats, Widths
-from detector.models.layers import conv_bn, depthwise, pooled_stem
-from detector.options import Count, Flag, Positive
+from detector.models.backbones.contract import Backbone, BackboneOptions, Place, Repeats, Widths
+from detector.models.layers import Channels, Width, conv_bn, depthwise, pooled_stem
+from detector.options import Flag
 
 STAGE_2 = {1: 144, 2: 200, 3: 240, 4: 272, 8: 384}  # table 1: groups -> outputs; stages 3 and 4 have twice, four times
 SE_REDUCTION = 16  # Hu et al. 2018 (Squeeze-and-Excitation Networks): r = 16
@@ -73,7 +73,7 @@ class ShuffleNetV1Options(BackboneOptions):
     name: Literal["shufflenet_v1"] = "shufflenet_v1"
     groups: Literal[1, 2, 3, 4, 8] = 3
     """What the channels of a grouped 1x1 convolution are divided into (table 1)."""
-    width: Positive | None = None
+    width: Width | None = None
     """Times the channels of table 1, which depend on the groups; null: 1, or what `channels` say."""
     channels: Widths | None = None
     """Outputs of the last three stages, which give c3, c4 and c5, or of four, the first at stride 4 (V1-50)."""
@@ -81,7 +81,7 @@ class ShuffleNetV1Options(BackboneOptions):
     """Null: 12 up to half the width, 24, and 48 from twice the width on (the authors' code)."""
     repeats: Repeats = (4, 8, 4)
     """Units in each stage, the one of stride 2 included (table 1)."""
-    bottleneck: Count = 4
+    bottleneck: Channels = 4
     """Outputs of a unit over the channels of its depthwise convolution (section 3.2)."""
     se: Flag = False
     """Squeeze-and-excitation in every unit, reduction 16 (table 5)."""

@@ -18,14 +18,13 @@ from detector.models.backbones.channel_order import uneven_order
 from detector.models.backbones.contract import (
     Backbone,
     BackboneOptions,
-    Channels,
     ClassifierOptions,
     Place,
     Repeats,
     Widths,
 )
 from detector.models.backbones.unshuffled import UnshuffledStage, reorder_inputs
-from detector.models.layers import Activation, activation_layer, conv_bn, depthwise
+from detector.models.layers import Activation, Channels, activation_layer, conv_bn, depthwise
 from detector.options import Flag
 
 Pair = tuple[Tensor, Tensor]

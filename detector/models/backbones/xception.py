@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detector.errors import InputError
-from detector.models.backbones.contract import Backbone, BackboneOptions, Channels, Place, Repeats, Widths
-from detector.models.layers import conv_bn, depthwise, pooled_stem
+from detector.models.backbones.contract import Backbone, BackboneOptions, Place, Repeats, Widths
+from detector.models.layers import Channels, conv_bn, depthwise, pooled_stem
 from detector.options import Count
 
 
