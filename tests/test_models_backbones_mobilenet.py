@@ -109,7 +109,7 @@ def test_costs_are_the_published_ones(
         ("mobilenet_v1_0.25", {"width": 0}, "above 0"),
         ("mobilenet_v1_0.25", {"activation": "swish"}, "activation=swish: expected relu or relu6"),
         ("mobilenet_v2_0.4", {"width": 0}, "above 0"),
-        ("mobilenet_v2_0.4", {"multiple_of": 0}, "1 or more"),
+        ("mobilenet_v2_0.4", {"multiple_of": 0}, "from 1 to"),
         ("mobilenet_v2_0.4", {"depth": 2}, "depth"),
     ],
 )

@@ -198,7 +198,7 @@ def test_signal_survives_a_deep_network(file_name: str) -> None:
         ({"width": None, "channels": [120, 60, 240], "stem_channels": 12}, "wider than the one before"),
         ({"width": None, "channels": [60, 120], "stem_channels": 12}, "three of each"),
         ({"stem_channels": 10}, "stem_channels=10: must be a multiple of groups=3"),
-        ({"repeats": [4, 0, 4]}, "1 or more"),
+        ({"repeats": [4, 0, 4]}, "from 1 to"),
         ({"bottleneck": 40}, "at least groups"),
         ({"wdith": 2}, "wdith"),
     ],

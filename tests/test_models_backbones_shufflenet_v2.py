@@ -217,7 +217,7 @@ def test_uneven_branches_are_split_as_in_the_authors_code(channels: int) -> None
         ({"layout": "tensorflow"}, "layout=tensorflow: expected torchvision or paper"),
         ({"channels": [48, 96]}, "three of each"),
         ({"channels": [48, 98, 192]}, "multiples of 4"),
-        ({"repeats": [4, 0, 4]}, "1 or more"),
+        ({"repeats": [4, 0, 4]}, "from 1 to"),
         ({"wdith": 2}, "wdith"),
         ({"activation": "swiss"}, "activation=swiss: expected relu or .*hard_swish"),
     ],

@@ -89,7 +89,7 @@ def test_a_block_sees_seven_cells(stage: str) -> None:
     ("changes", "message"),
     [
         ({"channels": [72, 144]}, "give three"),
-        ({"repeats": [4, 0, 4]}, "1 or more"),
+        ({"repeats": [4, 0, 4]}, "from 1 to"),
         ({"bottleneck": 100}, "no more than the channels"),
         ({"se": True}, "se"),
     ],

@@ -167,8 +167,8 @@ def test_a_description_survives_a_checkpoint(small_spec: dict) -> None:
         ("light_head", "score_threshold", -0.1, "light_head.score_threshold=-0.1: expected a number from 0 to 1"),
         ("light_head", "class_agnostic", "no", "light_head.class_agnostic=no: expected true or false"),
         ("light_head", "kernel_size", 4, "it must be odd"),
-        ("neck", "width", 0, "neck.width=0: expected a whole number, 1 or more"),
-        ("backbone", "repeats", [4, 0, 4], "backbone.repeats=.*a whole number, 1 or more"),
+        ("neck", "width", 0, "neck.width=0: expected a whole number from 1 to"),
+        ("backbone", "repeats", [4, 0, 4], "backbone.repeats=.*a whole number from 1 to"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(small_spec: dict, part: str, key: str, value: Any, message: str) -> None:

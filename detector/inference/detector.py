@@ -96,7 +96,7 @@ class Detector(Predictor):
             detector = cls(options, about["class_names"], preprocessing, provenance)
             check_weights(detector.network.state_dict(), weights)
             detector.network.load_state_dict(weights)
-        except (InputError, RuntimeError) as error:  # the latter of load_state_dict
+        except (InputError, RuntimeError) as error:  # the latter where there is not enough memory
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"'{path}' does not fit its own description: it is damaged, or of another version ({reason}). "
