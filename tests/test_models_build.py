@@ -59,6 +59,7 @@ def test_every_data_set_composes(data: str) -> None:
         "val",
         "keep_empty",
         "cache",
+        "exif_boxes",
         "missing",
     }
 
