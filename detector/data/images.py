@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
+from typing import IO, TYPE_CHECKING, TypeAlias, TypeGuard, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -64,8 +64,11 @@ def read_image(
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _read_file(io.BytesIO(source), name or f"an image in {len(source)} bytes", exif, max_pixels)
     if hasattr(source, "read"):
-        content = _content_of(source, name or "a file object")
-        return read_image(content, exif=exif, max_pixels=max_pixels, name=name)
+        content = source.read()
+        if isinstance(content, bytes):
+            return read_image(content, exif=exif, max_pixels=max_pixels, name=name)
+        name, kind = name or "a file object", type(content).__name__
+        raise InputError(f"{name}: gives {kind}, not bytes; open it in binary mode, open(path, 'rb').")
     if isinstance(source, Image.Image):
         name = name or getattr(source, "filename", "")
         name = name or f"Pillow image (mode {source.mode}, {source.width} x {source.height})"
@@ -150,15 +153,6 @@ def _undecodable(name: object, error: Exception) -> InputError:
     )
 
 
-def _content_of(file: Any, name: str) -> bytes:
-    content = file.read()
-    if not isinstance(content, bytes):
-        raise InputError(
-            f"{name}: gives {type(content).__name__}, not bytes; open it in binary mode, open(path, 'rb')."
-        )
-    return content
-
-
 def _read_file(file: Path | io.BytesIO, name: str, exif: bool, max_pixels: int | None) -> np.ndarray:
     if isinstance(file, Path) and os.path.isdir(file):
         raise InputError(f"{name}: is a folder, not an image; detector.data.images.list_images gives the images in it.")
@@ -169,25 +163,32 @@ def _read_file(file: Path | io.BytesIO, name: str, exif: bool, max_pixels: int |
             return _from_pillow(image, exif)
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: no such file; check the path.") from error
-    except PermissionError as error:
-        raise InputError(f"{name}: may not be read by this user; change the file's permissions.") from error
-    except UnidentifiedImageError as error:
-        size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
-        what = "not an image that can be read" if size else "is empty (0 bytes), not an image that can be read"
-        raise InputError(f"{name}: {what}; convert it to one of {_suffixes()}, or take it out of the data.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(
-            f"{name}: too many pixels to be safe to decode ({error}). If you trust it, allow as many with max_pixels=N."
-        ) from error
     except Exception as error:  # Decoders raise what they like on damaged files: OSError, SyntaxError, struct.error ...
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            raise InputError(
-                f"{name[:60]}...: {len(name)} characters, longer than the name of a file may be; give an image's path "
-                f"(an image in base64 is to be decoded first)."
-            ) from None
-        raise _undecodable(name, error) from error
+        raise _explained(error, file, name) from error
+
+
+def _explained(error: Exception, file: Path | io.BytesIO, name: str) -> InputError:
+    """What an exception of Pillow means for the user."""
+    match error:
+        case FileNotFoundError():
+            why = "no such file; check the path."
+        case PermissionError():
+            why = "may not be read by this user; change the file's permissions."
+        case UnidentifiedImageError():
+            size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+            what = "not an image that can be read" if size else "is empty (0 bytes), not an image that can be read"
+            why = f"{what}; convert it to one of {_suffixes()}, or take it out of the data."
+        case Image.DecompressionBombError() | Image.DecompressionBombWarning():
+            why = f"too many pixels to be safe to decode ({error}). If you trust it, allow as many with max_pixels=N."
+        case OSError(errno=errno.ENAMETOOLONG):
+            why = (
+                f"{len(name)} characters, longer than the name of a file may be; give an image's path (an image in "
+                f"base64 is to be decoded first)."
+            )
+            name = f"{name[:60]}..."
+        case _:
+            return _undecodable(name, error)
+    return InputError(f"{name}: {why}")
 
 
 @contextmanager

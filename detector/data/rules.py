@@ -34,80 +34,60 @@ class Rule(NamedTuple):
     remedy: str
 
 
+# fmt: off
 RULES: dict[str, Rule] = {
-    "file": Rule(ERROR, "annotation file that cannot be used at all", "give the right path, or fetch the file again"),
-    "entries": Rule(
-        ERROR,
+    "file": Rule(ERROR,
+        "annotation file that cannot be used at all",
+        "give the right path, or fetch the file again"),
+    "entries": Rule(ERROR,
         "entries that lack a key, or whose value is no id, name, length or box of four finite numbers",
-        "add or correct it, or remove the entry",
-    ),
-    "no_categories": Rule(ERROR, "files without any category", "declare every class with an `id` and a `name`"),
-    "image_ids": Rule(
-        ERROR,
+        "add or correct it, or remove the entry"),
+    "no_categories": Rule(ERROR,
+        "files without any category",
+        "declare every class with an `id` and a `name`"),
+    "image_ids": Rule(ERROR,
         "image ids that more than one image has",
-        "each must be unique, renumber the images and their annotations",
-    ),
-    "category_ids": Rule(
-        ERROR,
+        "each must be unique, renumber the images and their annotations"),
+    "category_ids": Rule(ERROR,
         "category ids that more than one category has",
-        "each must be unique, renumber the categories and the annotations that use them",
-    ),
-    "category_names": Rule(
-        ERROR, "class names that more than one category has", "merge these categories, or rename one"
-    ),
-    "unknown_images": Rule(
-        ERROR,
+        "each must be unique, renumber the categories and the annotations that use them"),
+    "category_names": Rule(ERROR,
+        "class names that more than one category has",
+        "merge these categories, or rename one"),
+    "unknown_images": Rule(ERROR,
         "annotations of images that the file does not list",
-        "add the entry to `images`, or remove these annotations",
-    ),
-    "unknown_categories": Rule(
-        ERROR,
+        "add the entry to `images`, or remove these annotations"),
+    "unknown_categories": Rule(ERROR,
         "annotations of categories that the file does not declare",
-        "add the entry to `categories`, or correct the ids",
-    ),
-    "missing_files": Rule(
-        ERROR,
+        "add the entry to `categories`, or correct the ids"),
+    "missing_files": Rule(ERROR,
         "images that are not there",
-        "check image_dir (data.train.images, data.val.images) and `file_name`, or remove these entries",
-    ),
-    "exif_unknown": Rule(
-        ERROR,
+        "check image_dir (data.train.images, data.val.images) and `file_name`, or remove these entries"),
+    "exif_unknown": Rule(ERROR,
         "images with an EXIF rotation whose boxes may be in the frame before it or after it",
-        "say which one: data.exif_boxes=turned (after it, as people see the image), or data.exif_boxes=stored",
-    ),
-    "repaired_values": Rule(
-        WARNING,
+        "say which one: data.exif_boxes=turned (after it, as people see the image), or data.exif_boxes=stored"),
+    "repaired_values": Rule(WARNING,
         "values that are not as COCO writes them, but plain",
-        "nothing need be done; other tools may fail on them",
-    ),
-    "annotation_ids": Rule(
-        WARNING,
+        "nothing need be done; other tools may fail on them"),
+    "annotation_ids": Rule(WARNING,
         "annotation ids that more than one annotation has; not used here, but COCO's own code counts them wrongly",
-        "renumber the annotations",
-    ),
-    "file_names": Rule(
-        WARNING,
+        "renumber the annotations"),
+    "file_names": Rule(WARNING,
         "files that more than one image entry names; an entry that lacks the objects of the other teaches wrongly",
-        "merge the entries",
-    ),
-    "foreign_names": Rule(
-        WARNING,
+        "merge the entries"),
+    "foreign_names": Rule(WARNING,
         "names of files with the folders of another machine; these files were found by the end of their names",
-        "nothing need be done here; write names relative to the folder of the images for other tools",
-    ),
-    "exif_frame": Rule(
-        WARNING,
-        "images with an EXIF rotation whose width and height belong to another frame than the boxes; read in the frame "
-        "of the boxes",
-        "nothing need be done here; swap `width` and `height` for other tools",
-    ),
-    "degenerate_boxes": Rule(
-        WARNING,
+        "nothing need be done here; write names relative to the folder of the images for other tools"),
+    "exif_frame": Rule(WARNING,
+        "images with an EXIF rotation whose width and height belong to another frame than the boxes; read in the "
+        "frame of the boxes",
+        "nothing need be done here; swap `width` and `height` for other tools"),
+    "degenerate_boxes": Rule(WARNING,
         "boxes without area inside their image: training leaves them out, metrics count them, and they can never be "
         "found",
-        "correct or remove them",
-    ),
+        "correct or remove them"),
 }
+# fmt: on
 
 
 def fault(rule: str, texts: Sequence[str], count: int | None = None) -> list[Finding]:
