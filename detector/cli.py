@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 from detector.errors import InputError
 from detector.files import CONF
-from detector.options import Options, alternatives, names_in, sets_in, shown, type_of
+from detector.options import Options, alternatives, expected, names_in, sets_in, shown, type_of
 
 # Name -> the module whose docstring is the help, its options, the function that takes them.
 COMMANDS = {
@@ -261,7 +262,7 @@ def apply(word: str, command: str, options_class: type[Options], values: dict[st
         raise InputError(f"cannot read {word!r}: values are given as key=value, for instance {key or 'key'}=1.")
     kind, names = check_key(command, options_class, key), key.split(".")
     if not word.startswith("~"):
-        value = as_typed(kind, text) if is_text(kind) else read_value(key, text)
+        value = as_typed(kind, text) if is_text(kind) else read_value(key, text, kind)
         for path, one in _leaves(command, options_class, {key: value}):
             set_in(values, path.split("."), one)
     elif all(isinstance(values := values.get(name, {}), dict) for name in names[:-1]):
@@ -308,19 +309,21 @@ def as_typed(kind: Any, text: str) -> Any:
     return os.path.expanduser(text) if text.startswith("~/") else text
 
 
-def read_value(key: str, text: str) -> Any:
-    """A number, a list, a mapping ..., by Hydra's grammar."""
+def read_value(key: str, text: str, kind: Any) -> Any:
+    """A number, a list, a mapping ..., by Hydra's grammar.
+
+    Raises:
+        InputError: it cannot be read; says what a value of this type is.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
     except HydraException as error:
-        raise InputError(
-            f"cannot read '{key}={text}': a text with such characters is quoted, '{key}=\"...\"'."
-        ) from error
+        raise InputError(f"cannot read '{key}={text}': expected {expected(kind, key)}.") from error
     if override.is_sweep_override():
-        raise InputError(f"cannot read '{key}={text}': a list is written '{key}=[{text}]'.")
+        raise InputError(f"cannot read '{key}={text}': a list is written {shlex.quote(f'{key}=[{text}]')}.")
     return override.value()
 
 
@@ -350,16 +353,16 @@ def refuse_unknown_flags(flags: Sequence[str]) -> None:
                 f"Use a loop: for b in v2_0.5x v2_1x; do {usage()} backbone=$b; done"
             )
         if flag not in ("-h", "--help"):
-            key, _, value = flag.lstrip("-").partition("=")
+            word = flag.lstrip("-") if "=" in flag else f"{flag.lstrip('-')}=..."
             raise InputError(
-                f"{flag}: values are given as key=value, without dashes: {key}={value or '...'}. "
+                f"{flag}: values are given as key=value, without dashes: {shlex.quote(word)}. "
                 f"All keys: {usage()} --help"
             )
 
 
 def usage() -> str:
     """How this command was called."""
-    return sys.argv[0] if sys.argv[0].startswith("light-head ") else f"python {sys.argv[0]}"
+    return sys.argv[0] if sys.argv[0].startswith("light-head ") else f"python {shlex.quote(sys.argv[0])}"
 
 
 def help_text(command: str, composed: Composed) -> str:
@@ -449,7 +452,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}: choose another place, or change who may use this one."
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return f"cannot write {error.filename or 'a file'}: {os.strerror(error.errno).lower()}. Choose another place."
+        reason = os.strerror(error.errno).lower()
+        return f"cannot write {error.filename or 'a file'}: {reason}. Make room, or choose another place."
     if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported for its name
         return "the GPU's memory is full: lower train.batch_size or val.batch_size (and raise trainer.accumulate)."
     if isinstance(error, RuntimeError) and re.search(

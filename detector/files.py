@@ -30,7 +30,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Give a path to write to; it becomes `path` when the block ends, and vanishes when the block fails.
 
     A reader, and a run that is killed, never sees half a file. The suffix is kept, because writers of images choose
-    their format by it. Missing parent folders are made.
+    their format by it. Missing parent folders are made. An OSError names `path`, not what is written meanwhile.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +41,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

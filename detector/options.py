@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -163,7 +165,7 @@ def _in_one_line(options: type[Options], error: Any, values: Any, where: str) ->
         return f"{path} is missing: add {path}=... to the command line."
     if error["type"] == "union_tag_invalid":  # what kind of backbone
         return f"{path}.name={error['ctx']['tag']}: expected one of {error['ctx']['expected_tags']}."
-    return f"{path}={shown(value)}: expected {_expected(type_of(options, *names), path)}."
+    return f"{path}={shown(value)}: expected {expected(type_of(options, *names), path)}."
 
 
 def _place(error: Any, values: Any) -> tuple[list[str], Any]:
@@ -183,7 +185,15 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _expected(kind: Any, path: str) -> str:
+def typed(key: str, value: Any) -> str:
+    """What to type for key=value in a shell (POSIX), so that the option becomes just this value."""
+    text = shown(value)
+    if isinstance(value, str) and re.fullmatch(r"null|(['\"]).*\1|\[.*\]", value):  # would mean more than itself
+        text = '"' + value.replace('"', r"\"") + '"'
+    return shlex.quote(f"{key}={text}")
+
+
+def expected(kind: Any, path: str) -> str:
     """What a type takes, in words."""
     if get_origin(kind) is Annotated:
         kind, *details = get_args(kind)
@@ -196,16 +206,18 @@ def _expected(kind: Any, path: str) -> str:
             for name in ("ge", "gt", "le", "lt")
             if hasattr(bound, name)
         }
-        return _expected(kind, path) + _within(bounds)
+        return expected(kind, path) + _within(bounds)
     if get_origin(kind) in (Union, types.UnionType):
-        return ", or ".join(_expected(member, path) for member in get_args(kind))
+        return ", or ".join(expected(member, path) for member in get_args(kind))
     if get_origin(kind) is Literal:
         return " or ".join(map(shown, get_args(kind)))
     if get_origin(kind) in (list, tuple):
         inner = [part for part in get_args(kind) if part is not ...]
-        return f"a list [...], each {_expected(inner[0], path)}" if inner else "a list [...]"
+        return f"a list [...], each {expected(inner[0], path)}" if inner else "a list [...]"
     if sets_in(kind):
         return f"{path}.KEY=VALUE"
+    if get_origin(kind) is dict:
+        return f"{{NAME: VALUE}}, each {expected(get_args(kind)[1], path)}"
     return _WORDS.get(kind, "another value")
 
 

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tool_runner import ROOT
 
 from detector import cli
 from detector.errors import InputError
-from detector.options import sets_in, type_of
+from detector.options import sets_in, type_of, typed
 
 JOB = '''"""Says what it was given.
 
@@ -185,7 +186,9 @@ def test_runs_with_the_composed_options_and_leaves_nothing_behind(tool: Path) ->
         ("hydra.run.dir=x", ["hydra.run.dir is not a key"]),
         ("epochs", ["cannot read 'epochs'", "epochs=1"]),
         ("epochs=1,2", ["'epochs=[1,2]'"]),
-        ("epochs=a b]", ["cannot read 'epochs=a b]'"]),
+        ("epochs=a b]", ["cannot read 'epochs=a b]': expected a whole number, 1 or more."]),
+        ("data={root: it's.jpg}", ["expected data.KEY=VALUE"]),
+        ("optimizer.scales={it's: 1}", ["expected {NAME: VALUE}, each a number above 0"]),
         ("epochs=0", ["epochs=0: expected a whole number, 1 or more."]),
         ("epochs=${rate}", ["epochs=${rate}: expected a whole number"]),
         ("report=true", ["report=true: expected report.KEY=VALUE, or false."]),
@@ -242,6 +245,49 @@ def test_a_path_is_the_text_as_typed(text: str) -> None:
 )
 def test_texts_that_mean_more_than_themselves(kind: Any, text: str, value: Any) -> None:
     assert cli.as_typed(kind, text) == value
+
+
+def through_bash(line: str) -> list[str]:
+    """The words of a command line, as a shell hands them over."""
+    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
+    return shown.split("\0")[:-1]
+
+
+SPECIAL = (
+    "null",
+    '"a"',
+    "'a'",
+    '"',
+    "'",
+    "[a,b]",
+    "[x",
+    "$HOME",
+    "`id`",
+    "a b  c",
+    "a\\",
+    '"\\',
+    "a;b|c&d>e",
+    "~",
+    "{a,b}",
+)
+
+
+@pytest.mark.parametrize("kind", [str | None, str | list[str] | None])
+def test_what_is_printed_for_the_command_line_works_in_a_shell(kind: Any) -> None:
+    values = [*TEXTS, *SPECIAL]
+    words = through_bash(" ".join(typed("data.root", value) for value in values))
+    keys, _, texts = zip(*(word.partition("=") for word in words), strict=True)
+    assert {*keys} == {"data.root"}
+    assert [cli.as_typed(kind, text) for text in texts] == values
+
+
+@pytest.mark.parametrize("word", ["--ckpt=it's.ckpt", '--ckpt=q"uo $x.ckpt', "--ckpt=~/x", "--epochs=3", "epochs=1,2"])
+def test_advice_can_be_pasted(tool: Path, word: str) -> None:
+    line = error_line(tool, word)
+    advice = re.search(r"without dashes: (.*)\. All keys:|is written (.*)\.$", line)
+    assert advice is not None
+    expected = [word.lstrip("-")] if word[0] == "-" else ["epochs=[1,2]"]
+    assert through_bash(advice[1] or advice[2]) == expected
 
 
 def test_only_texts_are_taken_as_typed(tool: Path) -> None:

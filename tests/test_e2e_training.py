@@ -259,7 +259,10 @@ def test_a_killed_run_goes_on_from_its_last_epoch(lab: Lab) -> None:
     assert not list((lab.folder / "killed").glob(".*"))
 
 
-def test_control_c_leaves_a_run_that_can_go_on(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    ("kind", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupt_leaves_a_run_that_can_go_on(lab: Lab, kind: signal.Signals, code: int, word: str) -> None:
     arguments = [f"data.root={lab.root}", *DEMO[2:], *overrides_of(lab.detector.options.spec()), "schedule.epochs=500"]
     command = [sys.executable, str(ROOT / "tools/train.py"), "recipe=finetune", "backbone.weights=null", *arguments]
     with subprocess.Popen(
@@ -270,12 +273,16 @@ def test_control_c_leaves_a_run_that_can_go_on(lab: Lab) -> None:
         for line in process.stderr:
             if "after epoch 2 of 500" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(kind)
         rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, rest
-    assert rest.endswith("interrupted\n")
+    assert process.returncode == code, rest
+    assert rest.endswith(f"{word}\n")
     assert "Traceback" not in rest
-    assert load(lab.folder / "run/last.ckpt")["global_step"] >= 2
+    steps = load(lab.folder / "run/last.ckpt")["global_step"]
+    assert steps >= 2
+    epochs = load(lab.folder / "run/last.ckpt")["epoch"] + 2
+    run_tool("train", "ckpt=run/last.ckpt", "resume=true", f"schedule.epochs={epochs}", cwd=lab.folder).ok()
+    assert load(lab.folder / "run/last.ckpt")["global_step"] > steps
 
 
 def test_checkpoints_are_data_and_hold_the_average(lab: Lab) -> None:

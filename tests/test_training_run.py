@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +20,13 @@ from typing import Any
 import pytest
 import torch
 from scored_data import write_scored_data
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tool_runner import tool_environment
 
+from detector.cli import explain
 from detector.errors import InputError
 from detector.inference.detector import Detector
+from detector.training import run_directory
 from detector.training import task as task_module
 from detector.training.run import TrainOptions, train
 from detector.training.task import DetectionTask
@@ -137,12 +147,14 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run: Run, stopped: Path, monke
     assert rows(resumed) == rows(Path("whole"))
 
 
-@pytest.mark.parametrize("place", [pytest.param("same", marks=pytest.mark.slow), "moved", "elsewhere"])
+@pytest.mark.parametrize("place", [pytest.param("same", marks=pytest.mark.slow), "moved", "copied", "elsewhere"])
 def test_the_best_is_not_forgotten_where_a_run_moves(
     run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     if place == "moved":
         stopped = stopped.rename("moved")
+    if place == "copied":
+        stopped = shutil.copytree(stopped, Path("copied"))
     score_in_turn(monkeypatch, 0.25, 0.1)  # the first epoch had 0.3
     resumed = run(ckpt=str(stopped / "last.ckpt"), resume=True, run_dir="elsewhere" if place == "elsewhere" else None)
     assert load(resumed / "best.ckpt")["global_step"] == 2
@@ -161,6 +173,177 @@ def test_a_run_that_has_lost_its_best_finds_another(
     assert said(resumed)["best"]["AP"] == 0.2
     named = next(message for message in caplog.messages if "best.ckpt" in message)
     assert all((resumed / name.strip()).exists() for name in named.partition(" in ")[0].split(","))
+
+
+@pytest.mark.parametrize("left", ["last.ckpt alone", "half a table", pytest.param("no table", marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_what_is_left_of_it(
+    run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    table = stopped / "metrics.csv"
+    whole = rows(Path("whole"))
+    if left == "last.ckpt alone":
+        Path("alone").mkdir()
+        stopped = (stopped / "last.ckpt").rename("alone/last.ckpt").parent
+        expected = whole[-6:]  # epochs of two steps and a validation
+    elif left == "half a table":
+        lines = table.read_bytes().splitlines(keepends=True)
+        table.write_bytes(b"".join(lines[:3]) + lines[3][:-4])
+        expected = whole[:2] + whole[-6:]
+    else:
+        table.write_bytes(b"\xff\x00,\n1,2\n\n")
+        expected = whole[-6:]
+    score_in_turn(monkeypatch, 0.1, 0.1)
+    resumed = run(ckpt=str(stopped / "last.ckpt"), resume=True)
+    assert rows(resumed) == expected
+    assert load(resumed / "last.ckpt")["global_step"] == 8
+    assert load(resumed / "best.ckpt")["global_step"] == (6 if left == "last.ckpt alone" else 2)
+    assert (resumed / "curves.png").is_file()
+
+
+def full(monkeypatch: pytest.MonkeyPatch, *names: str, code: int = errno.ENOSPC) -> None:
+    """Let there be no room for files of these names."""
+    replace, write = os.replace, Path.open
+
+    def refuse(name: str) -> None:
+        if name in names:
+            raise OSError(code, os.strerror(code))
+
+    def replace_(source: Any, target: Any) -> None:
+        refuse(Path(target).name)
+        replace(source, target)
+
+    def open_(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "a" in mode:
+            refuse(path.name)
+        return write(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(os, "replace", replace_)
+    monkeypatch.setattr(Path, "open", open_)
+
+
+def test_a_full_disk_ends_no_training_for_a_table_or_a_picture(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def start(task: DetectionTask) -> None:
+        monkeypatch.setattr(RecordWriter, "write", refuse)
+        table = ["metrics.csv"] if task.current_epoch else []
+        full(monkeypatch, *table, "metrics.json", "curves.png", "train_batch.png")
+
+    monkeypatch.setattr(DetectionTask, "on_train_epoch_start", start)
+    run_dir = run(run_dir="run", schedule=epochs(3))
+    said = [message for message in caplog.messages if "goes on without it" in message]
+    assert sorted(message.partition("'")[2].partition("'")[0] for message in said) == [
+        f"run/{name}" for name in ("curves.png", "metrics.csv", "metrics.json", "tensorboard", "train_batch.png")
+    ]
+    assert all("No space left on device" in message for message in said)
+    assert [row["step"] for row in rows(run_dir)] == ["1", "2", "2"]
+    assert load(run_dir / "last.ckpt")["global_step"] == 6
+    assert load(run_dir / "best.ckpt")["global_step"] in (2, 4, 6)
+    assert not list(run_dir.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", pytest.param("best.ckpt", marks=pytest.mark.slow)])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def start(task: DetectionTask) -> None:
+        if task.current_epoch == 1:
+            full(patch, name, code=errno.EROFS)
+
+    score_in_turn(monkeypatch, 0.1, 0.2, 0.3, 0.4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DetectionTask, "on_train_epoch_start", start)
+        with pytest.raises(InputError, match="Cannot write '") as caught:
+            run(run_dir="my run", schedule=epochs(3))
+    assert str(caught.value).startswith(f"Cannot write '{Path('my run').resolve() / name}': Read-only file system. ")
+    assert str(caught.value).endswith(f"go on: 'ckpt={Path('my run').resolve()}/last.ckpt' resume=true.")
+    assert {load(path)["global_step"] for path in Path("my run").glob("*.ckpt")} <= {2, 4}
+    assert not list(Path("my run").glob(".*"))
+    assert load(run(ckpt="my run/last.ckpt", resume=True) / "last.ckpt")["global_step"] == 6
+
+
+def test_a_full_disk_at_the_start_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    full(monkeypatch, "config.yaml")
+    with pytest.raises(OSError, match="No space left") as caught:
+        run(run_dir="run")
+    assert explain(caught.value) == (
+        "cannot write run/config.yaml: no space left on device. Make room, or choose another place."
+    )
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from detector.training.run_directory import alone
+with alone(Path(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_write_into_one_directory(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a process that was killed leaves no lock."""
+    monkeypatch.setattr(run_directory, "PATIENCE", 0.0)
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, "run"], stdout=subprocess.PIPE, text=True, env=tool_environment()
+    ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "ready\n"
+        with pytest.raises(InputError, match=r"Another process is writing a run into 'run': wait .* another run_dir"):
+            run(run_dir="run", overwrite=True)
+        assert list((tmp_path / "run").iterdir()) == []
+        owner.send_signal(signal.SIGKILL)
+    # Nor do the loader processes of a run that has ended.
+    with run_directory.alone(tmp_path / "run"):
+        loader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        loader.start()
+    assert run(run_dir="run") == Path("run")
+    loader.kill()
+    loader.join()
+
+
+def test_runs_that_begin_in_one_second_have_directories_of_their_own(tmp_path: Path) -> None:
+    folders = [run_directory._new_folder(tmp_path / "runs") for _ in range(4)]
+    assert len({*folders}) == 4
+    assert all(folder.is_dir() for folder in folders)
+
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from detector.training.checkpoints import CheckpointFiles
+def half(path, content):
+    with path.open("wb") as file:
+        file.write(bytes(content)[: len(content) // 2])
+        file.flush()
+        print("ready", flush=True)
+        time.sleep(60)
+Path.write_bytes = half
+CheckpointFiles().save_checkpoint({"state_dict": dict.fromkeys(map(str, range(999)))}, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITE, "stopped/last.ckpt"], stdout=subprocess.PIPE, text=True, env=tool_environment()
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        writer.send_signal(kind)
+    assert len(list(stopped.glob(".*"))) == 1
+    assert load(stopped / "last.ckpt")["global_step"] == 4
+    resumed = run(ckpt="stopped/last.ckpt", resume=True)
+    assert load(resumed / "last.ckpt")["global_step"] == 8
+    assert not list(resumed.glob(".*"))
 
 
 def test_one_small_image_is_refused_in_the_fields_words(run: Run) -> None:

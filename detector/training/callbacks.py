@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +17,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from detector.evaluation.metrics import METRICS
 from detector.files import replacing, write_json
 from detector.training.plots import plot_curves
+from detector.training.run_directory import dispensable
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ class History(lightning.Callback):
         self.columns = ("step", "epoch", "lr", *columns.losses, *columns.metrics)
         self.path = run_dir / "metrics.csv"
         self.best: dict[str, Any] = {}
+        self.told: set[Path] = set()
         self.lr = 0.0
         self.written = 0
 
@@ -75,9 +80,11 @@ class History(lightning.Callback):
         self.written = trainer.global_step
         kept = []
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                # A run that died wrote rows after its last checkpoint; they will be written again.
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= self.written]
+            text = self.path.read_bytes().decode(errors="replace")
+            lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # no half row
+            whole = [row for row in csv.DictReader(lines) if None not in row.values()]
+            # A run that died wrote rows after its last checkpoint; they will be written again.
+            kept = [row for row in whole if (step := row.get("step", "")).isdecimal() and int(step) <= self.written]
         with replacing(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
@@ -85,8 +92,14 @@ class History(lightning.Callback):
 
     def _write(self, trainer: lightning.Trainer, values: Mapping[str, Any]) -> None:
         row = {"step": trainer.global_step, "epoch": trainer.current_epoch} | dict(values)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
+        with dispensable(self.path, self.told):
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
+            except OSError:
+                os.truncate(self.path, size)  # no half row
+                raise
 
     def on_before_optimizer_step(
         self, _: lightning.Trainer, __: lightning.LightningModule, optimizer: torch.optim.Optimizer
@@ -112,8 +125,10 @@ class History(lightning.Callback):
         # As ModelCheckpoint decides about best.ckpt: the first of equals stays, and no value (no objects) counts as 0.
         if not self.best or (last[self.monitor] or 0.0) > (self.best[self.monitor] or 0.0):
             self.best = last
-        write_json(self.run_dir / "metrics.json", {"best": self.best, "last": last})
-        plot_curves(self.path, self.run_dir / "curves.png")
+        with dispensable(self.run_dir / "metrics.json", self.told):
+            write_json(self.run_dir / "metrics.json", {"best": self.best, "last": last})
+        with dispensable(self.run_dir / "curves.png", self.told):
+            plot_curves(self.path, self.run_dir / "curves.png")
         shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in self.shown if name in metrics)
         shown = shown or "no AP, the validation split has no objects"
         log.info("after epoch %d of %d: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
@@ -138,9 +153,37 @@ class FirstBatchImage(lightning.Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, task: Any, batch: Any, _: int) -> None:
         if self.path is not None and trainer.is_global_zero:
-            with replacing(self.path) as partial:
+            with dispensable(self.path, set()), replacing(self.path) as partial:
                 task.draw(batch).save(partial)
         self.path = None
+
+
+class Events(TensorBoardLogger):
+    """Lightning's, but where its files cannot be written, the training goes on without them."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir, name="", version="tensorboard")
+        self.told: set[Path] = set()
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        with self._dispensable():
+            super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        with self._dispensable():
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        with self._dispensable():
+            super().finalize(status)
+
+    @contextmanager
+    def _dispensable(self) -> Iterator[None]:
+        with dispensable(Path(self.log_dir), self.told):
+            try:
+                yield
+            except ValueError as error:  # for any error, in log_metrics
+                raise error.__cause__ or error from None
 
 
 class ProgressBar(TQDMProgressBar):

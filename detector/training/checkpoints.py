@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from detector.errors import InputError
 from detector.files import replacing
+from detector.options import typed
 
 
 class KeptCheckpoint(ModelCheckpoint):
@@ -53,6 +56,8 @@ class CheckpointFiles(TorchCheckpointIO):
     Lightning's goes by the folder for temporary files; where that is another file system, the move is a copy, and one
     that is killed leaves half a checkpoint.
 
+    Raises InputError where the disk is full or the folder read-only.
+
     Args:
         weights: of a checkpoint; what best.pth, beside best.ckpt, holds. None: there is no best.pth.
     """
@@ -62,8 +67,20 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        with replacing(path) as partial:
-            torch.save(checkpoint, partial)
+        self._write(checkpoint, path)
         if self.weights and path.name == "best.ckpt":
-            with replacing(path.with_name("best.pth")) as partial:
-                torch.save(self.weights(checkpoint), partial)
+            self._write(self.weights(checkpoint), path.with_name("best.pth"))
+
+    def _write(self, content: Mapping[str, Any], path: Path) -> None:
+        buffer = io.BytesIO()  # torch says less about a disk that is full
+        torch.save(content, buffer)
+        try:
+            with replacing(path) as partial:
+                partial.write_bytes(buffer.getbuffer())
+        except OSError as error:
+            last = path.with_name("last.ckpt")
+            go_on = f", then go on: {typed('ckpt', str(last))} resume=true" if last.exists() else ""
+            raise InputError(
+                f"Cannot write '{path}': {error.strerror or error}. Checkpoints from before are whole. Make room for it"
+                f"{go_on}."
+            ) from error

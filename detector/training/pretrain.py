@@ -12,6 +12,7 @@ bf16-mixed; not yet on a GPU, and not on ImageNet.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +39,7 @@ from detector.models.backbones.classifier import ImageClassifier, build_classifi
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
-from detector.options import BelowOne, Natural, Options
+from detector.options import BelowOne, Natural, Options, typed
 from detector.training.classification import ClassificationTask
 from detector.training.data_module import ClassificationData
 from detector.training.run_directory import is_first_process
@@ -185,12 +186,12 @@ def next_command(options: RunOptions, run_dir: Path) -> str:
     """The command line that trains a detector from this run's weights."""
     # The same architecture; what stands on top of the backbone, and where it started, is no part of it.
     changes = [
-        override
+        shlex.quote(override)
         for override in options.overrides
         if override.startswith("backbone.")
         and override.split(".")[1].partition("=")[0] not in ("weights", "classifier")
     ]
-    words = [f"backbone={options.backbone_name}", *changes, f"backbone.weights={run_dir / 'best.pth'}"]
+    words = [f"backbone={options.backbone_name}", *changes, typed("backbone.weights", str(run_dir / "best.pth"))]
     return f"python tools/train.py recipe=finetune {' '.join(words)} data.root=DIR"
 
 

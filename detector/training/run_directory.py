@@ -6,6 +6,9 @@ import itertools
 import logging
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +17,7 @@ import yaml
 
 from detector.errors import InputError
 from detector.files import replacing
+from detector.options import typed
 
 if TYPE_CHECKING:
     from detector.training.trainer import RunOptions
@@ -22,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # The process that launches the others decides on the name of the run's folder; they find it here.
 RUN_NAME_VARIABLE = "DETECTOR_RUN_NAME"
+# Seconds in which the loader processes of a run that was killed end, and with them its lock.
+PATIENCE = 6.0
 # Everything that a run writes but config.yaml, in the order in which the log names it.
 WRITTEN = (
     "best.pth", "best.ckpt", "last.ckpt", "metrics.csv", "metrics.json", "curves.png", "train_batch.png", "tensorboard"
@@ -45,12 +51,17 @@ def check_free(options: RunOptions) -> None:
         if any((run_dir / name).exists() for name in WRITTEN):
             raise InputError(
                 f"'{run_dir}' holds a run. Choose another run_dir; or overwrite=true, which removes that run; or "
-                f"ckpt={run_dir / 'last.ckpt'} resume=true, which goes on with it."
+                f"{typed('ckpt', str(run_dir / 'last.ckpt'))} resume=true, which goes on with it."
             )
 
 
-def run_directory(options: RunOptions, above: Path) -> Path:
-    """Given, or the resumed run's, or <above>/<recipe>/<backbone>/<time>. Rank 0 alone writes to it, beginning here."""
+@contextmanager
+def run_directory(options: RunOptions, above: Path) -> Iterator[Path]:
+    """Given, or the resumed run's, or <above>/<recipe>/<backbone>/<time>. Rank 0 alone writes to it, beginning here.
+
+    Raises:
+        InputError: it cannot be written to, or another process is writing a run there.
+    """
     old = Path(str(options.ckpt)).parent  # of a resumed run
     if options.run_dir:
         run_dir = Path(options.run_dir)
@@ -58,26 +69,92 @@ def run_directory(options: RunOptions, above: Path) -> Path:
         run_dir = old
     else:
         folder = above / options.recipe_name / options.backbone_name
-        run_dir = folder / os.environ.setdefault(RUN_NAME_VARIABLE, _free_name(folder))
-    if is_first_process():
-        check_writable(run_dir)
+        name = os.environ.get(RUN_NAME_VARIABLE)
+        run_dir = folder / name if name else _new_folder(folder)
+        os.environ[RUN_NAME_VARIABLE] = run_dir.name
+    if not is_first_process():
+        yield run_dir
+        return
+    check_writable(run_dir)
+    with alone(run_dir):
+        check_free(options)  # a run that has ended meanwhile
+        for litter in run_dir.glob(".*.partial*"):  # of a run that was killed
+            litter.unlink()
         if options.resume:
             for name in CONTINUED:
                 if (old / name).is_file() and not (run_dir / name).exists():
-                    shutil.copy2(old / name, run_dir / name)
+                    with replacing(run_dir / name) as partial:
+                        shutil.copy2(old / name, partial)
         else:
             _clear(run_dir)
         with replacing(run_dir / "config.yaml") as partial:
             partial.write_text(yaml.safe_dump(options.to_dict(), sort_keys=False))
         log.info("run directory: %s", run_dir)
-    return run_dir
+        yield run_dir
 
 
-def _free_name(folder: Path) -> str:
-    """The time, to the second; with a number where a run has begun in the same one."""
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes' runs out of a folder. The lock ends with this process, however it ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has none
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"Another process is writing a run into '{folder}': wait for it, or choose another run_dir."
+                    ) from error
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # loader processes hold it, too
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def dispensable(path: Path, told: set[Path]) -> Iterator[None]:
+    """Go on where this file cannot be written, and say so once: neither table nor picture ends a training of hours.
+
+    Args:
+        told: of what it has been said.
+    """
+    try:
+        yield
+    except OSError as error:
+        if path not in told:
+            log.warning("Cannot write '%s': %s. The training goes on without it.", path, error.strerror or error)
+        told.add(path)
+
+
+def _new_folder(above: Path) -> Path:
+    """A folder named by the time, to the second; with a number where a run has begun in the same one."""
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = itertools.chain([now], (f"{now}_{number}" for number in itertools.count(2)))
-    return next(name for name in names if not (folder / name).exists())
+    if not is_first_process():
+        return above / now
+    check_writable(above)
+    for number in itertools.count(1):
+        folder = above / (now if number == 1 else f"{now}_{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
 
 
 def _clear(run_dir: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +18,8 @@ import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from pydantic import Field
 from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from detector.training.task import Task
 
 T = TypeVar("T", bound="RunOptions")
+Weights = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 Checkpoint = dict[str, Any] | None  # of a run that goes on
 
 log = logging.getLogger(__name__)
@@ -144,7 +147,7 @@ def devices(options: DeviceOptions) -> dict[str, Any]:
     if processes > 1:
         # Buffers are made equal once, before evaluation (`share_buffers`); at every forward pass it would be a
         # collective inside validation, where ranks have different numbers of batches.
-        strategy = DDPStrategy(broadcast_buffers=False, process_group_backend="nccl" if gpus else "gloo")
+        strategy = DDPStrategy(broadcast_buffers=False)
     return {
         "accelerator": "gpu" if gpus else "cpu",
         "devices": devices,
@@ -156,12 +159,19 @@ def devices(options: DeviceOptions) -> dict[str, Any]:
 
 @contextmanager
 def ranks_end_together(trainer: lightning.Trainer) -> Iterator[None]:
-    """Ranks that Lightning started end when this one, the first, fails: on GPUs they would wait half an hour for it."""
+    """Ranks that Lightning started end when this one, the first, fails: on GPUs they would wait half an hour for it.
+
+    Raises:
+        SystemExit: 143 after SIGTERM, which Lightning answers after the batch, with 0.
+    """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for process in getattr(trainer.strategy.launcher, "procs", []):
             process.kill()
+        if isinstance(error, SIGTERMException):
+            log.warning("terminated")
+            raise SystemExit(128 + signal.SIGTERM) from error
         raise
 
 
@@ -194,7 +204,7 @@ def fit(
     task: Task,
     data: SplitData,
     above: Path = Path("runs"),
-    weights: Callable[[Mapping[str, Any]], dict[str, Tensor]] | None = None,
+    weights: Weights | None = None,
 ) -> Path:
     """Train to the end, with everything that a run writes. Returns the run directory.
 
@@ -211,7 +221,19 @@ def fit(
     epochs = options.schedule.epochs_for(data.train_images)
     if checkpoint:
         check_can_go_on(str(options.ckpt), checkpoint[task.entry], checkpoint["epoch"], task.describe(), epochs)
-    run_dir = run_directory(options, above)  # last: a mistake above leaves no empty folder
+    with run_directory(options, above) as run_dir:  # last: a mistake above leaves no empty folder
+        trainer = _trainer(options, task, run_dir, epochs, weights)
+        with ranks_end_together(trainer), logging_redirect_tqdm():
+            trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        log.info("%s", task.summary())
+        log.info("%s in %s", ", ".join(name for name in WRITTEN[:-1] if (run_dir / name).exists()), run_dir)
+    return run_dir
+
+
+def _trainer(options: RunOptions, task: Task, run_dir: Path, epochs: int, weights: Weights | None) -> lightning.Trainer:
     callbacks: list[lightning.Callback] = [
         KeptCheckpoint(run_dir, task.columns.monitor),
         KeptCheckpoint(run_dir),
@@ -222,14 +244,14 @@ def fit(
         parts.LastEpochScored(),
         parts.RandomStates(),
     ]
-    trainer = lightning.Trainer(
+    return lightning.Trainer(
         **devices(options.trainer),
         **progress(options.trainer, callbacks),
         max_epochs=epochs,
         check_val_every_n_epoch=min(options.val.every, epochs),
         gradient_clip_val=options.optimizer.clip_norm,
         accumulate_grad_batches=options.trainer.accumulate,
-        logger=TensorBoardLogger(run_dir, name="", version="tensorboard"),
+        logger=parts.Events(run_dir),
         log_every_n_steps=options.trainer.log_every,
         num_sanity_val_steps=0,  # its scores of an untrained network have been taken for the best elsewhere
         use_distributed_sampler=False,  # it pads; those of data_module.py do not when they score
@@ -237,14 +259,6 @@ def fit(
         default_root_dir=run_dir,
         plugins=[CheckpointFiles(weights)],
     )
-    with ranks_end_together(trainer), logging_redirect_tqdm():
-        trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if trainer.is_global_zero:
-        log.info("%s", task.summary())
-        log.info("%s in %s", ", ".join(name for name in WRITTEN[:-1] if (run_dir / name).exists()), run_dir)
-    return run_dir
 
 
 def provenance(options: RunOptions) -> dict[str, Any]:
@@ -279,7 +293,9 @@ def share_buffers(network: nn.Module) -> None:
 @contextmanager
 def without_traces() -> Iterator[None]:
     """Warnings, log levels, threads and environment are afterwards as before: runs can follow in one process."""
-    environment, threads = os.environ.copy(), torch.get_num_threads()
+    environment, threads, hook = os.environ.copy(), torch.get_num_threads(), threading.excepthook
+    # A full disk ends TensorBoard's thread with a traceback; `Events` says it in a line.
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     with warnings.catch_warnings():
         try:
@@ -288,5 +304,6 @@ def without_traces() -> Iterator[None]:
             os.environ.clear()
             os.environ.update(environment)
             torch.set_num_threads(threads)
+            threading.excepthook = hook
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
