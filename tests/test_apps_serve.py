@@ -730,3 +730,15 @@ def test_settings_of_the_server_that_cannot_be(caplog: pytest.LogCaptureFixture)
         with pytest.raises(InputError, match=f"Cannot listen on 127.0.0.1, port {port}: .*port=0"):
             run(Ruler(), ServerOptions(port=port))
     assert caplog.text == ""
+
+
+def test_half_a_surrogate_pair_in_a_class_name() -> None:
+    class Odd(Ruler):
+        class_names = ("a\ud800", "even")
+
+    with client_of(Odd()) as client:
+        assert client.get("/info").json()["class_names"] == ["a\ud800", "even"]
+        assert client.get("/schema").status_code == 200
+        assert post(client).json()["names"][0] == "a\ud800"
+        assert post(client, query="?classes=even").json()["names"] == ["even"] * 3
+        assert_refused(post(client, query="?classes=cow"), 422, "a\ud800, even")

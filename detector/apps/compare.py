@@ -30,6 +30,7 @@ from detector.evaluation.compare import format_comparison
 from detector.files import write_json
 from detector.options import Count, Natural, Share
 from detector.training.device_options import DeviceOptions
+from detector.training.run_directory import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def compare(options: CompareOptions) -> None:
             raise InputError(f"{name}: {error}") from error
         if ranks:
             log.warning("%s: %s.", name, ranks)
+    out = Path(options.out) / "compare.json"
+    check_writable(out.parent)
     how = options.model_dump(include={"draws", "seed", "score_threshold", "top"})
     result = compare_results(found["a"], found["b"], index, **how)
     for name, side in sides.items():
@@ -89,9 +92,9 @@ def compare(options: CompareOptions) -> None:
     for row in (*result["better"], *result["worse"]):
         row["file_name"] = index.file_names[index.place[row["image_id"]]] or None
     result |= names | {"annotations": str(index.annotation_file)}
-    out = Path(options.out) / "compare.json"
+    log.info("%s\n", format_comparison(result, options.a, options.b))
     write_json(out, result)
-    log.info("%s\n\n%s", format_comparison(result, options.a, options.b), out)
+    log.info("%s", out)
 
 
 def _find_side(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detector.apps.report.reporting import write_evaluation_report
-from detector.apps.scoring import EvalOptions, Scored, evaluation_data
+from detector.apps.scoring import EvalOptions, Scored, evaluation_data, never_found
 from detector.data.annotations import AnnotationIndex, read_annotations
 from detector.data.image_files import match_files
 from detector.data.progress import progress
@@ -26,6 +26,7 @@ from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.evaluation.metrics import compute_metrics, format_table, save_metrics
 from detector.inference.runtime import ExportedDetector, is_export
+from detector.training.run_directory import check_writable
 
 if TYPE_CHECKING:
     from detector.inference.detector import Detector
@@ -47,6 +48,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     clock = Clock()
     detector = _load(options)
     if detector is None:
+        if options.images and not Path(options.images).is_dir():
+            raise InputError(f"images={options.images}: no such folder; without images= the report shows none.")
         index = read_annotations(str(options.annotations), options.images).check()
         if options.images is not None:
             index = match_files(index)  # for the report: no image is needed to score
@@ -104,8 +107,10 @@ def score(
     seconds_per_image: Sequence[float] = ()
     if detector is None:
         results = read_results(str(options.results), index)
+        check_writable(out)
         clock.book("load")
     elif isinstance(detector, ExportedDetector):
+        check_writable(out)
         clock.book("load")
         results = find_all(detector, index, options.val.batch_size)
         clock.book("predict")
@@ -134,7 +139,7 @@ def _validate(
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from detector.training.data_module import DetectionData
-    from detector.training.run_directory import check_writable, is_first_process
+    from detector.training.run_directory import is_first_process
     from detector.training.task import DetectionTask
     from detector.training.timing import PartTimes
     from detector.training.trainer import devices, ranks_end_together
@@ -163,17 +168,16 @@ def _validate(
 def _write(
     options: EvalOptions, index: AnnotationIndex, results: Results, metrics: Mapping[str, Any], out: Path
 ) -> None:
-    """Write and log the metrics; write detections that were made here."""
-    names = ["metrics.json"]
+    """Write and log the metrics; then write detections that were made here, which need more room."""
     save_metrics(metrics, out / "metrics.json")
     title = f"{options.results} against {index.annotation_file}" if options.results else str(index.annotation_file)
+    log.info("\n%s\n", format_table(metrics, title))
+    if note := never_found(index):
+        log.info("%s", note)
+    log.info("metrics.json in %s", out)
     if not options.results:
         write_results(out / "detections.json", results, index)
-        names.append("detections.json")
-    log.info("\n%s\n", format_table(metrics, title))
-    if degenerate := index.counts["degenerate"]:
-        log.info("%d objects without area in their image count, and can never be found", degenerate)
-    log.info("%s in %s", ", ".join(names), out)
+        log.info("detections.json in %s", out)
 
 
 def find_all(detector: Predictor, index: AnnotationIndex, batch_size: int) -> Results:

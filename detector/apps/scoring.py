@@ -139,3 +139,8 @@ def evaluation_data(given: GivenDataOptions, detector: Detector | ExportedDetect
     if given.exif_boxes:
         data = data.model_copy(update={"exif_boxes": given.exif_boxes})
     return data.model_copy(update={"val": data.val.model_copy(update=given.val.model_dump(exclude_none=True))})
+
+
+def never_found(index: AnnotationIndex) -> str:
+    """What training leaves out and metrics count, in the words of log, report and doctor; "" where there is none."""
+    return "".join(f"{finding.count} {finding.message}" for finding in index.degenerate_boxes())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from detector.data.progress import progress
+from detector.errors import InputError
 
 if TYPE_CHECKING:
     from detector.data.annotations import AnnotationIndex
+
+log = logging.getLogger(__name__)
 
 
 def image_properties(index: AnnotationIndex, limit: int | None = None) -> dict[Any, dict[str, float]]:
@@ -19,13 +23,17 @@ def image_properties(index: AnnotationIndex, limit: int | None = None) -> dict[A
         limit: the first images only; None reads all.
 
     Returns:
-        {image id: what `measure` returns}.
-
-    Raises:
-        InputError: an image cannot be read; the message names it.
+        {image id: what `measure` returns}; without images that cannot be read, which the log names.
     """
-    places = range(len(index) if limit is None else min(limit, len(index)))
-    return {index.image_ids[i]: measure(index.read(i)) for i in progress(places, "light and sharpness")}
+    found, unreadable = {}, []
+    for i in progress(range(len(index) if limit is None else min(limit, len(index))), "light and sharpness"):
+        try:
+            found[index.image_ids[i]] = measure(index.read(i))
+        except InputError as error:
+            unreadable.append(error)
+    if unreadable:
+        log.warning("%d images cannot be read, and are in no slice by light: %s", len(unreadable), unreadable[0])
+    return found
 
 
 def measure(image: np.ndarray) -> dict[str, float]:

@@ -102,6 +102,12 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
+def _some_text(value: str) -> str:
+    if not value:
+        raise ValueError
+    return value
+
+
 def _short_name(value: str) -> str:
     parts = value.replace("\\", "/").split("/")
     too_long = any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in parts)
@@ -118,7 +124,8 @@ _Length = Annotated[int, Field(gt=0, lt=FARTHEST), _NoFlag]
 _ImageId = Annotated[int | str, _NoFlag]
 # A text of digits is a number; another text is an id too.
 _CategoryId = Annotated[int | Annotated[str, Field(pattern=r"[^\d.+-]")], Field(union_mode="left_to_right"), _NoFlag]
-_Name = Annotated[str, Field(coerce_numbers_to_str=True, min_length=1), _NoFlag]
+# No `min_length`: pydantic then refuses half a surrogate pair.
+_Name = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_some_text), _NoFlag]
 _FileName = Annotated[str, AfterValidator(_short_name)]
 _Flag = Annotated[bool | _Number, Field(union_mode="left_to_right"), AfterValidator(bool)]
 

@@ -132,10 +132,9 @@ def _rows(images: np.ndarray, classes: np.ndarray, boxes: np.ndarray, **columns:
 
 def _categories(index: AnnotationIndex) -> list[dict[str, Any]]:
     """Numbered categories, with LVIS's `frequency` where the file has it."""
-    names = [name.encode(errors="backslashreplace").decode() for name in index.class_names]  # half a surrogate pair
     return [
-        {"id": place, "name": name} | ({"frequency": frequency} if frequency else {})
-        for place, (name, frequency) in enumerate(zip(names, index.frequencies, strict=True))
+        {"id": place, "name": str(place)} | ({"frequency": frequency} if frequency else {})
+        for place, frequency in enumerate(index.frequencies)
     ]
 
 

@@ -32,7 +32,9 @@ def calibration(outcomes: Outcomes, bins: int = 10) -> dict[str, Any]:
         "ece": float(measured["ece"]),
         "mce": float(measured["mce"]),
         "bins": [_bin(row) for row in measured["bins"]],
-        "per_class": {name: measured["per_category"].get(name) for name in records.index.class_names},
+        "per_class": {
+            name: measured["per_category"].get(str(label)) for label, name in enumerate(records.index.class_names)
+        },
     }
 
 

@@ -20,6 +20,7 @@ from detector.errors import InputError
 from detector.files import write_json
 from detector.models.build import build_network
 from detector.training.run import TrainOptions
+from detector.training.run_directory import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +41,20 @@ def doctor(options: DoctorOptions) -> None:
     if not (root := options.data.prepared()).is_dir():
         raise InputError(f"{root}: no such folder (looked in '{root.resolve()}'); check data.root.")
     stride = build_network(options, num_classes=1).rpn.anchors.stride
+    splits = {
+        split: match_files(read_annotations(*options.data.files(split)), options.data.exif_boxes)
+        for split in ("train", "val")
+    }
+    out = Path(options.out) / "doctor.json"
+    check_writable(out.parent)
     diagnosis = examine(
-        {
-            split: match_files(read_annotations(*options.data.files(split)), options.data.exif_boxes)
-            for split in ("train", "val")
-        },
+        splits,
         preprocessing=options.input,
         anchors=(options.rpn, stride),
         workers=options.workers,
     )
-    out = Path(options.out) / "doctor.json"
+    log.info("%s", format_diagnosis(diagnosis))
     write_json(out, diagnosis.to_dict())
-    log.info("%s\n%s", format_diagnosis(diagnosis), out)
+    log.info("%s", out)
     if diagnosis.counts["error"]:
         sys.exit(1)

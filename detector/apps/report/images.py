@@ -12,6 +12,7 @@ import numpy as np
 from detector.data.annotations import AnnotationIndex
 from detector.data.preprocess import resize
 from detector.data.results import Results
+from detector.errors import InputError
 from detector.evaluation.outcomes import judge
 from detector.evaluation.records import sort_records
 from detector.evaluation.worst import worst
@@ -38,8 +39,7 @@ def worst_images(
             "o": place in "objects" of the object that it found or is wrong about, -1 without one}], best first,
          "objects": [{"b", "c", "crowd"}]} of each, in the order of `shown`.
 
-    Raises:
-        InputError: an image cannot be read.
+    An image that cannot be read is a grey area that says so.
     """
     places = [index.place[row["image_id"]] for row in shown]
     complete = worst(judge(sort_records(results.select(places), index.select(places))), 0.0, len(places))
@@ -48,15 +48,23 @@ def worst_images(
     entries = []
     for old, i in zip(shown, places, strict=True):
         row = by_id.get(old["image_id"], old)  # an image without a mistake at threshold 0 is not among the worst there
-        image = index.read(i)
+        words = f"{len(row['truths'])} objects, badness {old['badness']:.3g}"
+        try:
+            image = index.read(i)
+            height, width = image.shape[:2]
+        except InputError as error:
+            words += f"; {error}"
+            height, width = _frame(index, i, row)
+            longest = max(height, width)
+            image = np.full((max(1, 64 * height // longest), max(1, 64 * width // longest), 3), 127, np.uint8)
         objects = row["truths"][:_OBJECTS]
         detections = row["detections"][:_DETECTIONS]
         entries.append(
             {
                 "name": row["file_name"] or f"image {row['image_id']}",
-                "words": f"{len(row['truths'])} objects, badness {old['badness']:.3g}",
-                "width": image.shape[1],
-                "height": image.shape[0],
+                "words": words,
+                "width": width,
+                "height": height,
                 "jpeg": jpeg_uri(image, budget // len(shown)),
                 "detections": [
                     _box(one, label)
@@ -71,6 +79,15 @@ def worst_images(
             }
         )
     return entries
+
+
+def _frame(index: AnnotationIndex, i: int, row: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of an image that cannot be read: declared, else what holds its objects."""
+    if index.sizes[i].all():
+        return int(index.sizes[i][0]), int(index.sizes[i][1])
+    corners = np.array([one["bbox"] for one in row["truths"]]).reshape(-1, 2, 2).sum(axis=1)
+    width, height = corners.max(axis=0, initial=1).astype(int).tolist()
+    return height, width
 
 
 def _box(row: Mapping[str, Any], label: Mapping[str, int]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from detector.apps.report import sections
 from detector.errors import InputError
-from detector.files import replacing
+from detector.files import UNENCODABLE, replacing
 
 # Mail and code hosts show attachments up to some megabytes; a browser opens this at once.
 SIZE_LIMIT = 5_000_000
@@ -67,7 +67,7 @@ def write_report(path: str | Path, report: Report) -> int:
         InputError: it is too large even without images.
     """
     for count in range(len(report.images), -1, -1):
-        page = render(report_data(report, count), report.title).encode()
+        page = render(report_data(report, count), report.title).encode(errors=UNENCODABLE)
         if len(page) <= SIZE_LIMIT:
             break
     else:
@@ -96,8 +96,7 @@ def embed(data: Any) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    # A lone surrogate, which JSON may hold and UTF-8 may not.
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text.encode(errors=UNENCODABLE).decode()  # valid JSON still
 
 
 def report_data(report: Report, image_count: int) -> dict[str, Any]:

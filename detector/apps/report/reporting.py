@@ -15,7 +15,7 @@ import yaml
 import detector as package
 from detector.apps.report.images import worst_images
 from detector.apps.report.page import IMAGE_BUDGET, Report, format_times, write_report
-from detector.apps.scoring import EvalOptions, ReportOptions, Scored
+from detector.apps.scoring import EvalOptions, ReportOptions, Scored, never_found
 from detector.data.annotations import AnnotationIndex
 from detector.data.preprocess import canvas_size
 from detector.data.results import within_unit
@@ -82,8 +82,8 @@ def write_evaluation_report(out: Path, scored: Scored) -> None:
 def _about(diagnosis: Mapping[str, Any], index: AnnotationIndex, protocol: str, now: str) -> list[str]:
     counts = (("images", "images"), ("truths", "objects"), ("detections", "detections"))
     about = [", ".join(f"{diagnosis[key]:,} {word}" for key, word in counts), f"metrics: {protocol}", now]
-    if degenerate := index.counts["degenerate"]:
-        about.append(f"{degenerate} objects without area in their image count, and can never be found")
+    if note := never_found(index):
+        about.append(note)
     if protocol == "lvis":
         about.append("below the metrics, what nobody looked for counts as wrong, as in COCO")
     return about

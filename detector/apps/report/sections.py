@@ -20,7 +20,7 @@ def class_section(metrics: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> d
     curves = diagnosis["curves"]
     confusion = diagnosis["confusion"]
     gaps = (diagnosis["calibration"] or {}).get("per_class", {})
-    objects = {name: sum(row) for name, row in zip(confusion["names"], confusion["matrix"], strict=True)}
+    objects = {name: sum(row) for name, row in zip(confusion["names"][:-1], confusion["matrix"][:-1], strict=True)}
     rows = []
     for name, value in metrics.get("per_class", {}).items():
         precision = curves["precision_50_per_class"].get(name)

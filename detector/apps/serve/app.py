@@ -27,6 +27,7 @@ from detector.apps.serve import ServerOptions
 from detector.apps.serve.guard import Guard, content_security_policy
 from detector.apps.serve.upload import FORMATS, NAMES, Body, TooManyPixels, decode, read_options
 from detector.errors import InputError
+from detector.files import UNENCODABLE
 from detector.inference.predictor import PredictOptions, Predictor
 
 HERE = Path(__file__).parent
@@ -34,6 +35,13 @@ PACKAGES = ("numpy", "pillow", "starlette", "torch", "torchvision", "uvicorn")
 BUSY = {"Retry-After": "1"}  # seconds
 # The keys of `Detections.to_dict` that are not about files and videos.
 FOUND = ("height", "width", "boxes", "scores", "labels", "names")
+
+
+class Json(JSONResponse):
+    """JSON, with half a surrogate pair, which a class name may hold, as its escape."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False).encode(errors=UNENCODABLE)
 
 
 def build_app(predictor: Predictor, options: ServerOptions) -> ASGIApp:
@@ -48,9 +56,9 @@ def build_app(predictor: Predictor, options: ServerOptions) -> ASGIApp:
     info = describe(predictor, options)
     fixed = {
         "/": HTMLResponse(page),
-        "/info": JSONResponse(info),
-        "/schema": JSONResponse(openapi(info)),
-        "/health": JSONResponse({"status": "ok"}),
+        "/info": Json(info),
+        "/schema": Json(openapi(info)),
+        "/health": Json({"status": "ok"}),
     }
 
     @asynccontextmanager
@@ -110,7 +118,7 @@ class Predictions:
         await asyncio.wait({job, left}, timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED)
         left.cancel()
         if job.done():
-            return JSONResponse(job.result())
+            return Json(job.result())
         job.cancel()
         raise HTTPException(503, f"No answer within {self.limits.timeout:g} s; try again, or a smaller image.", BUSY)
 
@@ -194,12 +202,12 @@ async def _disconnected(request: Request) -> None:
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+    return Json({"error": error.detail}, error.status_code, headers=error.headers)
 
 
 async def _told(status: int, _: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, status)
+    return Json({"error": str(error)}, status)
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": "An error of the server; its log says more."}, 500)
+    return Json({"error": "An error of the server; its log says more."}, 500)

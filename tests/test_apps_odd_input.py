@@ -1,0 +1,171 @@
+"""Names, images and disks as they come: eval, compare and doctor end with their results, or with one clear line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from report_case import ground_truth, write_case
+
+from detector.cli import main
+
+LONG = "n" * 250
+
+
+def case(folder: Path, *, image: str = "11.png", name: str = "cat", files: str = "") -> dict[str, Path]:
+    """The case of the report, with the name of an image and of a class, and what begins the names of its files."""
+    write_case(folder)
+    content = ground_truth()
+    content["images"][0]["file_name"] = image
+    content["categories"][0]["name"] = name
+    os.rename(folder / "images/11.png", folder / "images" / image)
+    paths = {"annotations": folder / f"{files}gt.json", "results": folder / f"{files}dt.json"}
+    os.rename(folder / "dt.json", paths["results"])
+    paths["annotations"].write_text(json.dumps(content))
+    return paths
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command: str, **values: Any) -> int:
+    """The command in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", [command, *(f"{key}={value}" for key, value in values.items())])
+    try:
+        main(command)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def commands(folder: Path, paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Every command that scores or examines the case, and the files that it writes in out/."""
+    annotations, results = paths["annotations"], paths["results"]
+    return {
+        "eval": {"results": results, "annotations": annotations, "images": folder / "images", "report.doctor": 0},
+        "compare": {"a": results, "b": results, "annotations": annotations, "draws": 10},
+        "doctor": {
+            "data.root": folder, "data.train.annotations": annotations.name, "data.val.annotations": annotations.name,
+            "input.short_side": 64, "input.long_side": 96,
+        },
+    }  # fmt: skip
+
+
+WRITTEN = {
+    "eval": ["metrics.json", "diagnosis.json", "report.html"],
+    "compare": ["compare.json"],
+    "doctor": ["doctor.json"],
+}
+
+
+@pytest.mark.parametrize("command", WRITTEN)
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"image": "caf\udce9.png"},
+        {"image": LONG + ".png"},
+        {"image": "a\nb\u202e.png"},
+        {"name": "a\ud800b"},
+        {"name": "\udfff" * 300},
+        {"name": "\x1b[31m\0\n"},
+        {"files": "r\udce9"},
+        {"files": LONG[:240]},
+    ],
+    ids=ascii,
+)
+def test_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, names: dict[str, str]) -> None:
+    paths = case(tmp_path / "case", **names)
+    code = run(monkeypatch, command, out=tmp_path / "out", **commands(tmp_path / "case", paths)[command])
+    assert code == (1 if command == "doctor" else 0)  # both splits have the same images
+    texts = {name: (tmp_path / "out" / name).read_bytes().decode("utf-8") for name in WRITTEN[command]}
+    for name, text in texts.items():
+        if name.endswith(".json"):
+            json.loads(text)
+    if command == "eval":
+        assert names.get("name", "cat") in json.loads(texts["metrics.json"])["per_class"]
+        assert json.loads(texts["diagnosis.json"])["worst"]
+    if command == "doctor":
+        found = {one["check"]: one["severity"] for one in json.loads(texts["doctor.json"])["findings"]}
+        assert [check for check, severity in found.items() if severity == "error"] == ["leak"]
+
+
+def test_a_class_called_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = case(tmp_path / "case", name="background")
+    assert run(monkeypatch, "eval", out=tmp_path / "out", **commands(tmp_path / "case", paths)["eval"]) == 0
+    page = (tmp_path / "out/report.html").read_text().partition('id="data">')[2].partition("</script>")[0]
+    objects = {row[0]: row[3] for row in json.loads(page)["classes"]["rows"]}
+    assert objects["background"] == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: path.unlink(), lambda path: path.write_bytes(b"x"), lambda path: Image.new("L", (9, 9)).save(path)],
+    ids=["missing", "damaged", "another size"],
+)
+def test_an_image_that_cannot_be_read_does_not_cost_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any]
+) -> None:
+    paths = case(tmp_path / "case")
+    damage(tmp_path / "case/images/7.png")
+    assert run(monkeypatch, "eval", out=tmp_path / "out", **commands(tmp_path / "case", paths)["eval"]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert page.count("badness") == 3
+    assert page.count("; image id 7: ") == 1
+    slices = json.loads((tmp_path / "out/diagnosis.json").read_text())["slices"]["brightness"]
+    assert sum(row["images"] for row in slices) >= 2
+
+
+def test_a_folder_of_images_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = commands(tmp_path / "case", case(tmp_path / "case"))["eval"] | {"images": tmp_path / "nowhere"}
+    assert run(monkeypatch, "eval", out=tmp_path / "out", **values) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "name"), [(command, name) for command, names in WRITTEN.items() for name in names])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EACCES], ids=os.strerror)
+def test_a_disk_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, name: str,
+    code: int,
+) -> None:  # fmt: skip
+    """One line with the file and a remedy, exit code 2; what was written before is whole, what was not is absent."""
+    values = commands(tmp_path / "case", case(tmp_path / "case"))[command]
+
+    def failing(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(path: Path, content: Any, *rest: Any, **more: Any) -> Any:
+            if path.name.startswith(f".{Path(name).stem}."):
+                write(path, content[: len(content) // 2], *rest, **more)
+                raise OSError(code, os.strerror(code))
+            return write(path, content, *rest, **more)
+
+        return wrapped
+
+    for method in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, method, failing(getattr(Path, method)))
+    assert run(monkeypatch, command, out=tmp_path / "out", **values) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert str(tmp_path / "out" / name) in lines[0]
+    assert "place" in lines[0]
+    expected = WRITTEN[command][: WRITTEN[command].index(name)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(expected)
+    if name != "metrics.json" and command == "eval":
+        assert json.loads((tmp_path / "out/metrics.json").read_text())["AP"] > 0
+
+
+@pytest.mark.parametrize("command", WRITTEN)
+@pytest.mark.parametrize("out", ["file/out", "x" * 300, "file"])
+def test_places_that_cannot_hold_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, out: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    values = commands(tmp_path / "case", case(tmp_path / "case"))[command]
+    assert run(monkeypatch, command, out=tmp_path / out, **values) == 2
+    assert f"Cannot write to '{tmp_path / out}'" in capsys.readouterr().err
