@@ -75,7 +75,7 @@ WRITTEN = {
         {"files": "r\udce9"},
         {"files": LONG[:240]},
     ],
-    ids=ascii,
+    ids=lambda names: ascii(names)[:30],
 )
 def test_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, names: dict[str, str]) -> None:
     paths = case(tmp_path / "case", **names)
@@ -94,7 +94,9 @@ def test_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 
 
 def test_a_class_called_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = case(tmp_path / "case", name="background")
+    paths = case(tmp_path / "case", name="background")  # a cat until now, of which there are four
+    rows = json.loads(paths["results"].read_text())
+    paths["results"].write_text(json.dumps(rows[:6]))
     assert run(monkeypatch, "eval", out=tmp_path / "out", **commands(tmp_path / "case", paths)["eval"]) == 0
     page = (tmp_path / "out/report.html").read_text().partition('id="data">')[2].partition("</script>")[0]
     objects = {row[0]: row[3] for row in json.loads(page)["classes"]["rows"]}
