@@ -20,11 +20,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference.detector import Detector
 from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.pretrained import load_weights
+from detector.models.build import NetworkOptions
 from detector.models.weights import DamagedFileError, misfits, read_tensors
+from detector.training.task import load_pretrained
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 HALF = {"name": "shufflenet_v2", "stem_channels": 8, "channels": [16, 32, 64], "repeats": [2, 2, 2]}
@@ -110,6 +113,7 @@ MUTANTS: list[tuple[str, Any, str]] = [
     ("detector/preprocessing/long_side", 1.5, "long_side=1.5: expected a whole number"),
     ("detector/provenance", [1, 2], "provenance is a list"),
     ("state_dict", [1], "not a detector checkpoint"),
+    ("state_dict", {3: torch.zeros(2)}, "not a detector checkpoint"),
     ("state_dict", {}, "is missing, expected (8, 3, 3, 3)"),
     (f"state_dict/{KEY}", "text", "backbone.conv1.0.weight is a str, expected a tensor"),
     (f"state_dict/{KEY}", lambda x: x * float("nan"), "backbone.conv1.0.weight holds NaN or infinity"),
@@ -139,6 +143,19 @@ def test_a_checkpoint_that_is_wrong_is_refused_by_name_before_memory_is_taken(
         Detector.load(tmp_path / "odd.ckpt", "cpu")
     assert said in one_line(caught.value, "odd.ckpt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(lambda x: x * float("nan"), "holds NaN"), (lambda x: x.to(torch.int8), "is of int8"), (lambda _: "x", "a str")],
+)
+def test_a_damaged_checkpoint_is_no_start_for_a_training(
+    content: dict[str, Any], small_spec: dict[str, Any], value: Any, said: str
+) -> None:
+    put(content, f"state_dict/{KEY}", value)
+    fresh = Detector(NetworkOptions.parse(small_spec), ("a", "b"), Preprocessing())
+    with pytest.raises(InputError, match=f"damaged: backbone.conv1.0.weight .*{said}"):
+        load_pretrained(fresh, content)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])

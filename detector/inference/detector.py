@@ -78,9 +78,7 @@ class Detector(Predictor):
         checkpoint = read_checkpoint(path)
         about = checkpoint["detector"]
         weights = {
-            key.removeprefix(PREFIX): value
-            for key, value in checkpoint["state_dict"].items()
-            if isinstance(key, str) and key.startswith(PREFIX)
+            key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
         }
         try:
             for key, kind in DESCRIPTION.items():
@@ -172,6 +170,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         or about.get("format") != FORMAT
         or not isinstance(about.get("version"), int)
         or not isinstance(checkpoint.get("state_dict"), dict)
+        or not all(isinstance(key, str) for key in checkpoint["state_dict"])
     ):
         raise InputError(
             f"'{path}' is a torch file, but not a detector checkpoint. Backbone weights go to backbone.weights=PATH."

@@ -17,6 +17,7 @@ from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.metrics import compute_metrics, format_table
 from detector.inference.detector import Detector
+from detector.models.weights import misfits
 from detector.options import Flag, Options
 from detector.training.callbacks import Columns
 from detector.training.plots import draw_batch
@@ -211,7 +212,11 @@ def load_pretrained(detector: Detector, checkpoint: Mapping[str, Any]) -> list[s
     """
     own = detector.network.state_dict()
     given = {key.removeprefix("network."): value for key, value in checkpoint["state_dict"].items()}
-    fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+    faults = misfits(own, given)
+    for key in own.keys() & given.keys() & faults.keys():
+        if getattr(given[key], "shape", own[key].shape) == own[key].shape:  # not made for another network, but damaged
+            raise InputError(f"The checkpoint is damaged: {faults[key]}. Give another, or leave ckpt out.")
+    fitting = {key: value for key, value in given.items() if key not in faults}
     # V2 weights are a start for V2*, whose extra layers begin as the identity.
     missing = [key for key in own.keys() - fitting.keys() if key.startswith("backbone.") and ".extra." not in key]
     if missing:
