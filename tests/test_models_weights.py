@@ -116,8 +116,9 @@ MUTANTS: list[tuple[str, Any, str]] = [
     ("state_dict", {3: torch.zeros(2)}, "not a detector checkpoint"),
     ("state_dict", {}, "is missing, expected (8, 3, 3, 3)"),
     (f"state_dict/{KEY}", "text", "backbone.conv1.0.weight is a str, expected a tensor"),
-    (f"state_dict/{KEY}", lambda x: x * float("nan"), "backbone.conv1.0.weight holds NaN or infinity"),
-    (f"state_dict/{KEY}", lambda x: x.double() * 1e300, "holds NaN or infinity in float32"),
+    (f"state_dict/{KEY}", lambda x: x * float("nan"), "backbone.conv1.0.weight holds NaN, infinity or more"),
+    (f"state_dict/{KEY}", lambda x: x * 1e30, "holds NaN, infinity or more than 1e+18"),
+    (f"state_dict/{KEY}", lambda x: x.double() * 1e300, "holds NaN, infinity or more than 1e+18"),
     (f"state_dict/{KEY}", lambda x: x[:4], "conv1.0.weight is (4, 3, 3, 3), expected (8, 3, 3, 3)"),
     (f"state_dict/{KEY}", lambda x: x.to(torch.int8), "is of int8, expected float32"),
     (f"state_dict/{KEY}", lambda x: x.bool(), "is of bool, expected float32"),
@@ -246,7 +247,7 @@ def try_weights(path: Path, **options: Any) -> str:
 
 
 WEIGHTS: list[tuple[Callable[[Tensor], Any], str]] = [
-    (lambda x: x * float("inf"), "conv1.0.weight holds NaN or infinity"),
+    (lambda x: x * float("inf"), "conv1.0.weight holds NaN, infinity or more"),
     (lambda x: x.to(torch.uint8), "conv1.0.weight is of uint8, expected float32"),
     (lambda x: x.to(torch.float8_e5m2), "conv1.0.weight is of float8_e5m2, expected float32"),
     (lambda x: x.to_sparse(), "conv1.0.weight is sparse"),

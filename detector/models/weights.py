@@ -12,6 +12,9 @@ from torch import Tensor
 
 from detector.errors import InputError
 
+# Of a value: its square must be a number in float32.
+LARGEST = 1e18
+
 
 class DamagedFileError(Exception):
     """These bytes are no file of tensors; the message is the reason, in one line."""
@@ -85,9 +88,8 @@ def _misfit(own: Tensor, given: Any) -> str | None:
         return f"is of {kind}, expected {expected}: bytes need scales, which no network here has"
     if own.is_meta:
         return None
-    values = given.to(own.dtype)
-    if own.is_floating_point() and not values.isfinite().all():
-        return f"holds NaN or infinity in {expected}: the training that wrote it had failed"
+    if own.is_floating_point() and not (given.to(own.dtype).abs() < LARGEST).all():
+        return f"holds NaN, infinity or more than {LARGEST:g}: the training that wrote it had failed"
     return None
 
 
