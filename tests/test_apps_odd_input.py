@@ -171,3 +171,83 @@ def test_places_that_cannot_hold_files(
     values = commands(tmp_path / "case", case(tmp_path / "case"))[command]
     assert run(monkeypatch, command, out=tmp_path / out, **values) == 2
     assert f"Cannot write to '{tmp_path / out}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", WRITTEN)
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"), (b"", "utf-16-le"),
+        (b"", "utf-16-be"), (b"\xff\xfe\0\0", "utf-32-le"),
+    ],
+)  # fmt: skip
+def test_json_in_any_of_its_encodings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, mark: bytes, encoding: str
+) -> None:
+    paths = case(tmp_path / "case", name="Kätzchen 猫")
+    values = commands(tmp_path / "case", paths)[command]
+    found = []
+    for out in ("plain", "encoded"):
+        assert run(monkeypatch, command, out=tmp_path / out, **values) == (1 if command == "doctor" else 0)
+        name = WRITTEN[command][0]
+        found.append(json.loads((tmp_path / out / name).read_text()))
+        for path in paths.values():
+            content = json.dumps(json.loads(path.read_text()), ensure_ascii=False) if out == "plain" else ""
+            path.write_bytes(mark + content.encode(encoding))
+    assert found[0] == found[1]
+    assert "Kätzchen 猫" in json.dumps(found[0], ensure_ascii=False)
+
+
+@pytest.mark.parametrize("command", ["eval", "compare"])
+@pytest.mark.parametrize("which", ["annotations", "results"])
+def test_json_with_bytes_of_no_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, which: str
+) -> None:
+    paths = case(tmp_path / "case", name="Kaetzchen")
+    rows = paths["results"].read_bytes().replace(b'"score"', b'"note": "Kaetzchen", "score"')
+    paths["results"].write_bytes(rows)
+    paths[which].write_bytes(paths[which].read_bytes().replace(b"Kaetzchen", "Kätzchen".encode("latin-1")))
+    values = commands(tmp_path / "case", paths)[command]
+    assert run(monkeypatch, command, out=tmp_path / "out", **values) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert str(paths[which]) in error
+    assert "UTF-8" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("boxes", [{0: [10, 10, 0, 40]}, {0: [10, 10, 40, -1], 3: [500, 5, 40, 60]}])
+def test_objects_that_can_never_be_found_are_told_in_the_same_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, boxes: dict[int, list[float]]
+) -> None:
+    """Metrics count them, as pycocotools does; the log, the report and the doctor say so, with the same number."""
+    paths = case(tmp_path / "case")
+    content = json.loads(paths["annotations"].read_text())
+    for place, box in boxes.items():
+        content["annotations"][place]["bbox"] = box
+    paths["annotations"].write_text(json.dumps(content))
+    perfect = [
+        {"image_id": one["image_id"], "category_id": one["category_id"], "bbox": one["bbox"], "score": 0.9}
+        for place, one in enumerate(content["annotations"])
+        if place not in boxes and not one["iscrowd"]
+    ]
+    paths["results"].write_text(json.dumps(perfect))
+    values = commands(tmp_path / "case", paths)
+    caplog.set_level("INFO")
+    metrics = {}
+    for protocol in ("coco", "pycocotools"):
+        assert run(monkeypatch, "eval", out=tmp_path / "out", metrics=protocol, **values["eval"]) == 0
+        metrics[protocol] = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["coco"] == metrics["pycocotools"]
+    assert metrics["coco"]["AP"] < 1
+    words = f"{len(boxes)} boxes without area inside their image: training leaves them out, metrics count them, and"
+    assert words in "\n".join(record.message for record in caplog.records if "apps" in record.name)
+    assert words in (tmp_path / "out/report.html").read_text()
+    run(monkeypatch, "doctor", out=tmp_path / "out", **values["doctor"])
+    [finding] = [
+        one
+        for one in json.loads((tmp_path / "out/doctor.json").read_text())["findings"]
+        if one["check"] == "degenerate_boxes"
+    ]
+    assert finding["count"] == 2 * len(boxes)  # two splits of one file
+    assert words.partition(" ")[2] in finding["message"]

@@ -43,6 +43,8 @@ def read_json(path: str | Path, what: str, object_hook: Callable[[dict[str, Any]
         raise InputError(f"{path}: this {what} cannot be read ({error.strerror}); check the path.") from error
     except RecursionError:
         raise InputError(f"{path}: lists or objects too deep inside each other for JSON of any use here.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} of this {what} is no UTF-8; save the file as UTF-8.") from error
     except ValueError as error:
         raise InputError(
             f"{path}: not valid JSON ({error}); the file is damaged or incomplete, fetch it again."
