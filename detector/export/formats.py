@@ -181,15 +181,13 @@ def import_packages(*modules: str) -> Any:
 @contextlib.contextmanager
 def unreported() -> Iterator[None]:
     """OpenVINO's tools tell their makers of every use, without asking, but for uses in a CI: so this is one."""
-    before = os.environ.get("CI")
+    before = {key: os.environ[key] for key in ["CI"] if key in os.environ}
     os.environ["CI"] = "true"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["CI"]
-        else:
-            os.environ["CI"] = before
+        del os.environ["CI"]
+        os.environ.update(before)
 
 
 def check_openvino_path(path: str | Path) -> None:

@@ -164,27 +164,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         InputError: missing, truncated, of another project or of a newer version.
     """
     checkpoint = read_torch_file(path)
-    about = checkpoint.get("detector") if isinstance(checkpoint, dict) else None
-    if (
-        not isinstance(about, dict)
-        or about.get("format") != FORMAT
-        or not isinstance(about.get("version"), int)
-        or not isinstance(checkpoint.get("state_dict"), dict)
-        or not all(isinstance(key, str) for key in checkpoint["state_dict"])
-    ):
+    match checkpoint:
+        case {"detector": {"format": kind, "version": int(version), **about}, "state_dict": dict(weights)}:
+            known = kind == FORMAT and all(isinstance(key, str) for key in weights)
+        case _:
+            known = False
+    if not known:
         raise InputError(
             f"'{path}' is a torch file, but not a detector checkpoint. Backbone weights go to backbone.weights=PATH."
         )
-    if about["version"] > VERSION:
-        raise InputError(
-            f"'{path}' has format version {about['version']}; this package reads up to {VERSION}: update it."
-        )
+    if version > VERSION:
+        raise InputError(f"'{path}' has format version {version}; this package reads up to {VERSION}: update it.")
     provenance = about.get("provenance")
-    config = provenance.get("config") if isinstance(provenance, dict) else None
-    for recorded in (about.get("spec"), config):
-        # Written before there was this option: then it was not done.
-        if isinstance(recorded, dict) and isinstance(recorded.get("rpn"), dict):
-            recorded["rpn"].setdefault("inside_only", False)
+    for recorded in (about.get("spec"), provenance.get("config") if isinstance(provenance, dict) else None):
+        match recorded:
+            case {"rpn": dict(rpn)}:  # written before there was this option: then it was not done
+                rpn.setdefault("inside_only", False)
     return checkpoint
 
 

@@ -18,6 +18,8 @@ from detector.inference.sources import ReadingOptions, SourceImage, read_images
 from detector.inference.tiles import Tiling, merge_flipped, merge_tiles, mirror_boxes
 from detector.options import Count, Flag, Share
 
+_NOTHING = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
 
 def _as_tile(value: Any) -> Any:
     if value is not None:
@@ -171,28 +173,16 @@ class Predictor(ABC):
             for item in chunk:
                 if item.error is not None and options.on_error == "raise":
                     raise item.error
-                found = self._failure(item) if item.error is not None else next(results)
+                found = self._of(item, _NOTHING) if item.error is not None else next(results)
                 yield item, found if labels is None else found.of(labels)
 
     def _detections(self, items: Sequence[SourceImage], options: PredictOptions) -> list[Detections]:
         images = [item.image for item in items]
-        if options.tile is None:
-            results = self._detect(images, options)
-        else:
+        if options.tile:
             results = [self._detect_tiles(image, Tiling(*options.tile), options) for image in images]
-        detections = (
-            Detections(
-                found.boxes,
-                found.scores,
-                found.labels,
-                self.class_names,
-                _size(item.image),
-                item.path,
-                item.frame,
-                item.time,
-            )
-            for found, item in zip(results, items, strict=True)
-        )
+        else:
+            results = self._detect(images, options)
+        detections = (self._of(item, found) for found, item in zip(results, items, strict=True))
         return [found.above(options.score_threshold) for found in detections]
 
     def _detect_tiles(self, image: np.ndarray, tiling: Tiling, options: PredictOptions) -> Found:
@@ -219,9 +209,9 @@ class Predictor(ABC):
             for one, other, image in zip(straight, mirrored, images, strict=True)
         ]
 
-    def _failure(self, item: SourceImage) -> Detections:
-        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64)
-        return Detections(*nothing, self.class_names, (0, 0), item.path, error=str(item.error))
+    def _of(self, item: SourceImage, found: Found) -> Detections:
+        about = _size(item.image), item.path, item.frame, item.time, None if item.error is None else str(item.error)
+        return Detections(found.boxes, found.scores, found.labels, self.class_names, *about)
 
 
 def _size(image: np.ndarray) -> tuple[int, int]:

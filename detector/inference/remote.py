@@ -14,8 +14,8 @@ import socket
 import ssl
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -48,28 +48,23 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, all
             answers with an error, or the body is empty, cut short or compressed.
     """
     download = _Download(max_bytes, timeout, allow_private)
-    answer: SimpleQueue[bytes | Exception] = SimpleQueue()
+    answer: Future[bytes] = Future()
 
     def work() -> None:
         try:
-            answer.put(download.follow(url))
+            answer.set_result(download.follow(url))
         except Exception as error:  # raised again below, where somebody sees it
-            answer.put(error)
+            answer.set_exception(error)
 
     # In a thread: the system's resolver takes no time limit, and a server that drips keeps each single wait short.
     threading.Thread(target=work, daemon=True).start()
     try:
-        found = answer.get(timeout=timeout)
-    except Empty:
+        return answer.result(timeout)
+    except TimeoutError as error:
         download.stop()
-        found = TimeoutError()
-    if isinstance(found, TimeoutError):
         raise InputError(
             f"{url}: not there after {timeout:g} s; the server is too slow: try again, or download it yourself."
-        ) from found
-    if isinstance(found, Exception):
-        raise found
-    return found
+        ) from error
 
 
 def without_credentials(address: str) -> str:
@@ -85,14 +80,11 @@ def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet: not loopback, private, link-local, shared, reserved,
     multicast, and not an IPv6 form of such an IPv4 address."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    forms: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = [parsed]
+    forms: list[Any] = [parsed]
     if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:  # the same host; the IPv6 form itself counts as reserved
-            forms = [parsed.ipv4_mapped]
-        elif parsed in _NAT64:
+        if parsed.ipv4_mapped or parsed in _NAT64:  # the same host; the IPv6 form itself counts as reserved
             forms = [ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)]
-        else:
-            forms += [inner for inner in (parsed.sixtofour, *(parsed.teredo or ())) if inner is not None]
+        forms += filter(None, (parsed.sixtofour, *(parsed.teredo or ())))
     return all(one.is_global and not one.is_multicast and not one.is_reserved for one in forms)
 
 
@@ -118,11 +110,10 @@ class _Download:
                 body, target = self.request(url, _checked(url))
             except TimeoutError:
                 raise
-            except ssl.SSLError as error:  # among them SSLCertVerificationError
-                raise InputError(f"{url}: no safe connection ({error.reason or error}); check the address.") from error
             except (OSError, http.client.HTTPException) as error:
-                reason = error or type(error).__name__
-                raise InputError(f"{url}: cannot be downloaded ({reason}); check the address.") from error
+                what = "no safe connection" if isinstance(error, ssl.SSLError) else "cannot be downloaded"
+                reason = getattr(error, "reason", None) or error or type(error).__name__
+                raise InputError(f"{url}: {what} ({reason}); check the address.") from error
             if target is None:
                 return body
             if urlsplit(url).scheme == "https" and urlsplit(target).scheme == "http":
@@ -179,7 +170,7 @@ class _Download:
         return self.socket
 
     def read(self, response: http.client.HTTPResponse, url: str) -> bytes:
-        if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
+        if response.getheader("Content-Encoding", "identity").lower() != "identity":
             raise InputError(f"{url}: the server compresses its answer, which was not asked for; download it yourself.")
         declared = response.length or 0  # nothing: chunked, or until the connection closes
         body = response.read(self.max_bytes + 1) if declared <= self.max_bytes else b""

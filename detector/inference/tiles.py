@@ -7,7 +7,7 @@ says otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ COVERED = 0.7
 SURE = 0.5
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """Tiles of width x height original pixels that overlap their neighbours by `overlap` pixels or more.
 
     The overlap should be as large as the objects that only a tile is near enough to find.
@@ -76,9 +75,9 @@ def merge_tiles(found: Sequence[Found], regions: np.ndarray, size: tuple[int, in
         size: height and width of the image.
     """
     every = Found.join(found)
-    look = np.repeat(np.arange(len(found)), [len(one) for one in found])
     order = np.argsort(-every.scores, kind="stable")
-    every, look = every.where(order), look[order]
+    look = np.repeat(np.arange(len(found)), [len(one) for one in found])[order]
+    every = every.where(order)
     cut = _is_cut(every.boxes, regions[look], size)
     kept: list[Found] = []
     for label in np.unique(every.labels):
@@ -106,7 +105,7 @@ def merge_flipped(straight: Found, mirrored: Found) -> Found:
     same = box_iou(boxes, boxes)
     same[(labels[:, None] != labels) | (look[:, None] == look)] = 0
     free = np.ones(len(scores), bool)
-    merged, sure, kinds = [], [], []
+    merged = []
     for place in np.argsort(-scores, kind="stable"):
         if not free[place]:
             continue
@@ -114,12 +113,9 @@ def merge_flipped(straight: Found, mirrored: Found) -> Found:
         members = [place, partner] if same[place, partner] * free[partner] >= SAME_IOU else [place]
         free[members] = False
         weights = np.maximum(scores[members], 1e-9).astype(np.float64)
-        merged.append(np.average(boxes[members].astype(np.float64), axis=0, weights=weights))
-        sure.append(scores[members].sum() / 2)
-        kinds.append(labels[place])
-    if not merged:
-        return straight
-    return _ranked(Found(np.array(merged), np.array(sure), np.array(kinds, labels.dtype)))
+        box = np.average(boxes[members].astype(np.float64), axis=0, weights=weights)
+        merged.append((box, scores[members].sum() / 2, labels[place]))
+    return _ranked(Found(*map(np.array, zip(*merged, strict=True)))) if merged else straight
 
 
 def _merge_class(

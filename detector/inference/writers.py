@@ -65,18 +65,12 @@ class Results(ExitStack):
                 self._writers = {name: self._enter(name, kinds[name](places.out, class_names)) for name in places.save}
         except OSError as error:
             self.__exit__(type(error), error, error.__traceback__)
-            reason = error.strerror or error
-            raise InputError(
-                f"out={places.out}: cannot be written ({reason}); give another folder, out=DIR."
-            ) from error
+            what = f"out={places.out}: cannot be written ({error.strerror or error})"
+            raise InputError(f"{what}; give another folder, out=DIR.") from error
 
     def add(self, item: SourceImage, found: Detections) -> None:
         """Write what was found in an image."""
-        try:
-            place = self.places(found)
-        except OSError as error:
-            self._lose(str(found.path), error)
-            return
+        place = self.places(found)
         copy = annotated(place, found) if "images" in self._writers and found.error is None else None
         for name, write in self._writers.items():
             try:
