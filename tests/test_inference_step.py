@@ -62,7 +62,7 @@ def test_breaking_prepare_breaks_every_caller(
     def broken(*_: object) -> None:
         raise BrokenError
 
-    monkeypatch.setattr(preprocess, "_padded", broken)  # what every call of `prepare` comes to
+    monkeypatch.setattr(preprocess, "pad", broken)  # what every call of `prepare` comes to
     with pytest.raises(BrokenError):
         CALLERS[name](small_detector, index)
 
@@ -71,7 +71,7 @@ def test_the_benchmark_of_networks_prepares_too(small_detector: Detector, monkey
     def broken(*_: object) -> None:
         raise BrokenError
 
-    monkeypatch.setattr(preprocess, "_padded", broken)
+    monkeypatch.setattr(preprocess, "pad", broken)
     monkeypatch.setattr("detector.lab.prediction.load", lambda *_, **__: small_detector)
     with pytest.raises(BrokenError):
         _network_call("a.onnx", IMAGE, threads=1)
