@@ -42,9 +42,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(partial)):
-            error.filename = str(path)
-        raise
+        if error.errno is None or error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # PyAV's own cannot be given another name
     finally:
         with suppress(OSError):  # of a disk that fails, or can no longer be written, the first error tells more
             partial.unlink(missing_ok=True)
