@@ -365,7 +365,11 @@ def test_wrong_files_and_folders(tiny_coco: Path) -> None:
         (tiny_coco, images, "no such annotation file"),
         (path, tiny_coco / "pictures", "pictures: no such folder; give the folder"),
     ]
-    for text, message in (("[]", "holds a JSON list"), ('{"images": [', "not valid JSON"), ("\xff", "not valid JSON")):
+    for text, message in (
+        ("[]", "holds a JSON list"),
+        ('{"images": [', "not valid JSON"),
+        ("\xff", "byte 0 of this annotation file is no UTF-8"),
+    ):
         broken = tiny_coco / f"broken{len(cases)}.json"
         broken.write_text(text, encoding="latin-1")
         cases.append((broken, images, f"{broken}: {message}"))

@@ -151,8 +151,8 @@ def export(options: ExportOptions) -> None:
     files, canvas = options.files, options.canvas
     detector = Detector.load(options.ckpt, "cpu")
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
-    for name in files:
-        import_packages(*FORMATS[name].needs)
+    if needs := [module for name in files for module in FORMATS[name].needs]:
+        import_packages(*needs)
     index = validation_images(options, detector) if options.check else None
     int8 = [name for name in files if FORMATS[name].precision == "int8"]
     read, items = calibration_images(options, detector) if int8 else (None, [])

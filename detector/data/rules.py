@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
-from annotated_types import Len
+from annotated_types import Len, Predicate
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from detector.data.finding import ERROR, WARNING, Finding, found
@@ -102,18 +102,10 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
-def _some_text(value: str) -> str:
-    if not value:
-        raise ValueError
-    return value
-
-
-def _short_name(value: str) -> str:
-    parts = value.replace("\\", "/").split("/")
-    too_long = any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in parts)
-    if not value or "\0" in value or too_long or value.startswith("data:image/"):
-        raise ValueError
-    return value
+def _is_file_name(text: str) -> bool:
+    parts = text.replace("\\", "/").split("/")
+    short = all(len(part.encode(errors="replace")) <= _LONGEST_NAME for part in parts)
+    return text != "" and "\0" not in text and short and not text.startswith("data:image/")
 
 
 # A bool is an int in Python; here it is no number.
@@ -123,10 +115,14 @@ _Place = Annotated[float, Field(ge=-FARTHEST, le=FARTHEST), _NoFlag]
 _Length = Annotated[int, Field(gt=0, lt=FARTHEST), _NoFlag]
 _ImageId = Annotated[int | str, _NoFlag]
 # A text of digits is a number; another text is an id too.
-_CategoryId = Annotated[int | Annotated[str, Field(pattern=r"[^\d.+-]")], Field(union_mode="left_to_right"), _NoFlag]
-# No `min_length`: pydantic then refuses half a surrogate pair.
-_Name = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_some_text), _NoFlag]
-_FileName = Annotated[str, AfterValidator(_short_name)]
+_CategoryId = Annotated[
+    int | Annotated[str, Predicate(lambda text: text.strip("0123456789.+-") != "")],
+    Field(union_mode="left_to_right"),
+    _NoFlag,
+]
+# Neither `min_length` nor `pattern`: pydantic then refuses half a surrogate pair.
+_Name = Annotated[str, Field(coerce_numbers_to_str=True), Predicate(bool), _NoFlag]
+_FileName = Annotated[str, Predicate(_is_file_name)]
 _Flag = Annotated[bool | _Number, Field(union_mode="left_to_right"), AfterValidator(bool)]
 
 
