@@ -29,3 +29,34 @@ def test_one_evaluation_with_its_report_parses_the_annotations_once(
     diagnosis = json.loads((tmp_path / "eval" / "diagnosis.json").read_text())
     assert diagnosis["two_stages"]["images"] == 5
     assert "class_balance" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_a_checkpoint_with_odd_names_of_classes_and_files(small_detector: Detector, tmp_path: Path) -> None:
+    """Scored, reported with both stages and the doctor's section, and compared; names are as they were."""
+    root = write_scored_data(tmp_path / "data", small_detector)
+    small_detector.class_names = ("cat", "dog\ud800", "bird\x1b[31m")
+    path = root / "annotations/val.json"
+    content = json.loads(path.read_text())
+    for category, name in zip(content["categories"], small_detector.class_names, strict=True):
+        category["name"] = name
+    for image, name in zip(content["images"], ("caf\udce9.png", "n" * 250 + ".png"), strict=False):
+        (root / "images" / image["file_name"]).rename(root / "images" / name)
+        image["file_name"] = name
+        image["id"] = f"id\udce9 {image['id']}"
+    for annotation in content["annotations"]:
+        annotation["image_id"] = next(
+            image["id"] for image in content["images"] if str(image["id"]).endswith(str(annotation["image_id"]))
+        )
+    path.write_text(json.dumps(content))
+    small_detector.save(tmp_path / "small.ckpt")
+    options = {"ckpt": str(tmp_path / "small.ckpt"), "data": {"root": str(root)}, "out": str(tmp_path / "eval")}
+    metrics = evaluate(EvalOptions.parse(options | {"workers": 0, "trainer": {"accelerator": "cpu"}}))
+    assert list(metrics["per_class"]) == list(small_detector.class_names)
+    assert metrics["AP"] > 0
+    written = {one.name: one.read_bytes().decode("utf-8") for one in (tmp_path / "eval").iterdir()}
+    ids = {row["image_id"] for row in json.loads(written["detections.json"])}
+    assert "id\udce9 100" in ids
+    assert json.loads(written["diagnosis.json"])["two_stages"]["images"] == 5
+    assert "n" * 250 in written["report.html"]
+    results = {"results": str(tmp_path / "eval/detections.json"), "annotations": str(path), "out": str(tmp_path / "b")}
+    assert evaluate(EvalOptions.parse(results))["AP"] == metrics["AP"]

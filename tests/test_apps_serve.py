@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import http.client
 import io
@@ -742,3 +743,16 @@ def test_half_a_surrogate_pair_in_a_class_name() -> None:
         assert post(client).json()["names"][0] == "a\ud800"
         assert post(client, query="?classes=even").json()["names"] == ["even"] * 3
         assert_refused(post(client, query="?classes=cow"), 422, "a\ud800, even")
+
+
+def test_no_room_for_an_upload(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A form above 1 MB lies in the folder for temporary files, which may be full: the server's fault, and logged."""
+
+    async def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("starlette.datastructures.UploadFile.write", write)
+    with client_of(Ruler()) as client:
+        for _ in range(LIMITS.queue + 2):
+            assert_refused(post(client), 503, "no room for the upload")
+        assert "No space left on device" in caplog.text

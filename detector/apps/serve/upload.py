@@ -6,6 +6,7 @@ Nothing that a request says is ever taken for a path or an address.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from detector.apps.serve import Limits
 from detector.data.images import read_image
 from detector.errors import InputError
 from detector.inference.predictor import PredictOptions, Predictor
+
+log = logging.getLogger(__name__)
 
 FIELD = "image"
 MAX_FIELDS = 1000
@@ -115,6 +118,9 @@ async def _read(request: Request) -> tuple[bytes, list[tuple[str, str]]]:
         form = await request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     except (HTTPException, ClientDisconnect):
         raise
+    except OSError as error:
+        log.warning("No room for an upload in the folder for temporary files: %s", error)
+        raise HTTPException(503, "The server has no room for the upload; try again later.") from error
     except Exception as error:  # The parser's own errors, and what malformed headers make it raise besides.
         raise HTTPException(400, f"The form cannot be read ({type(error).__name__}). {HOW}") from error
     try:
