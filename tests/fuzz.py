@@ -51,7 +51,7 @@ from detector.data.results import Results, read_results
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.evaluation.compare import compare
 from detector.evaluation.diagnosis import diagnose
-from detector.evaluation.metrics import evaluate
+from detector.evaluation.metrics import compute_metrics
 from detector.export.formats import export_onnx, export_openvino
 from detector.files import write_json
 from detector.inference.detector import Detector
@@ -258,6 +258,14 @@ def encoded(tree: Any, rng: np.random.Generator) -> bytes:
     return damaged(content, rng) if way < 0.14 else content
 
 
+def parsed(path: Path) -> Any:
+    """What a file of JSON says, by json itself: damage may have changed a letter; None where it is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
     """Bytes changed, cut off, or put in."""
     data = bytearray(content)
@@ -286,6 +294,7 @@ def fuzz_annotations(shop: Workshop, rng: np.random.Generator, folder: Path) -> 
             mutate(content, rng)
     path = folder / "a.json"
     path.write_bytes(encoded(content, rng))
+    content = parsed(path)
     read = read_annotations(path, shop.root / "images")
     errors = [fault for fault in read.faults if fault.severity == "error"]
     diagnosis = examine({"val": read}, preprocessing=shop.detector.preprocessing, anchors=None)
@@ -362,11 +371,11 @@ def check_untouched(before: dict[str, Any], after: dict[str, Any], index: Annota
 
 def check_metrics(results: Results, index: AnnotationIndex) -> None:
     """By pycocotools; nothing outside [0, 1]."""
-    found, oracle = evaluate(results, index), evaluate(results, index, "pycocotools")
+    found, oracle = compute_metrics(results, index), compute_metrics(results, index, "pycocotools")
     for key in (key for key in oracle if key != "per_class"):
         a, b = found[key], oracle[key]
         demand((a is None) == (b is None) and (a is None or abs(a - b) < 1e-9), f"{key} is {a}, by pycocotools {b}")
-    for key, value in {**found["per_class"], **evaluate(results, index, "voc")["per_class"]}.items():
+    for key, value in {**found["per_class"], **compute_metrics(results, index, "voc")["per_class"]}.items():
         demand(value is None or 0 <= value <= 1, f"AP of {key!r} is {value}")
     json.dumps(diagnose(results, index), allow_nan=False, default=str)
 
@@ -585,6 +594,7 @@ def fuzz_results(shop: Workshop, rng: np.random.Generator, folder: Path) -> None
             mutate(rows, rng)
     path = folder / "results.json"
     path.write_bytes(encoded(rows, rng))
+    rows = parsed(path)
     results = read_results(path, shop.index)
     shop.reached = True
     if isinstance(rows, list):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detector.data.images import list_images, read_image
+from detector.data.images import exif_orientation, list_images, read_image
 from detector.data.preprocess import Preprocessing, prepare
 from detector.errors import InputError
 
@@ -52,6 +52,22 @@ def test_exif_orientation_as_opencv_reads_it(tmp_path: Path, picture: np.ndarray
         assert ours.shape == theirs.shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
         assert np.abs(ours.astype(int) - theirs).mean() < 2
     assert np.abs(read_image(path, exif=False).astype(int) - picture).mean() < 5
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff(tmp_path: Path, picture: np.ndarray, orientation: int, mode: str) -> None:
+    """Pillow turns these itself, and mixed up the pixels of a file that it maps into memory."""
+    path, exif, stored = tmp_path / "a.tiff", Image.Exif(), Image.fromarray(picture).convert(mode)
+    exif[0x0112] = orientation
+    stored.save(path, exif=exif)
+    grid = np.asarray(stored.convert("RGB"))
+    seen = [grid, grid[:, ::-1], grid[::-1, ::-1], grid[::-1], grid.swapaxes(0, 1), np.rot90(grid, -1),
+            grid[::-1, ::-1].swapaxes(0, 1), np.rot90(grid)][orientation - 1]  # fmt: skip
+    np.testing.assert_array_equal(read_image(path), seen)
+    np.testing.assert_array_equal(read_image(path.read_bytes()), seen)
+    np.testing.assert_array_equal(read_image(path, exif=False), grid)
+    assert exif_orientation(path) == (orientation, grid.shape[:2])
 
 
 @pytest.mark.parametrize("value", [0, 9, 77])
@@ -205,6 +221,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object) -> None:
         raise PermissionError("no")
 
+    (tmp_path / "a.png").touch()
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(InputError, match=r"a\.png: may not be read.*permissions"):
         read_image(tmp_path / "a.png")

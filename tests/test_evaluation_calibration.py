@@ -66,3 +66,12 @@ def test_without_detections():
     found = calibration(judge(read_records([], random_rows(0)[0])))
     assert found["count"] == 0
     assert {row["confidence"] for row in found["bins"]} == {None}
+
+
+def test_scores_that_are_no_probabilities_have_no_calibration():
+    """And cost nobody the rest of the report: hotcoco refuses them."""
+    ground_truth, results = random_rows(0)[:2]
+    found = calibration(judge(read_records([*results[1:], results[0] | {"score": 12.5}], ground_truth)))
+    assert (found["ece"], found["mce"], found["bins"]) == (None, None, [])
+    assert set(found["per_class"].values()) == {None}
+    assert found["count"] > 0

@@ -185,7 +185,11 @@ def test_properties_survive_the_round_trip(small_detector: Detector) -> None:
     info = ExportInfo(
         ('a "b" <&>', "ü"), Preprocessing(short_side=32, long_side=64), 1, (64, 96), "int8", {"x": [1]}, {"y": None}
     )
-    assert ExportInfo.from_properties(info.to_properties() | {"other": "{"}, "a.onnx") == info
+    properties = info.to_properties()
+    assert ExportInfo.from_properties(properties | {"other": "{"}, "a.onnx") == info
+    for odd in ('{"batch": 1.0, "height": 64, "width": 96}', '{"batch": 1, "height": "64", "width": 96}'):
+        with pytest.raises(InputError, match=r"a\.onnx.*(batch is 1\.0|height is '64')"):
+            ExportInfo.from_properties(properties | {"input": odd}, "a.onnx")
 
 
 @pytest.mark.slow

@@ -167,6 +167,10 @@ def spoil(content: dict[str, Any], how: str) -> Any:
         del about["preprocessing"]["long_side"]
     elif how == "another class count":
         about["class_names"] = ["cat"]
+    elif how == "a class without a name":
+        about["class_names"][0] = 3
+    elif how == "provenance":
+        about["provenance"] = 0.5
     elif how == "missing weight":
         del state[next(iter(state))]
     elif how == "no weights":
@@ -189,6 +193,8 @@ def spoil(content: dict[str, Any], how: str) -> Any:
         "unknown input",
         "half an input",
         "another class count",
+        "a class without a name",
+        "provenance",
         "missing weight",
         "no weights",
         "bare weights",
@@ -204,6 +210,17 @@ def test_a_checkpoint_that_does_not_fit_is_named(small_detector: Detector, tmp_p
     assert len(str(error.value)) < 700
     if how == "newer":
         assert "update" in str(error.value)
+
+
+def test_weights_that_are_not_finite_give_no_boxes(small_detector: Detector, tmp_path: Path) -> None:
+    small_detector.save(tmp_path / "bad.ckpt")
+    content = torch.load(tmp_path / "bad.ckpt")
+    content["state_dict"]["network.head.box_deltas.bias"][:] = float("nan")
+    torch.save(content, tmp_path / "bad.ckpt")
+    detector = Detector.load(tmp_path / "bad.ckpt", "cpu")
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with pytest.raises(InputError, match="not finite"):
+        detector.predict(image, score_threshold=0)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04 not a zip", bytes(range(256)) * 4])

@@ -11,9 +11,9 @@ import io
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeAlias, TypeGuard, Union
+from typing import IO, TYPE_CHECKING, BinaryIO, TypeAlias, TypeGuard, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -29,6 +29,16 @@ ImageSource: TypeAlias = Union[
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
+# From the frame that people see to the one that is stored, by EXIF orientation.
+_TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 _EXIF_ORIENTATION = 0x0112
 # Pillow's limit on pixels is one number for the process: who raises it for one file holds this.
 _PILLOW_LIMIT = threading.Lock()
@@ -137,7 +147,9 @@ def exif_orientation(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]
         with Image.open(path) as image:
             # Pillow would decode a PNG to look for EXIF behind its pixels, where hardly any program writes it.
             tagged = image.format != "PNG" or "exif" in image.info
-            return _orientation(image) if tagged else 1, (image.height, image.width)
+            orientation = _orientation(image) if tagged else 1
+            turned = orientation >= 5 and image.format == "TIFF"  # Pillow gives the size after the rotation, for these
+            return orientation, (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # Decoders raise what they like; whoever reads the pixels says what is wrong.
         return 1, (0, 0)
 
@@ -157,7 +169,9 @@ def _read_file(file: Path | io.BytesIO, name: str, exif: bool, max_pixels: int |
     if isinstance(file, Path) and os.path.isdir(file):
         raise InputError(f"{name}: is a folder, not an image; detector.data.images.list_images gives the images in it.")
     try:
-        with _open(file, name, max_pixels) as image:
+        # Not by its path: Pillow would map a TIFF into memory, and mix up its pixels where EXIF turns it.
+        opened = nullcontext(file) if isinstance(file, io.BytesIO) else file.open("rb")
+        with opened as binary, _open(binary, name, max_pixels) as image:
             if image.format == "EPS":  # Pillow would run it: PostScript is a program
                 raise InputError(f"{name}: PostScript is not read; convert it to one of {_suffixes()}.")
             return _from_pillow(image, exif)
@@ -192,7 +206,7 @@ def _explained(error: Exception, file: Path | io.BytesIO, name: str) -> InputErr
 
 
 @contextmanager
-def _open(file: Path | io.BytesIO, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
+def _open(file: BinaryIO, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
     """Pillow's open, which reads the header only, with a limit of our own if there is one."""
     if max_pixels is None:
         with Image.open(file) as image:
@@ -214,8 +228,11 @@ def _open(file: Path | io.BytesIO, name: str, max_pixels: int | None) -> Iterato
 
 
 def _from_pillow(image: Image.Image, exif: bool) -> np.ndarray:
-    if exif and _orientation(image) != 1:
+    orientation = _orientation(image)
+    if exif and orientation != 1:
         image = ImageOps.exif_transpose(image)
+    elif orientation != 1 and image.format == "TIFF":  # Pillow turns a TIFF while it decodes it
+        image = image.transpose(_TURN_BACK[orientation])
     if image.mode.startswith("I;16"):
         return _to_rgb(_from_uint16(np.asarray(image)))
     if image.mode in ("I", "F"):

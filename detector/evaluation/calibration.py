@@ -22,9 +22,14 @@ def calibration(outcomes: Outcomes, bins: int = 10) -> dict[str, Any]:
          "ece": mean over detections of |score - precision| of their bin, in [0, 1],
          "mce": the largest such gap,
          "bins": [{"low", "high", "confidence": mean score, "precision", "count"}], both None in an empty bin,
-         "per_class": {class name: ECE, None for a class without detections}.}
+         "per_class": {class name: ECE, None for a class without detections}}.
+        Scores outside [0, 1] are no probabilities: "ece", "mce" and "per_class" are None then, and "bins" empty.
     """
     records = outcomes.records
+    scores = records.results.scores[outcomes.counted]
+    if ((scores < 0) | (scores > 1)).any():
+        unknown = dict.fromkeys(records.index.class_names)
+        return {"iou": FOREGROUND, "count": len(scores), "ece": None, "mce": None, "bins": [], "per_class": unknown}
     measured = evaluator(records, outcomes.counted).calibration(bins, FOREGROUND)
     return {
         "iou": FOREGROUND,

@@ -78,12 +78,18 @@ class Detector(Predictor):
         checkpoint = read_checkpoint(path)
         about = checkpoint["detector"]
         weights = {
-            key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
+            key.removeprefix(PREFIX): value
+            for key, value in checkpoint["state_dict"].items()
+            if str(key).startswith(PREFIX)
         }
         try:
             for key, kind in DESCRIPTION.items():
                 if not isinstance(about.get(key), kind):
                     raise InputError(f"{key} is missing")
+            if not all(isinstance(name, str) for name in about["class_names"]):
+                raise InputError("a class name is no text")
+            if not isinstance(about.get("provenance") or {}, dict):
+                raise InputError("provenance is no dict")
             if lacking := Preprocessing.model_fields.keys() - about["preprocessing"].keys():
                 raise InputError(f"preprocessing.{min(lacking)} is missing")
             options = NetworkOptions.parse(about["spec"])

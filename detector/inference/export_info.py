@@ -82,6 +82,9 @@ class ExportInfo:
                 # Other tools add keys of their own.
                 values = {key: json.loads(properties[key]) for key in KEYS}
                 batch, height, width = (values["input"][key] for key in ("batch", "height", "width"))
+                for key, value in zip(("batch", "height", "width"), (batch, height, width), strict=True):
+                    if value is not None and (type(value) is not int or value < 1):
+                        raise ValueError(f"input.{key} is {value!r}")
                 sides = {key: values["preprocessing"][key] for key in Preprocessing.model_fields}
                 return cls(
                     tuple(map(str, values["class_names"])),

@@ -102,12 +102,20 @@ class Predictor(ABC):
 
         Returns:
             For each image, with boxes in pixels of the original image.
+
+        Raises:
+            InputError: max_proposals does not fit, or the network gives numbers that are not finite.
         """
         self.check_proposals(max_proposals)
         results: dict[int, Found] = {}
         for batch in batches:
             found = self.detect(batch, max_proposals)
             for place, one, scale, size in zip(batch.places, found, batch.scales, batch.original_sizes, strict=True):
+                if not (np.isfinite(one.boxes).all() and np.isfinite(one.scores).all()):
+                    raise InputError(
+                        "The network gives boxes or scores that are not finite: its weights are damaged, or its "
+                        "training went astray; take another checkpoint."
+                    )
                 results[int(place)] = replace(one, boxes=restore(one.boxes, scale, size))
         return [results[place] for place in range(len(results))]
 
