@@ -212,15 +212,12 @@ def test_a_checkpoint_that_does_not_fit_is_named(small_detector: Detector, tmp_p
         assert "update" in str(error.value)
 
 
-def test_weights_that_are_not_finite_give_no_boxes(small_detector: Detector, tmp_path: Path) -> None:
-    small_detector.save(tmp_path / "bad.ckpt")
-    content = torch.load(tmp_path / "bad.ckpt")
-    content["state_dict"]["network.head.box_deltas.bias"][:] = float("nan")
-    torch.save(content, tmp_path / "bad.ckpt")
-    detector = Detector.load(tmp_path / "bad.ckpt", "cpu")
+def test_boxes_that_are_not_finite_are_not_given_out(small_detector: Detector) -> None:
+    with torch.no_grad():
+        small_detector.network.head.box_deltas.bias[:] = float("nan")
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     with pytest.raises(InputError, match="not finite"):
-        detector.predict(image, score_threshold=0)
+        small_detector.predict(image, score_threshold=0)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04 not a zip", bytes(range(256)) * 4])

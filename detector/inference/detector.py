@@ -88,8 +88,6 @@ class Detector(Predictor):
                     raise InputError(f"{key} is missing")
             if not all(isinstance(name, str) for name in about["class_names"]):
                 raise InputError("a class name is no text")
-            if not isinstance(about.get("provenance") or {}, dict):
-                raise InputError("provenance is no dict")
             if lacking := Preprocessing.model_fields.keys() - about["preprocessing"].keys():
                 raise InputError(f"preprocessing.{min(lacking)} is missing")
             options = NetworkOptions.parse(about["spec"])
