@@ -94,44 +94,37 @@ class Backbone(nn.Module):
         stages: names of the submodules of each stage from the stem on, in the order in which an image meets them. The
             first is everything up to stride 4, the others lead to c3, c4 and c5. What `forward` runs, and what `freeze`
             counts.
+        chain: what `add_stages` makes of the units of a stage.
     """
 
     channels: dict[str, int]
     strides: dict[str, int]
     stages: Sequence[Sequence[str]]
+    chain: type[nn.Sequential] = nn.Sequential
 
     def __init__(self, *, dilate_c5: bool = False) -> None:
         super().__init__()
         self.strides = {"c3": 8, "c4": 16, "c5": 16 if dilate_c5 else 32}
 
     def add_stages(
-        self,
-        stem: Sequence[str],
-        inputs: int,
-        channels: Sequence[int],
-        repeats: Sequence[int],
-        unit: Callable[[Place], nn.Module],
-        chain: type[nn.Sequential] = nn.Sequential,
+        self, stem: Sequence[str], widths: Sequence[int], repeats: Sequence[int], unit: Callable[[Place], nn.Module]
     ) -> None:
         """Add "stage2" to "stage4", which give c3, c4 and c5; of four stages, "stage1" at stride 4 before them.
 
         Args:
             stem: names of the submodules before.
-            inputs: channels of the stem.
-            channels, repeats: outputs and units of each stage.
+            widths: channels of the stem, then of each stage.
+            repeats: units of each stage.
             unit: makes a unit for its place.
-            chain: what a stage is.
         """
-        names = [f"stage{number}" for number in range(5 - len(channels), 5)]
-        for name, outputs, count in zip(names, channels, repeats, strict=True):
+        names = [f"stage{number}" for number in range(5 - len(repeats), 5)]
+        for name, inputs, outputs, count in zip(names, widths, widths[1:], repeats, strict=False):
             dilated = name == "stage4" and self.strides["c5"] == 16
-            units = []
-            for number in range(count):
-                stride = 1 if number or dilated or name == "stage1" else 2
-                units.append(unit(Place(name, not number, inputs, outputs, stride, 2 if dilated and number else 1)))
-                inputs = outputs
-            self.add_module(name, chain(*units))
-        self.channels = dict(zip(FEATURES, channels[-3:], strict=True))
+            stride = 1 if dilated or name == "stage1" else 2
+            first = unit(Place(name, True, inputs, outputs, stride, 1))
+            later = Place(name, False, outputs, outputs, 1, 2 if dilated else 1)
+            self.add_module(name, self.chain(first, *(unit(later) for _ in range(count - 1))))
+        self.channels = dict(zip(FEATURES, widths[-3:], strict=True))
         self.stages = ((*stem, *names[:-3]), *((name,) for name in names[-3:]))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -215,7 +216,9 @@ class TimmBackbone(External):
 
     def whole(self) -> nn.Module:
         """See `External.whole`."""
-        model: nn.Module = _timm().create_model(self.model, pretrained=False)
+        import timm
+
+        model: nn.Module = timm.create_model(self.model, pretrained=False)
         return model
 
     def names_in_library(self) -> dict[str, str]:
@@ -266,15 +269,12 @@ def _trunk(model: nn.Module) -> list[tuple[str, int]]:
     """Name and stride of each part of a model that gives a map, in the order of the pass."""
     sides: dict[str, tuple[int, int]] = {}  # of what goes in and of what comes out
 
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            tensors = [x for x in (inputs[0], output) if isinstance(x, Tensor) and x.dim() == 4]
-            if len(tensors) == 2 and all(x.shape[2] == x.shape[3] for x in tensors):
-                sides[name] = tensors[0].shape[2], tensors[1].shape[2]
+    def record(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [x for x in (inputs[0], output) if isinstance(x, Tensor) and x.dim() == 4]
+        if len(tensors) == 2 and all(x.shape[2] == x.shape[3] for x in tensors):
+            sides[name] = tensors[0].shape[2], tensors[1].shape[2]
 
-        return hook
-
-    hooks = [part.register_forward_hook(record(name)) for name, part in model.named_modules() if name]
+    hooks = [part.register_forward_hook(partial(record, name)) for name, part in model.named_modules() if name]
     model.eval()
     try:
         with torch.no_grad():
@@ -300,16 +300,11 @@ def _trunk(model: nn.Module) -> list[tuple[str, int]]:
     return list(parts(model, ""))
 
 
-def _timm() -> Any:
+def _timm_model(name: str, **options: Any) -> Any:
     try:
         import timm
     except ImportError as error:
         raise InputError(f"backbone timm: {error.name} is missing; pip install 'light-head-detector[timm]'.") from error
-    return timm
-
-
-def _timm_model(name: str, **options: Any) -> Any:
-    timm = _timm()
     if not timm.is_model(name):
         raise InputError(f"backbone.model={name!r} is not in timm; {_closest(name, timm.list_models())}")
     try:

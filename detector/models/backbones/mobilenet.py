@@ -57,9 +57,10 @@ class MobileNetV1(Backbone):
         )
 
         def unit(place: Place) -> nn.Module:
-            return separable(place.inputs, place.outputs, activation, stride=place.stride, dilation=place.dilation)
+            shape = {"stride": place.stride, "dilation": place.dilation}
+            return separable(place.inputs, place.outputs, activation, **shape)
 
-        self.add_stages(("conv1", "stage1"), widths[1], widths[2:], (2, 6, 2), unit)
+        self.add_stages(("conv1", "stage1"), widths[1:], (2, 6, 2), unit)
 
 
 class InvertedResidual(nn.Module):

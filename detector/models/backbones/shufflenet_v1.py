@@ -160,4 +160,5 @@ class ShuffleNetV1(Backbone):
     def __init__(self, options: ShuffleNetV1Options) -> None:
         super().__init__(dilate_c5=options.dilate_c5)
         self.stem = pooled_stem(options.stem)
-        self.add_stages(("stem",), options.stem, options.outputs, options.repeats, lambda place: Unit(place, options))
+        widths = options.stem, *options.outputs
+        self.add_stages(("stem",), widths, options.repeats, lambda place: Unit(place, options))

@@ -217,6 +217,7 @@ class ShuffleNetV2(Backbone):
     stage2: Stage
     stage3: Stage
     stage4: Stage
+    chain = Stage
 
     def __init__(self, options: ShuffleNetV2Options) -> None:
         super().__init__(dilate_c5=options.dilate_c5)
@@ -230,14 +231,10 @@ class ShuffleNetV2(Backbone):
         last, pool = activation_layer(activation), nn.MaxPool2d(3, stride=2, padding=1)
         # A rising activation and the maximum commute; in this order the activation has a quarter of the pixels.
         self.maxpool = nn.Sequential(pool, last) if activation != "hard_swish" else nn.Sequential(last, pool)
-        self.add_stages(
-            ("conv1", "maxpool"),
-            stem[-1],
-            options.channels,
-            options.repeats,
-            lambda place: DownsamplingUnit(place, options) if place.first else Unit(place, options),
-            Stage,
-        )
+        self.add_stages(("conv1", "maxpool"), (stem[-1], *options.channels), options.repeats, self._unit)
+
+    def _unit(self, place: Place) -> nn.Module:
+        return DownsamplingUnit(place, self.options) if place.first else Unit(place, self.options)
 
     def unshuffle(self) -> dict[str, Tensor]:
         """See `Backbone.unshuffle`."""

@@ -95,10 +95,5 @@ class Xception(Backbone):
     def __init__(self, options: XceptionOptions) -> None:
         super().__init__(dilate_c5=options.dilate_c5)
         self.stem = pooled_stem(options.stem_channels)
-        self.add_stages(
-            ("stem",),
-            options.stem_channels,
-            options.channels,
-            options.repeats,
-            lambda place: Block(place, options.bottleneck),
-        )
+        widths = options.stem_channels, *options.channels
+        self.add_stages(("stem",), widths, options.repeats, lambda place: Block(place, options.bottleneck))
