@@ -105,7 +105,7 @@ MUTANTS: list[tuple[str, Any, str]] = [
     ("detector/class_names", [], "head.class_logits.weight is (4, 64), expected (1, 64)"),
     ("detector/class_names", "cat", "class_names is missing"),
     ("detector/class_names", ["cat", "dog", "cat"], "'cat' is there 2 times"),
-    ("detector/class_names", ["cat", "dog", 3], "3 is a int, expected a text"),
+    ("detector/class_names", ["cat", "dog", 3], "a class name is no text"),
     ("detector/class_names", ["cat", "dog"], "head.class_logits.weight is (4, 64), expected (3, 64)"),
     ("detector/class_names", [str(i) for i in range(10**6)], "expected (1000001, 64)"),
     ("detector/preprocessing", {}, "preprocessing.long_side is missing"),

@@ -49,11 +49,9 @@ class Detector(Predictor):
     ) -> None:
         if not class_names:
             raise InputError("A detector needs at least one class name.")
-        for name, count in Counter(map(str, class_names)).items():
+        for name, count in Counter(class_names).items():
             if count > 1:
                 raise InputError(f"class_names: {name!r} is there {count} times; give each class a name of its own.")
-        if other := next((name for name in class_names if not isinstance(name, str)), None):
-            raise InputError(f"class_names: {other!r} is a {type(other).__name__}, expected a text.")
         self.options = options
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
