@@ -39,14 +39,14 @@ def mutant(content: Content, rng: random.Random) -> Content:
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         section, how = rng.choice(list(content)), rng.random()
         if how < 0.05:
-            changed[section] = rng.choice(VALUES)
+            changed[section] = copy.deepcopy(rng.choice(VALUES))
         entries = changed[section]
         if not isinstance(entries, list) or not entries:
             continue
         place = rng.randrange(len(entries))
         entry = entries[place]
         if how < 0.1:
-            entries[place] = rng.choice(VALUES)
+            entries[place] = copy.deepcopy(rng.choice(VALUES))
         elif not isinstance(entry, dict) or not entry:
             continue
         elif how < 0.2:
@@ -54,9 +54,11 @@ def mutant(content: Content, rng: random.Random) -> Content:
         elif how < 0.3:
             entries.append(copy.deepcopy(entry))
         elif how < 0.4 and isinstance(entry.get("bbox"), list) and entry["bbox"]:
-            entry["bbox"][rng.randrange(len(entry["bbox"]))] = rng.choice(VALUES)
+            entry["bbox"][rng.randrange(len(entry["bbox"]))] = copy.deepcopy(rng.choice(VALUES))
         else:
-            entry[rng.choice([*entry, "ignore", "difficult", "frequency", "segmentation"])] = rng.choice(VALUES)
+            entry[rng.choice([*entry, "ignore", "difficult", "frequency", "segmentation"])] = copy.deepcopy(
+                rng.choice(VALUES)
+            )
     return changed
 
 
