@@ -459,7 +459,7 @@ class _Reader:
                     new, plain = None, True
                     sound[i] &= not required
                 if not plain:
-                    repaired.append(f"{what} {brief(values[i])} (read as {new!r})")
+                    repaired.append(f"{what} {brief(values[i])} (read as {brief(new)})")
                 values[i] = new
         self.report("entries", wrong)
         self.report("repaired_values", repaired)
