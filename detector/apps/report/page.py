@@ -36,7 +36,8 @@ class Report:
         diagnosis: what detector.evaluation.diagnosis.diagnose returned.
         two_stages: what detector.apps.report.two_stages.two_stages returned.
         images: what detector.apps.report.images.worst_images gave.
-        cost: {"cards": [(name, number, unit)], "pairs": [(name, text)]} of the model and its speed.
+        cost: of the model and its speed: {"parameters", "multiply_adds": counts, "input": {"width", "height",
+            "short_side", "long_side"}, "classes", "device", "ms": of an image, or None, "batches"}.
         seconds: of each part of the run.
         provenance: (name, text) pairs.
         configs: (title, YAML text) pairs.

@@ -136,31 +136,16 @@ def _cost(
     from detector.models.build import build_network
 
     height, width = _usual_canvas(detector, index)
-    operations = detection_multiply_adds(detector.network, height, width)
-    count = parameters(build_network(detector.options, len(detector.class_names)))  # a fused network has fewer
-    scale, unit = (1e9, "billion") if operations >= 1e9 else (1e6, "million")
-    cards: list[tuple[str, float, str]] = [
-        ("parameters", count / 1e6, "million"),
-        ("multiply-adds", operations / scale, f"{unit} an image, input {width} x {height}"),
-    ]
-    pairs = [
-        ("parameters", f"{count:,}"),
-        ("multiply-adds", f"{operations:,} at {width} x {height}, the input that most images have"),
-        ("classes", str(len(detector.class_names))),
-        (
-            "input",
-            f"shorter side {detector.preprocessing.short_side}, longer at most {detector.preprocessing.long_side}",
-        ),
-        ("device", f"{detector.device}, {options.trainer.precision}, {machine()}"),
-    ]
-    if seconds_per_image:
-        median = 1000 * statistics.median(seconds_per_image)
-        cards.append(("ms", median, "an image, median of the batches"))
-        batch = f"batches of up to {options.val.batch_size}"
-        pairs.append(
-            ("speed", f"{median:.3g} ms an image, median over {len(seconds_per_image)} {batch}; without reading")
-        )
-    return {"cards": cards, "pairs": pairs}
+    original = build_network(detector.options, len(detector.class_names))  # a fused network has fewer parameters
+    return {
+        "parameters": parameters(original),
+        "multiply_adds": detection_multiply_adds(detector.network, height, width),
+        "input": {"width": width, "height": height, **detector.preprocessing.to_dict()},
+        "classes": len(detector.class_names),
+        "device": f"{detector.device}, {options.trainer.precision}, {machine()}",
+        "ms": 1000 * statistics.median(seconds_per_image) if seconds_per_image else None,
+        "batches": f"{len(seconds_per_image)} batches of up to {options.val.batch_size}",
+    }
 
 
 def _examined(detector: Detector, index: AnnotationIndex, limit: int, workers: int) -> dict[str, Any]:
