@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -37,7 +38,7 @@ pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 from starlette.testclient import TestClient
 
-from detector.apps.serve import Limits, ServerOptions, serve_predictor
+from detector.apps.serve import Limits, ServeOptions, ServerOptions, serve
 from detector.apps.serve import server as server_module
 from detector.apps.serve.app import build_app
 from detector.apps.serve.guard import is_loopback
@@ -683,8 +684,9 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> Non
     for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
     with pytest.raises(InputError, match=rf"{package}.* is not installed.*light-head-detector\[serve\]"):
-        serve_predictor(Ruler())
+        serve(ServeOptions(ckpt="best.ckpt"))
 
 
 def test_sigterm_ends_the_tool_while_the_detector_loads() -> None:

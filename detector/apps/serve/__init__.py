@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from typing import Annotated, Self
 
 from PIL import Image
@@ -22,7 +21,6 @@ from pydantic.types import Strict
 
 from detector.errors import InputError
 from detector.inference import loading
-from detector.inference.predictor import Predictor
 from detector.options import Count, Options, Positive, Share
 
 
@@ -102,20 +100,6 @@ def serve(options: ServeOptions) -> None:
     """
     # Until it serves there is nothing to answer. Process 1 of a container has no default action, and would go on.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-    run = _import_run()
-    run(loading.load(options.ckpt, options.device, threads=options.threads), options)
-
-
-def serve_predictor(predictor: Predictor, options: ServerOptions | None = None) -> None:
-    """Answer requests with a predictor that is there already, until Ctrl-C or SIGTERM.
-
-    Raises:
-        InputError: an option is wrong, the port is taken, or the extra `serve` is not installed.
-    """
-    _import_run()(predictor, options or ServerOptions())
-
-
-def _import_run() -> Callable[[Predictor, ServerOptions], None]:
     try:
         from detector.apps.serve.server import run
     except ModuleNotFoundError as error:
@@ -124,4 +108,4 @@ def _import_run() -> Callable[[Predictor, ServerOptions], None]:
         raise InputError(
             f"{error.name} is not installed; the server needs it: pip install 'light-head-detector[serve]'."
         ) from error
-    return run
+    run(loading.load(options.ckpt, options.device, threads=options.threads), options)

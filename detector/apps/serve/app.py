@@ -41,7 +41,8 @@ class Json(JSONResponse):
     """JSON, with half a surrogate pair, which a class name may hold, as its escape."""
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, ensure_ascii=False, allow_nan=False).encode(errors=UNENCODABLE)
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode(errors=UNENCODABLE)
 
 
 def build_app(predictor: Predictor, options: ServerOptions) -> ASGIApp:

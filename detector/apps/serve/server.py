@@ -53,7 +53,9 @@ def run(predictor: Predictor, options: ServerOptions) -> None:
     app = build_app(predictor, options)
     # uvicorn ends the process itself where it cannot bind, and names no remedy.
     with _bind(host, options.port) as listener, _ended_by_signal():
-        _warm_up(predictor)
+        # The first call is slow; let no visitor pay for it. A detector that cannot predict is found out here.
+        side = predictor.preprocessing.short_side
+        predictor.predict([np.full((side, side, 3), 127, np.uint8)])
         if not is_loopback(host):
             log.warning(
                 "host=%s: everyone who can reach this machine can use the detector; there is no password and no "
@@ -114,12 +116,6 @@ def _in_url(host: str) -> str:
     if host in ("0.0.0.0", "::"):
         return "localhost"
     return f"[{host}]" if ":" in host else host
-
-
-def _warm_up(predictor: Predictor) -> None:
-    """The first call is slow; let no visitor pay for it. A detector that cannot predict is found out here."""
-    side = predictor.preprocessing.short_side
-    predictor.predict([np.full((side, side, 3), 127, np.uint8)])
 
 
 class Connection(H11Protocol):
