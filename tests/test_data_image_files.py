@@ -45,6 +45,7 @@ class Folder:
         frame: str = "turned",
         declared: str | None = "stored",
         size: tuple[int, int] = (LOW, WIDE),
+        suffix: str = "png",
     ) -> None:
         """An image with a box in one frame, and the width and height of one."""
         seen = np.zeros((*size, 3), np.uint8)
@@ -55,8 +56,10 @@ class Folder:
         number = len(self.images)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        Image.fromarray(np.ascontiguousarray(stored)).save(self.root / "images" / f"{number}.png", exif=exif)
-        entry: dict[str, Any] = {"id": number, "file_name": f"{number}.png"}
+        lossless = {"lossless": True} if suffix == "webp" else {}
+        name = f"{number}.{suffix}"
+        Image.fromarray(np.ascontiguousarray(stored)).save(self.root / "images" / name, exif=exif, **lossless)
+        entry: dict[str, Any] = {"id": number, "file_name": name}
         if declared is not None:
             sides = stored.shape if declared == "stored" else seen.shape
             entry |= {"width": sides[1], "height": sides[0]}
@@ -105,6 +108,17 @@ def test_boxes_decide_the_frame(folder: Folder, orientation: int, declared: str 
         }
         or declared == "stored"
     )
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("suffix", ["tif", "webp"])
+@pytest.mark.parametrize("frame", ["stored", "turned"])
+def test_other_kinds_of_files(folder: Folder, orientation: int, suffix: str, frame: Any) -> None:
+    folder.add(orientation, NEAR, frame, "stored", suffix=suffix)
+    folder.add(orientation, NEAR, frame, None, suffix=suffix)
+    with pytest.raises(InputError, match=r"data\.exif_boxes"):
+        folder.load()
+    check_objects(folder.load(exif_boxes=frame))
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
