@@ -359,11 +359,18 @@ class _Reader:
     def read(self, content: Any) -> AnnotationIndex:
         sections = self._sections(content)
         images, annotations, categories = (self._columns(name, sections[name]) for name in _SECTIONS)
-        rows, labels_by_id = self._first_of_each_id(images, categories)
-        frequencies = [categories["entry"][i].get("frequency") for i in labels_by_id.values()]
+        if not self.faults and not categories["id"]:
+            self.report("no_categories", ["`categories` is empty"])
+        self._repeats("category_ids", "category id", categories["id"])
+        self._repeats("category_names", "category name", categories["name"])
+        self._repeats("image_ids", "image id", images["id"])
+        self._repeats("file_names", "file", images["file_name"] if self.has_images else [])
         self._repeats("annotation_ids", "annotation id", [a["id"] for a in sections["annotations"] if "id" in a])
-        places = self._look_up("image_id", annotations, rows, "images")
-        numbers = {number: label for label, number in enumerate(labels_by_id)}
+        classes = _first_of_each(categories["id"])
+        category_ids = sorted(classes, key=id_order)
+        frequencies = [categories["entry"][classes[number]].get("frequency") for number in category_ids]
+        places = self._look_up("image_id", annotations, _first_of_each(images["id"]), "images")
+        numbers = {number: label for label, number in enumerate(category_ids)}
         labels = self._look_up("category_id", annotations, numbers, "categories")
         order = np.argsort(places, kind="stable")
         order = order[(places[order] >= 0) & (labels[order] >= 0)]
@@ -391,8 +398,8 @@ class _Reader:
             crowd=crowd,
             difficult=crowd | difficult | ignored,
             areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
-            class_names=tuple(categories["name"][i] for i in labels_by_id.values()),
-            category_ids=tuple(labels_by_id),
+            class_names=tuple(categories["name"][classes[number]] for number in category_ids),
+            category_ids=tuple(category_ids),
             annotation_ids=_ids([annotations["entry"][i].get("id") for i in order]),
             lvis=lvis if any(value is not None for entry in lvis for value in entry.values()) else None,
             frequencies=tuple(word if word in ("r", "c", "f") else None for word in frequencies),
@@ -465,22 +472,6 @@ class _Reader:
         self.report("repaired_values", repaired)
         return values
 
-    def _first_of_each_id(
-        self, images: dict[str, list[Any]], categories: dict[str, list[Any]]
-    ) -> tuple[dict[Any, int], dict[Any, int]]:
-        """Places of the images and of the categories, these by ascending id; of a repeated id, the first."""
-        if not self.faults and not categories["id"]:
-            self.report("no_categories", ["`categories` is empty"])
-        self._repeats("category_ids", "category id", categories["id"])
-        self._repeats("category_names", "category name", categories["name"])
-        self._repeats("image_ids", "image id", images["id"])
-        if self.has_images:
-            self._repeats("file_names", "file", images["file_name"])
-        rows, classes = (
-            {number: row for row, number in reversed(list(enumerate(ids)))} for ids in (images["id"], categories["id"])
-        )
-        return rows, dict(sorted(classes.items(), key=lambda item: id_order(item[0])))
-
     def _repeats(self, rule: str, what: str, values: list[Any]) -> None:
         try:
             counts = Counter(values)
@@ -503,6 +494,11 @@ class _Reader:
             texts = [f"{key} {brief(annotations[key][i])} of {name} {words}" for i, name in names.items()]
             self.report(rule, texts, len(at))
         return places
+
+
+def _first_of_each(ids: list[Any]) -> dict[Any, int]:
+    """Where each id comes first."""
+    return {number: place for place, number in reversed(list(enumerate(ids)))}
 
 
 def _entry(section: str, item: _Row, position: int) -> str:

@@ -46,8 +46,10 @@ class Finding:
         return dict(vars(self)) | {"examples": list(self.examples)}
 
 
-def found(check: str, severity: str, culprits: Sequence[str], message: str, remedy: str) -> list[Finding]:
-    """A finding about these culprits; none where there are none."""
+def found(
+    check: str, severity: str, culprits: Sequence[str], message: str, remedy: str, count: int | None = None
+) -> list[Finding]:
+    """A finding about these culprits, or `count` of which they are the first; none where there are none."""
     if not culprits:
         return []
-    return [Finding(check, severity, len(culprits), message, tuple(culprits[:EXAMPLES]), remedy)]
+    return [Finding(check, severity, count or len(culprits), message, tuple(culprits[:EXAMPLES]), remedy)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Len, Predicate
@@ -14,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from detector.data.finding import ERROR, WARNING, Finding, found
 
 _LONGEST_NAME = 255  # bytes of a file name on every common file system
-FARTHEST = 1e9  # pixels; what lies beyond is no place in any image
+_FARTHEST = 1e9  # pixels; what lies beyond is no place in any image
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -93,7 +92,7 @@ RULES: dict[str, Rule] = {
 def fault(rule: str, texts: Sequence[str], count: int | None = None) -> list[Finding]:
     """What breaks a rule: these entries, or `count` of them; nothing where there are none."""
     severity, message, remedy = RULES[rule]
-    return [replace(one, count=count or one.count) for one in found(rule, severity, texts, message, remedy)]
+    return found(rule, severity, texts, message, remedy, count)
 
 
 def _no_flag(value: Any) -> Any:
@@ -111,8 +110,8 @@ def _is_file_name(text: str) -> bool:
 # A bool is an int in Python; here it is no number.
 _NoFlag = BeforeValidator(_no_flag)
 _Number = Annotated[float, Field(allow_inf_nan=False), _NoFlag]
-_Place = Annotated[float, Field(ge=-FARTHEST, le=FARTHEST), _NoFlag]
-_Length = Annotated[int, Field(gt=0, lt=FARTHEST), _NoFlag]
+_Place = Annotated[float, Field(ge=-_FARTHEST, le=_FARTHEST), _NoFlag]
+_Length = Annotated[int, Field(gt=0, lt=_FARTHEST), _NoFlag]
 _ImageId = Annotated[int | str, _NoFlag]
 # A text of digits is a number; another text is an id too.
 _CategoryId = Annotated[
