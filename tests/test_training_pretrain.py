@@ -188,6 +188,18 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(finished: Path, tmp_path: Path
         shutil.copytree(whole, finished / "run")
 
 
+def test_a_resumed_run_finds_the_best_weights_in_the_best_checkpoint(finished: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(finished / "run", tmp_path / "moved")
+    (moved / "best.pth").unlink()
+    best = load(moved / "best.ckpt")
+    pretrain(configuration(f"ckpt={moved / 'last.ckpt'}", "resume=true", "schedule.epochs=5"))
+    weights, now = load(moved / "best.pth"), load(moved / "best.ckpt")
+    assert now["classifier"]["provenance"]["metrics"]["top1"] >= best["classifier"]["provenance"]["metrics"]["top1"]
+    expected = classifier_weights(now)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
 def test_resuming_refuses_what_cannot_be_changed(finished: Path, tmp_path: Path) -> None:
     checkpoint = f"ckpt={finished / 'run/last.ckpt'}"
     with pytest.raises(InputError, match=r"has finished its 4 epochs; raise schedule\.epochs"):

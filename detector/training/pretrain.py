@@ -147,13 +147,11 @@ def load_splits(options: PretrainOptions) -> tuple[ImageFolder, ImageFolder]:
     data = options.data
     if not data.root:
         raise InputError(f"data.root is not set: give {LAYOUT}, or use pretrain=crops, which needs no data.")
-    views = train_view(options.input.size, options.augment), eval_view(options.input)
     root = Path(data.root)
     if data.generate:
         ensure_crops(root, **data.generate.to_dict())
-    train, val = (
-        ImageFolder(root / split, view, options.seed) for split, view in zip((data.train, data.val), views, strict=True)
-    )
+    train = ImageFolder(root / data.train, train_view(options.input.size, options.augment), options.seed)
+    val = ImageFolder(root / data.val, eval_view(options.input), options.seed)
     check_same_classes(train, val)
     return train, val
 
