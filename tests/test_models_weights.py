@@ -22,17 +22,18 @@ from torch import Tensor
 
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
-from detector.inference.detector import Detector
+from detector.inference.detector import Detector, read_checkpoint
 from detector.models.backbones import build_backbone, parse_backbone
 from detector.models.backbones.pretrained import load_weights
 from detector.models.build import NetworkOptions
 from detector.models.weights import DamagedFileError, misfits, read_tensors
+from detector.training.resume import read_resumable
 from detector.training.task import load_pretrained
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 HALF = {"name": "shufflenet_v2", "stem_channels": 8, "channels": [16, 32, 64], "repeats": [2, 2, 2]}
 HUGE = 10**9
-KEY = "network.backbone.conv1.0.weight"
+KEY, VARIANCE = "network.backbone.conv1.0.weight", "network.backbone.conv1.1.running_var"
 
 
 class Trap:
@@ -126,6 +127,7 @@ MUTANTS: list[tuple[str, Any, str]] = [
     (f"state_dict/{KEY}", lambda x: x.to(torch.float8_e4m3fn), "is of float8_e4m3fn, expected float32"),
     (f"state_dict/{KEY}", lambda x: x.to_sparse(), "is sparse"),
     (f"state_dict/{KEY}", lambda x: x[:1, :1, :1, :1].clone().expand(8, 3, 3, 3), "fewer numbers"),
+    (f"state_dict/{VARIANCE}", lambda x: -x, "conv1.1.running_var holds variances below 0"),
     ("state_dict/network.backbone.surplus", torch.zeros(1), "backbone.surplus has no place here"),
 ]
 
@@ -157,6 +159,32 @@ def test_a_damaged_checkpoint_is_no_start_for_a_training(
     fresh = Detector(NetworkOptions.parse(small_spec), ("a", "b"), Preprocessing())
     with pytest.raises(InputError, match=f"damaged: backbone.conv1.0.weight .*{said}"):
         load_pretrained(fresh, content)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("epoch", "3", "its epoch is a str, expected a int"),
+        ("global_step", None, "its global_step is a NoneType, expected a int"),
+        ("optimizer_states", {}, "its optimizer_states is a dict, expected a list"),
+        ("loops", [1], "its loops is a list, expected a dict"),
+        ("detector/provenance", None, "holds no optimiser state"),
+        ("detector/provenance/config", [], "its recipe_name is a NoneType, expected a str"),
+        ("detector/provenance/config/overrides", "lr=1", "its overrides is a str, expected a list"),
+    ],
+)
+def test_a_damaged_run_is_not_gone_on_with(
+    content: dict[str, Any], tmp_path: Path, place: str, value: Any, said: str
+) -> None:
+    state = {"epoch": 3, "global_step": 9, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
+    content["detector"]["provenance"] = {"config": {"recipe_name": "a", "backbone_name": "b", "overrides": []}}
+    torch.save(content | state, tmp_path / "last.ckpt")
+    assert read_resumable(str(tmp_path / "last.ckpt"), "detector", read_checkpoint)["epoch"] == 3
+    put(content := content | state, place, value)
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(InputError) as caught:
+        read_resumable(str(tmp_path / "last.ckpt"), "detector", read_checkpoint)
+    assert said in one_line(caught.value, "last.ckpt")
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])

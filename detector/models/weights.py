@@ -59,6 +59,8 @@ def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any], named: Callable
             faults[name] = f"{named(name)} is missing, expected {tuple(tensor.shape)}"
         elif fault := _misfit(tensor, given[name]):
             faults[name] = f"{named(name)} {fault}"
+        elif name.endswith(".running_var") and not tensor.is_meta and (given[name] < 0).any():
+            faults[name] = f"{named(name)} holds variances below 0"
     return faults | {name: f"{name} has no place here" for name in given if name not in own}
 
 

@@ -14,6 +14,10 @@ from detector.models.build import NetworkOptions
 if TYPE_CHECKING:
     from detector.training.trainer import RunOptions
 
+# What a run goes on from, and what it says of itself.
+STATE = {"epoch": int, "global_step": int, "optimizer_states": list, "lr_schedulers": list, "loops": dict}
+RUN = {"recipe_name": str, "backbone_name": str, "overrides": list}
+
 T = TypeVar("T", bound="RunOptions")
 
 
@@ -26,8 +30,17 @@ def read_resumable(path: str | None, entry: str, read: Callable[[str], dict[str,
     if not path:
         raise InputError("resume=true needs the checkpoint to go on from: ckpt=RUN_DIR/last.ckpt")
     checkpoint = read(path)
-    if "optimizer_states" not in checkpoint or "config" not in checkpoint[entry]["provenance"]:
+    about = checkpoint[entry].get("provenance")
+    if "optimizer_states" not in checkpoint or not isinstance(about, dict) or "config" not in about:
         raise InputError(f"'{path}' holds no optimiser state; resume from the last.ckpt of a run.")
+    recorded = about["config"] if isinstance(about["config"], dict) else {}
+    for held, kinds in ((checkpoint, STATE), (recorded, RUN)):
+        for key, kind in kinds.items():
+            if type(held.get(key)) is not kind:
+                raise InputError(
+                    f"'{path}' is damaged: its {key} is a {type(held.get(key)).__name__}, expected a {kind.__name__}. "
+                    "Resume from another checkpoint."
+                )
     return checkpoint
 
 
