@@ -198,7 +198,7 @@ def test_a_video(tmp_path: Path, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("save=[pictures]", ["there is no pictures", "images, crops, json"]),
+        ("save=[pictures]", ['save=["pictures"]: expected some of images, crops, json']),
         ("classes=[cow]", ["there is no 'cow'", "0: car, 1: cat, 2: kite"]),
         ("tile=[640,640]", ["tile=[640, 640]", "(width, height, overlap)"]),
         ("every=0", ["every=0"]),

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from detector.data.progress import progress
 from detector.errors import InputError
@@ -29,6 +29,7 @@ from detector.inference.writers import LIVE_WRITERS, WRITERS, Places, Results
 from detector.options import Count
 
 log = logging.getLogger(__name__)
+Kind = Literal["images", "crops", "json", "jsonl", "csv", "coco"]
 _NAMED = 5  # of what could not be written for one reason
 
 
@@ -41,7 +42,7 @@ class PredictCommandOptions(SearchOptions):
     """Image, folder, "*.jpg", https://..., video, rtsp://..., webcam:0, or a list [a.jpg,b.jpg]."""
     out: str = "predictions"
     """What `save` names goes here."""
-    save: str | list[str] | None = None
+    save: Annotated[Kind | list[Kind] | None, "some of images, crops, json, jsonl, csv, coco"] = None
     """Images (for a video: a video), crops, json, jsonl, csv, coco; null: [images,json], streams [images,jsonl]."""
     device: str | None = None
     """Null: the GPU if there is one."""
@@ -128,13 +129,11 @@ def is_endless(source: Any) -> bool:
     return any(map(is_endless, source)) if isinstance(source, list) else is_live(source)
 
 
-def chosen(save: str | list[str] | None, endless: bool) -> list[str]:
+def chosen(save: Kind | list[Kind] | None, endless: bool) -> list[str]:
     """The kinds of results to write, each once, in the order of WRITERS."""
     if save is None:
         save = ["images", "jsonl" if endless else "json"]
     given = save if isinstance(save, list) else [save]
-    if unknown := [one for one in given if one not in WRITERS]:
-        raise InputError(f"save: there is no {', '.join(unknown)}; expected some of {', '.join(WRITERS)}.")
     if endless and (late := [one for one in given if one not in LIVE_WRITERS]):
         raise InputError(
             f"save: {', '.join(late)} is written at the end, which a camera or a stream does not have; "

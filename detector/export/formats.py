@@ -22,7 +22,7 @@ from detector.data.preprocess import STRIDE
 from detector.errors import InputError, require
 from detector.export.graph import DetectionGraph, suppress_at_once, suppress_in_onnx
 from detector.files import replacing
-from detector.inference.export_info import SECTION, ExportInfo, check_canvas
+from detector.inference.export_info import SECTION, ExportInfo
 from detector.inference.runtime import INPUTS, OUTPUTS, SMALLEST_TORCH_CANVAS, sha256
 from detector.models.fuse import fuse
 from detector.models.postprocess import Suppress
@@ -57,9 +57,10 @@ def export_info(detector: Detector, batch: int | None = None, canvas: tuple[int,
     """What the file will say about itself. Raises InputError for inputs that no export takes."""
     if batch not in (1, None):
         raise InputError(f"batch={batch}; expected 1 or dynamic.")
+    if canvas and (min(canvas) < 1 or any(side % STRIDE for side in canvas)):
+        raise InputError(f"size={canvas[0]}x{canvas[1]}; height and width must be multiples of {STRIDE}.")
     made = {"export": {"torch": str(torch.__version__), "fused": True}}
     about = "float32", detector.options.spec(), dict(detector.provenance) | made
-    canvas = check_canvas(canvas) if canvas else None
     return ExportInfo(detector.class_names, detector.preprocessing, batch, canvas, *about)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,3 @@ class ExportInfo:
             raise InputError(f"'{path}' is damaged: its metadata cannot be read ({error}). Export it again.") from error
         remedy = "update it" if version > VERSION else "export the checkpoint again"
         raise InputError(f"'{path}' has export version {version}; this package reads {VERSION}: {remedy}.")
-
-
-def check_canvas(canvas: Sequence[int]) -> tuple[int, int]:
-    """Height and width as the network takes them. Raises InputError where a feature map would not divide evenly."""
-    height, width = canvas
-    if min(height, width) < 1 or height % STRIDE or width % STRIDE:
-        raise InputError(f"size={height}x{width}; height and width must be multiples of {STRIDE}.")
-    return height, width

@@ -13,7 +13,8 @@ import json
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -111,10 +112,8 @@ def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo
     provider = names.get(device.partition(":")[0])
     if provider not in onnxruntime.get_available_providers():
         raise _no_device(device, "ONNX Runtime")
-    try:
+    with _reading(path, "an ONNX file"):
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:  # its exceptions have no public base class
-        raise _damaged(path, "an ONNX file", error) from error
     info = ExportInfo.from_properties(session.get_modelmeta().custom_metadata_map, path)
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
@@ -129,10 +128,8 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
     if not weights.is_file():
         raise InputError(f"'{path}' has no '{weights.name}' beside it: an OpenVINO export is two files, copy both.")
     core = openvino.Core()
-    try:
+    with _reading(path, "an OpenVINO model"):
         model = core.read_model(path)
-    except Exception as error:  # RuntimeError, mostly
-        raise _damaged(path, "an OpenVINO model", error) from error
     places = {key: [SECTION, key] for key in ("format", *KEYS, "weights_sha256")}
     properties = {key: str(model.get_rt_info(place).value) for key, place in places.items() if model.has_rt_info(place)}
     info = ExportInfo.from_properties(properties, path)
@@ -203,13 +200,10 @@ def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInf
     if device != "cpu":
         raise InputError(f"device={device!r}: a .pt2 runs on the CPU; load the checkpoint itself for another device.")
     extra: dict[str, Any] = {f"{SECTION}.json": ""}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own file format
-            module = torch.export.load(str(path), extra_files=extra).module()
+    with _reading(path, "a torch.export file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own file format
+        module = torch.export.load(str(path), extra_files=extra).module()
         properties = json.loads(extra[f"{SECTION}.json"] or "{}")
-    except Exception as error:  # zipfile's, pickle's, json's, torch's own
-        raise _damaged(path, "a torch.export file", error) from error
     info = ExportInfo.from_properties(properties, path)
     if threads:
         torch.set_num_threads(threads)
@@ -243,9 +237,16 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damaged(path: Path, what: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
-    return InputError(f"'{path}' cannot be read as {what}: it is damaged, or not one ({reason}). Export it again.")
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """What the runtimes raise on damaged files has no common base: theirs, zipfile's, pickle's, json's."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"'{path}' cannot be read as {what}: it is damaged, or not one ({reason}). Export it again."
+        ) from error
 
 
 def _no_device(device: str, runtime: str) -> InputError:

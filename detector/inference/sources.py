@@ -111,20 +111,17 @@ def expand(source: Any) -> list[Any]:
     Raises:
         InputError: the folder, or what the pattern matches, holds nothing to look at.
     """
-    if not isinstance(source, (str, os.PathLike)) or _scheme(source):
+    root = search_root(source)
+    if root is None:
         return [source]
-    if os.path.isdir(source):  # unlike pathlib's, no error for a name that no file can have
-        return _in_folder(Path(source))
-    if isinstance(source, str) and glob.has_magic(source) and not os.path.exists(source):
-        return _matches(source)
-    return [source]
+    return _in_folder(root) if os.path.isdir(source) else _matches(source, root)
 
 
 def search_root(source: Any) -> Path | None:
     """The folder that a folder or a pattern searches; None for anything else."""
     if not isinstance(source, (str, os.PathLike)) or _scheme(source):
         return None
-    if os.path.isdir(source):
+    if os.path.isdir(source):  # unlike pathlib's, no error for a name that no file can have
         return Path(source)
     if not isinstance(source, str) or not glob.has_magic(source) or os.path.exists(source):
         return None
@@ -260,10 +257,9 @@ def _is_listed(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and path.is_file()
 
 
-def _matches(pattern: str) -> list[Path]:
-    root = search_root(pattern)
-    if root is not None and "**" in Path(pattern).parts:  # glob would follow a link to a folder above without end
-        parts = Path(pattern).parts[len(root.parts) :]
+def _matches(pattern: str, root: Path) -> list[Path]:
+    parts = Path(pattern).parts[len(root.parts) :]
+    if "**" in parts:  # glob would follow a link to a folder above without end
         found = [path for path in list_files(root) if _fits(path.parts[len(root.parts) :], parts)]
     else:
         found = [Path(name) for name in glob.iglob(pattern)]
