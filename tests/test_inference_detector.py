@@ -220,6 +220,14 @@ def test_boxes_that_are_not_finite_are_not_given_out(small_detector: Detector) -
         small_detector.predict(image, score_threshold=0)
 
 
+def test_classes_without_a_name_are_not_given_out(small_detector: Detector, pictures: list[np.ndarray]) -> None:
+    """As of an export whose metadata somebody has edited."""
+    labels = {label for found in small_detector.predict(pictures, score_threshold=0) for label in found.labels.tolist()}
+    small_detector.class_names = small_detector.class_names[: max(labels)]
+    with pytest.raises(InputError, match=f"class {max(labels)}, and only {max(labels)} classes have names"):
+        small_detector.predict(pictures, score_threshold=0)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04 not a zip", bytes(range(256)) * 4])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.ckpt").write_bytes(content)

@@ -104,7 +104,8 @@ class Predictor(ABC):
             For each image, with boxes in pixels of the original image.
 
         Raises:
-            InputError: max_proposals does not fit, or the network gives numbers that are not finite.
+            InputError: max_proposals does not fit, or the network gives numbers that are not finite, or
+                classes without a name.
         """
         self.check_proposals(max_proposals)
         results: dict[int, Found] = {}
@@ -115,6 +116,11 @@ class Predictor(ABC):
                     raise InputError(
                         "The network gives boxes or scores that are not finite: its weights are damaged, or its "
                         "training went astray; take another checkpoint."
+                    )
+                if (label := one.labels.max(initial=-1)) >= len(self.class_names):
+                    raise InputError(
+                        f"The network finds class {label}, and only {len(self.class_names)} classes have names in its "
+                        "file, which is damaged: export the checkpoint again."
                     )
                 results[int(place)] = replace(one, boxes=restore(one.boxes, scale, size))
         return [results[place] for place in range(len(results))]
