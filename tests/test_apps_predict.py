@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,10 +21,12 @@ from PIL import Image
 from tool_runner import ROOT, run_tool, tool_environment
 from torch import nn
 
-from detector.apps.predict import PredictCommandOptions, Stop, predict
+from detector.apps.export import FORMATS, FormatName
+from detector.apps.predict import Kind, PredictCommandOptions, Stop, predict
 from detector.data.preprocess import Preprocessing
 from detector.inference.detections import Detections
 from detector.inference.detector import Detector
+from detector.inference.writers import WRITERS
 from detector.models.build import NetworkOptions
 
 CLASSES = ("car", "cat", "kite")
@@ -73,6 +75,11 @@ def test_a_folder_with_a_broken_picture(tmp_path: Path, folder: Path, checkpoint
         "predictions/a.png", "predictions/a_2.png", None, "predictions/sub/a.png",
     ]  # fmt: skip
     assert sum(len(record["scores"]) for record in records) > 0
+
+
+def test_types_name_all_kinds_of_results_and_formats() -> None:
+    assert get_args(Kind) == tuple(WRITERS)
+    assert get_args(FormatName) == (*FORMATS, "all")
 
 
 def test_what_cannot_be_written_is_named(
