@@ -85,7 +85,7 @@ def predict(options: PredictCommandOptions) -> None:
     for reason in dict.fromkeys(results.lost.values()):
         lost = [name for name, why in results.lost.items() if why == reason]
         names = ", ".join(lost[:_NAMED]) + (" ..." if len(lost) > _NAMED else "")
-        log.error("%d could not be written to %s (%s); the rest is there: %s", len(lost), out, reason, names)
+        log.error("%d could not be written (%s), give another out=DIR for them: %s", len(lost), reason, names)
     if broken or results.lost:
         sys.exit(1)
 
