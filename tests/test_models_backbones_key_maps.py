@@ -296,3 +296,15 @@ def test_names_are_one_to_one() -> None:
     assert set(names) == set(authors("0.5x").state_dict())
     assert names["features.12.branch_proj.2.weight"] == "stage4.0.branch1.2.weight"
     assert names["features.11.branch_main.6.running_var"] == "stage3.7.branch2.6.running_var"
+
+
+@pytest.mark.parametrize("odd", ["conv_last.0.weight", "classifier.0.weight"])
+@pytest.mark.parametrize("value", [torch.zeros(()), torch.zeros(3), torch.zeros(2, 0, 1, 1)])
+def test_an_odd_classifier_does_not_cost_the_backbone(tmp_path: Path, odd: str, value: torch.Tensor) -> None:
+    theirs = authors("0.5x").state_dict()
+    torch.save(theirs, tmp_path / "whole.pth")
+    torch.save(theirs | {odd: value}, tmp_path / "odd.pth")
+    expected, found = build("v2_0.5x"), build("v2_0.5x")
+    load_weights(expected, tmp_path / "whole.pth")
+    assert load_weights(found, tmp_path / "odd.pth").problems == ()
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in expected.state_dict().items())

@@ -140,9 +140,9 @@ def in_order_here(tensors: Mapping[str, Tensor], backbone: ShuffleNetV2) -> dict
             reorder(f"{name}.{unit}.branch2.5", outputs[unit])
             reorder(f"{name}.{unit}.branch2.6", outputs[unit])
         reads = inputs[-1]
-    if "conv5.0.weight" in tensors and tensors["conv5.0.weight"].shape[1] == len(reads or ()):
+    if "conv5.0.weight" in tensors and tensors["conv5.0.weight"].shape[1:2] == (len(reads or ()),):
         reorder("conv5.0", inputs=reads)
-    if "fc.weight" in tensors:  # the authors' classifier has no bias
+    if "fc.weight" in tensors and tensors["fc.weight"].ndim:  # the authors' classifier has no bias
         result.setdefault("fc.bias", tensors["fc.weight"].new_zeros(len(tensors["fc.weight"])))
     return result
 
