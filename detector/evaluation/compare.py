@@ -36,6 +36,7 @@ METRICS: dict[str, tuple[str, slice]] = {
     "APl": ("large", slice(None)),
 }
 CONFIDENCE = 0.95
+THRESHOLDS = 10  # of 0.50:0.95
 
 
 def compare(
@@ -181,7 +182,7 @@ def contributions(matches: MatchedDetections, score_threshold: float) -> np.ndar
 
 class _Seen(NamedTuple):
     """What one detector found above a score, at IoU 0.5: counts (K, M) of hits and of false alarms, and how many of the
-    IoU thresholds the hits pass, as a share of all (M,)."""
+    IoU thresholds the hits pass, together (M,)."""
 
     found: np.ndarray
     false: np.ndarray
@@ -195,11 +196,11 @@ class _Seen(NamedTuple):
         classes = matches.by_class["all"]
         found = np.stack([count(m, m.hit[0]) for m in classes]).astype(int)
         false = np.stack([count(m, m.counted[0] & ~m.hit[0]) for m in classes]).astype(int)
-        return cls(found, false, np.sum([count(m, m.hit[0] * m.hit.mean(axis=0)) for m in classes], axis=0))
+        return cls(found, false, np.sum([count(m, m.hit[0] * m.hit.sum(axis=0)) for m in classes], axis=0))
 
     def summary(self, image: int) -> dict[str, Any]:
         found = int(self.found[:, image].sum())
-        placed = float(self.passed[image] / found) if found else None
+        placed = float(self.passed[image] / (THRESHOLDS * found)) if found else None  # whole numbers: 0.7 is 7 of 10
         return {"found": found, "false": int(self.false[:, image].sum()), "placed": placed}
 
 
