@@ -190,6 +190,8 @@ def test_properties_survive_the_round_trip(small_detector: Detector) -> None:
     for odd in ('{"batch": 1.0, "height": 64, "width": 96}', '{"batch": 1, "height": "64", "width": 96}'):
         with pytest.raises(InputError, match=r"a\.onnx.*(batch is 1\.0|height is '64')"):
             ExportInfo.from_properties(properties | {"input": odd}, "a.onnx")
+    with pytest.raises(InputError, match=r"a\.onnx.*infinity"):
+        ExportInfo.from_properties(properties | {"version": "Infinity"}, "a.onnx")
 
 
 @pytest.mark.slow

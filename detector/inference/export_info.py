@@ -93,7 +93,7 @@ class ExportInfo:
                     None if height is None else (height, width),
                     *(values[key] for key in ("precision", "spec", "provenance")),
                 )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"'{path}' is damaged: its metadata cannot be read ({error}). Export it again.") from error
         remedy = "update it" if version > VERSION else "export the checkpoint again"
         raise InputError(f"'{path}' has export version {version}; this package reads {VERSION}: {remedy}.")

@@ -130,8 +130,11 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
     core = openvino.Core()
     with _reading(path, "an OpenVINO model"):
         model = core.read_model(path)
-    places = {key: [SECTION, key] for key in ("format", *KEYS, "weights_sha256")}
-    properties = {key: str(model.get_rt_info(place).value) for key, place in places.items() if model.has_rt_info(place)}
+        properties = {
+            key: str(model.get_rt_info([SECTION, key]).value)
+            for key in ("format", *KEYS, "weights_sha256")
+            if model.has_rt_info([SECTION, key])
+        }
     info = ExportInfo.from_properties(properties, path)
     if properties.get("weights_sha256") != json.dumps(sha256(weights)):
         raise InputError(f"'{weights}' is damaged, or belongs to another '{path.name}'. Copy or export both again.")
