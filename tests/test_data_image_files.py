@@ -188,7 +188,7 @@ def test_the_option_of_a_data_set(folder: Folder) -> None:
         r"C:\data\set\images\sub\0.png",
         "D:/photos/sub/0.png",
         r"\\server\share\sub\0.png",
-        "/home/somebody/set/images/sub/0.png",
+        "/data/somebody/set/images/sub/0.png",
         r".\sub\0.png",
     ],
 )

@@ -36,6 +36,7 @@ EXTRAS = {
     "detector/inference/video.py": {"video"},
     "detector/lab/": {"openvino", "train"},
     "detector/models/backbones/": {"timm"},
+    "detector/models/weights.py": {"timm"},  # safetensors
     "detector/training/": {"train"},
     "tools/": {"train"},
 }

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, NamedTuple
 
-from annotated_types import Len, Predicate
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from detector.data.finding import ERROR, WARNING, Finding, found
@@ -107,6 +106,15 @@ def _is_file_name(text: str) -> bool:
     return text != "" and "\0" not in text and short and not text.startswith("data:image/")
 
 
+def _where(condition: Callable[[Any], bool]) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not condition(value):
+            raise ValueError
+        return value
+
+    return AfterValidator(check)
+
+
 # A bool is an int in Python; here it is no number.
 _NoFlag = BeforeValidator(_no_flag)
 _Number = Annotated[float, Field(allow_inf_nan=False), _NoFlag]
@@ -115,13 +123,13 @@ _Length = Annotated[int, Field(gt=0, lt=_FARTHEST), _NoFlag]
 _ImageId = Annotated[int | str, _NoFlag]
 # A text of digits is a number; another text is an id too.
 _CategoryId = Annotated[
-    int | Annotated[str, Predicate(lambda text: text.strip("0123456789.+-") != "")],
+    int | Annotated[str, _where(lambda text: text.strip("0123456789.+-") != "")],
     Field(union_mode="left_to_right"),
     _NoFlag,
 ]
 # Neither `min_length` nor `pattern`: pydantic then refuses half a surrogate pair.
-_Name = Annotated[str, Field(coerce_numbers_to_str=True), Predicate(bool), _NoFlag]
-_FileName = Annotated[str, Predicate(_is_file_name)]
+_Name = Annotated[str, Field(coerce_numbers_to_str=True), _where(bool), _NoFlag]
+_FileName = Annotated[str, _where(_is_file_name)]
 _Flag = Annotated[bool | _Number, Field(union_mode="left_to_right"), AfterValidator(bool)]
 
 
@@ -171,7 +179,13 @@ KEYS: tuple[Key, ...] = (
     Key("categories", "name", True, _Name, "a text"),
     Key("annotations", "image_id", True, _ImageId, "an id, an integer or a text"),
     Key("annotations", "category_id", True, _CategoryId, "an id, an integer or a text"),
-    Key("annotations", "bbox", True, Annotated[list[_Place], Len(4, 4)], "4 finite numbers, none beyond a billion"),
+    Key(
+        "annotations",
+        "bbox",
+        True,
+        Annotated[list[_Place], Field(min_length=4, max_length=4)],
+        "4 finite numbers, none beyond a billion",
+    ),
     Key("annotations", "area", False, _Number, "a finite number"),
     Key("annotations", "iscrowd", False, _Flag, "0 or 1"),
     Key("annotations", "difficult", False, _Flag, "0 or 1"),
