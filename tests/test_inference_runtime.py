@@ -150,6 +150,20 @@ def test_damaged_and_missing_files(fixed: Path, tmp_path: Path, suffix: str) -> 
             ExportedDetector.load(path)
 
 
+def test_a_graph_that_loads_but_cannot_run(fixed: Path, picture: Path, tmp_path: Path) -> None:
+    """As a changed byte may make it: here an index that is in no image."""
+    model = onnx.load(fixed)
+    [last] = [node for node in model.graph.node if "counts" in node.output]
+    last.output[list(last.output).index("counts")] = "before"
+    model.graph.initializer.append(onnx.helper.make_tensor("far", onnx.TensorProto.INT64, [1], [10**6]))
+    model.graph.node.append(onnx.helper.make_node("Gather", ["before", "far"], ["counts"]))
+    path = tmp_path / "changed.onnx"
+    onnx.save(model, path)
+    loaded = ExportedDetector.load(path)
+    with pytest.raises(InputError, match=r"changed\.onnx': ONNX Runtime could not run it .*out of data bounds"):
+        loaded.predict(picture)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"threads": 0}, "threads=0"), ({"device": "cuda"}, "no such device"), ({"device": "toaster"}, "toaster")],

@@ -117,7 +117,16 @@ def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo
     info = ExportInfo.from_properties(session.get_modelmeta().custom_metadata_map, path)
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
-        return session.run(list(OUTPUTS), dict(zip(INPUTS, (images, image_sizes), strict=True)))
+        try:
+            return session.run(list(OUTPUTS), dict(zip(INPUTS, (images, image_sizes), strict=True)))
+        except Exception as error:
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            # A byte that changed may leave a graph that loads; a full memory of the device is said here, too.
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"'{path}': ONNX Runtime could not run it ({reason}). If the file may be damaged, export it again."
+            ) from error
 
     return info, run, (0, 0)
 
