@@ -478,8 +478,8 @@ def without_worker(message: str) -> str:
 def report(message: str, rank: int, parent: int) -> None:
     """Print an error of the run once, though every rank may meet it.
 
-    Another rank waits: if rank 0 met the error too, torchrun ends this process meanwhile, or Lightning's launcher,
-    which is rank 0 and our parent, has gone. Otherwise the error is this rank's own, and nobody else will tell.
+    Another rank waits: if rank 0 met the error too, torchrun ends this process meanwhile, or its parent has gone, which
+    is rank 0 where Lightning launched it. Otherwise the error is this rank's own, and nobody else will tell.
     """
     if rank == 0:
         print(f"error: {message}", file=sys.stderr)

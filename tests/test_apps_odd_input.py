@@ -116,7 +116,7 @@ def test_an_image_that_cannot_be_read_does_not_cost_the_report(
     assert run(monkeypatch, "eval", out=tmp_path / "out", **commands(tmp_path / "case", paths)["eval"]) == 0
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3
-    assert page.count("badness") == 3
+    assert page.count("error sum") == 3
     assert page.count("; image id 7: ") == 1
     slices = json.loads((tmp_path / "out/diagnosis.json").read_text())["slices"]["brightness"]
     assert sum(row["images"] for row in slices) >= 2

@@ -47,9 +47,9 @@ class CompareOptions(ScoringOptions):
     out: PathText = "compare"
     """a folder; compare.json goes there, and the detections of checkpoints to a/ and b/ in it"""
     draws: Count = 1000
-    """of the bootstrap over images"""
+    """draws of the bootstrap over images"""
     seed: Natural = 0
-    """of the draws"""
+    """seed of the draws"""
     score_threshold: Share = 0.3
     """detections below are not named in what changed on an image; AP counts all"""
     top: Natural = 20

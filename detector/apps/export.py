@@ -91,11 +91,11 @@ class CheckOptions(Options):
     """The comparison of what was written with the checkpoint."""
 
     images: Count = 200
-    """of the validation split"""
+    """images of the validation split that are compared"""
     max_drop: MaxDropOptions = MaxDropOptions()
     """points of AP that an export may lose"""
     threads: Count | None = 1
-    """of every contestant, so that latencies compare; null: as many as each likes"""
+    """threads of every contestant, so that latencies compare; null: as many as each likes"""
 
 
 class ExportOptions(Options):

@@ -122,7 +122,7 @@ class AnnotationIndex:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Of images, boxes to train on, crowds among them, images without one, clipped and degenerate boxes."""
+        """How many images, boxes to train on, crowds among them, images without one, clipped and degenerate boxes."""
         good = ~self.degenerate
         return {
             "images": len(self),

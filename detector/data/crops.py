@@ -34,7 +34,7 @@ class CropsOptions(Options):
     """The embedded data set, cut out at first use; see data/README.md."""
 
     seed: Natural = 1
-    """of the scenes; another one than the detection data set's"""
+    """seed of the scenes; another one than the detection data set's"""
     train: Count = 1200
     """scenes of the training split; each has 5 objects on average"""
     val: Count = 200

@@ -32,7 +32,7 @@ class PretrainInput(Options):
     size: Count = 224
     """side of an image in pixels (V1: 224 x 224 centre crop)"""
     resize: Count = 256
-    """of the shorter side before the middle is cut out for scoring (V1: 256)"""
+    """pixels of the shorter side before the middle is cut out for scoring (V1: 256)"""
 
     @model_validator(mode="after")
     def _holds_the_crop(self) -> Self:

@@ -1,4 +1,4 @@
-"""One door for images: training, evaluation, prediction and exports read files, arrays and tensors here.
+"""The one reader of images: training, evaluation, prediction and exports read files, arrays and tensors here.
 
 Everything becomes uint8 RGB (h, w, 3) as a person would see it. Numpy and Pillow only: an exported detector reads its
 images where torch is not installed.
@@ -207,7 +207,7 @@ def _explained(error: Exception, file: Path | io.BytesIO, name: str) -> InputErr
 
 @contextmanager
 def _open(file: BinaryIO, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
-    """Pillow's open, which reads the header only, with a limit of our own if there is one."""
+    """Pillow's open, which reads the header only, with this limit in place of its own if there is one."""
     if max_pixels is None:
         with Image.open(file) as image:
             yield image

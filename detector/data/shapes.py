@@ -34,7 +34,7 @@ class ShapesOptions(Options):
     """The embedded data set, drawn at first use; see data/README.md."""
 
     seed: Natural = 0
-    """of the scenes"""
+    """seed of the scenes"""
     train: Count = 1200
     """images of the training split"""
     val: Count = 200

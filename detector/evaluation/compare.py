@@ -165,11 +165,12 @@ def _signature(matches: MatchedDetections) -> np.ndarray:
 def contributions(matches: MatchedDetections, score_threshold: float) -> np.ndarray:
     """The part (M,) that each image has in AP.
 
-    Of a class: its AP, less what the other images alone reach times their share of the objects. An image as good as the
-    others has its share of the AP, one whose objects are all missed has nothing, and one with nothing but false alarms
-    has less than nothing. Together they are AP to about a tenth of it: what 101 recalls and a running maximum give is
-    not smooth. Of classes in which an image has neither an object nor a detection above the score threshold it has no
-    part. Chosen by this project, after the jackknife's pseudo-values (Efron and Tibshirani 1993, section 11.5).
+    The part in a class: its AP, less what the other images alone reach times their share of the objects. An image as
+    good as the others has its share of the AP, one whose objects are all missed has nothing, and one with nothing but
+    false alarms has less than nothing. Together they are AP to about a tenth of it: what 101 recalls and a running
+    maximum give is not smooth. An image has no part in a class of which it has neither an object nor a detection above
+    the score threshold. Chosen by this project, after the jackknife's pseudo-values (Efron and Tibshirani 1993, section
+    11.5).
     """
     once = np.ones((len(matches.image_ids), 1), np.int32)
     parts = np.zeros(len(matches.image_ids))

@@ -83,7 +83,7 @@ def _best_objects(results: Results, index: AnnotationIndex) -> tuple[np.ndarray,
         if same.any():
             iou = np.where(same, box_iou(boxes[found], objects[own]), -1.0)
             overlaps[found] = iou.max(axis=1).clip(min=0)
-            # Of equal overlaps the first in the file wins.
+            # Where overlaps are equal, the first object in the file wins.
             best[found] = np.where(same.any(axis=1), own.start + iou.argmax(axis=1), -1)
     return best, overlaps
 

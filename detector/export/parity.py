@@ -53,8 +53,8 @@ class Difference:
 
     def worst(self, other: Difference) -> Difference:
         """The larger differences of both, and the sums of their counts."""
-        mine, theirs = astuple(self), astuple(other)
-        return Difference(*map(max, mine[:2], theirs[:2]), *map(operator.add, mine[2:], theirs[2:]))
+        one, two = astuple(self), astuple(other)
+        return Difference(*map(max, one[:2], two[:2]), *map(operator.add, one[2:], two[2:]))
 
 
 def difference(reference: Found, found: Found) -> Difference:

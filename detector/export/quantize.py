@@ -1,6 +1,6 @@
 """Post-training quantization to int8: OpenVINO's by NNCF, and ONNX Runtime's own, in QuantizeLinear, DequantizeLinear.
 
-The first is the faster one by far (README, results). Weights have a scale per output channel in both: with one scale
+The first is the faster one by far (docs/benchmarks.md). Weights have a scale per output channel in both: with one scale
 per layer ShuffleNet V2 collapses (Tencent/ncnn, issue 571), because its depthwise kernels, normalisation folded in,
 differ in range from channel to channel. In float stay the first convolution (pixels are as fine as int8 already), RPN's
 outputs, the class and box outputs, and everything about boxes: coordinates need more than 256 values.

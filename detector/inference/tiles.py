@@ -81,8 +81,8 @@ def merge_tiles(found: Sequence[Found], regions: np.ndarray, size: tuple[int, in
     cut = _is_cut(every.boxes, regions[look], size)
     kept: list[Found] = []
     for label in np.unique(every.labels):
-        mine = every.labels == label
-        boxes, scores = _merge_class(every.boxes[mine], every.scores[mine], look[mine], cut[mine], regions)
+        same = every.labels == label
+        boxes, scores = _merge_class(every.boxes[same], every.scores[same], look[same], cut[same], regions)
         kept.append(Found(boxes, scores, np.full(len(scores), label, every.labels.dtype)))
     return _ranked(Found.join(kept)) if kept else every
 
@@ -151,9 +151,9 @@ def _join(boxes: np.ndarray, scores: np.ndarray, seen: np.ndarray) -> tuple[np.n
     group = np.arange(len(boxes))
     for place in range(len(boxes)):
         common = _clip(seen, seen[place])
-        mine, theirs = _clip(boxes[place], common), _clip(boxes, common)
-        shared = box_area(_clip(mine, theirs))
-        iou = shared / np.maximum(box_area(mine) + box_area(theirs) - shared, 1e-9)
+        piece, pieces = _clip(boxes[place], common), _clip(boxes, common)
+        shared = box_area(_clip(piece, pieces))
+        iou = shared / np.maximum(box_area(piece) + box_area(pieces) - shared, 1e-9)
         partner = (iou > SAME_IOU) & (seen != seen[place]).any(axis=1)
         group[np.isin(group, group[partner])] = group[place]
     members = [group == value for value in np.unique(group)]

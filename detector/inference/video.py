@@ -160,7 +160,7 @@ def write_video(path: str | os.PathLike[str], rate: float, comment: str = "") ->
 
 
 def _ignore(frame: Any) -> None:
-    """Of a video that cannot be written."""
+    """Takes the frames of a video that cannot be written."""
 
 
 def read_comment(path: str | os.PathLike[str]) -> str:

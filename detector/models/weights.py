@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detector.errors import InputError
 
-# Of a value: its square must be a number in float32.
+# The largest value of a weight: its square must be a number in float32.
 LARGEST = 1e18
 
 

@@ -109,7 +109,7 @@ class ClassificationTask(Task):
 def score(logits: Tensor, labels: Tensor) -> Tensor:
     """Sums over a batch: images, right at the first guess, right among five guesses, cross-entropy; (4,) float64.
 
-    Of fewer than five classes all are guessed. Classes that are exactly as likely come in torch's order.
+    Where there are fewer than five classes, all are guessed. Classes that are exactly as likely come in torch's order.
 
     Args:
         logits: (N, K).

@@ -78,8 +78,8 @@ def run_directory(options: RunOptions, above: Path) -> Iterator[Path]:
     check_writable(run_dir)
     with alone(run_dir):
         check_free(options)  # a run that has ended meanwhile
-        for litter in run_dir.glob(".*.partial*"):  # of a run that was killed
-            litter.unlink()
+        for partial in run_dir.glob(".*.partial*"):  # what a run that was killed left half written
+            partial.unlink()
         if options.resume:
             for name in CONTINUED:
                 if (old / name).is_file() and not (run_dir / name).exists():
@@ -130,7 +130,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def dispensable(path: Path, told: set[Path]) -> Iterator[None]:
-    """Go on where this file cannot be written, and say so once: neither table nor picture ends a training of hours.
+    """Go on where this file cannot be written, and say so once: neither table nor plot ends a training of hours.
 
     Args:
         told: of what it has been said.

@@ -28,7 +28,7 @@ class OptimizerOptions(Options):
     base_batch: Count | None = 16
     """images a step, over all devices, that lr is for (Li et al. 2017: 8 GPUs, 2 images each); null: no scaling"""
     momentum: BelowOne = 0.9
-    """of sgd; the first beta of adamw (Li et al. 2017, section 4.1)"""
+    """momentum of sgd; the first beta of adamw (Li et al. 2017, section 4.1)"""
     weight_decay: NotNegative = 1e-4
     """not on biases and normalisation (Li et al. 2017, section 4.1, and code)"""
     lr_scales: dict[str, Positive] | None = Field(default={"head.thin": 3.0})
@@ -55,9 +55,9 @@ class ScheduleOptions(Options):
     warmup_steps: Natural = 500
     """steps of linear warm-up (code), at most a fifth of the run"""
     warmup_factor: Share = 1 / 3
-    """of the rate, where the warm-up begins (code)"""
+    """share of the rate at which the warm-up begins (code)"""
     final_share: Share = 0.0
-    """of the rate, where cosine and linear end"""
+    """share of the rate at which cosine and linear end"""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Self:

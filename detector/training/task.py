@@ -180,7 +180,7 @@ class DetectionTask(Task):
 
 @contextmanager
 def big_enough() -> Iterator[None]:
-    """Say in the field's words what torch's normalisation has against one small image alone.
+    """Say by the names of the options why torch's normalisation refuses a small image alone in its batch.
 
     Raises:
         InputError: a map has one value per channel, and no variance.

@@ -48,7 +48,7 @@ def worst_images(
     entries = []
     for old, i in zip(shown, places, strict=True):
         row = by_id.get(old["image_id"], old)  # an image without a mistake at threshold 0 is not among the worst there
-        words = f"{len(row['truths'])} objects, badness {old['badness']:.3g}"
+        words = f"{len(row['truths'])} objects, error sum {old['badness']:.3g}"
         try:
             image = index.read(i)
             height, width = image.shape[:2]

@@ -35,7 +35,7 @@ def library_names(backbone: Backbone) -> dict[str, str]:
     features.18 is conv5. Its DenseNet files write "norm.1" for what the model calls "norm1".
     """
     if isinstance(backbone, External):
-        names = {theirs: here for here, theirs in backbone.names_in_library().items()}
+        names = {there: here for here, there in backbone.names_in_library().items()}
         return {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): names[name] for name in names} | names
     if isinstance(backbone, MobileNetV2):
         names = {"features.18.0.weight": "conv5.0.weight"}
@@ -95,12 +95,12 @@ def megvii_backbone(backbone: Backbone, tensors: Mapping[str, Tensor], source: s
             f"backbone.weights={source}: the authors' network shuffles and has no residuals. Set backbone.shuffle=true "
             "and backbone.residual=false."
         )
-    for theirs, here in megvii_names(backbone, tensors).items():
-        if theirs in tensors and here.endswith(".0.branch1.2.weight"):
+    for authors, here in megvii_names(backbone, tensors).items():
+        if authors in tensors and here.endswith(".0.branch1.2.weight"):
             outputs, inputs = backbone.get_parameter(here).shape[:2]
-            if tensors[theirs].shape[:2] == (inputs, inputs) != (outputs, inputs):
+            if tensors[authors].shape[:2] == (inputs, inputs) != (outputs, inputs):
                 raise InputError(
-                    f"backbone.weights={source}: {theirs} keeps its {inputs} channels, and layout=torchvision has "
+                    f"backbone.weights={source}: {authors} keeps its {inputs} channels, and layout=torchvision has "
                     f"{outputs} there. Add backbone.layout=paper: 0.5x alone is the same in both layouts."
                 )
     return backbone
@@ -171,12 +171,12 @@ def stage_order(stage: Stage) -> tuple[dict[int, list[int]], list[list[int]]]:
 
     outputs: dict[int, dict[int, int]] = defaultdict(dict)
     inputs = []
-    for here, theirs in zip(reads_here(own, len(stage) - 1), reads_of_authors(pair, len(stage) - 1), strict=True):
+    for here, authors in zip(reads_here(own, len(stage) - 1), reads_of_authors(pair, len(stage) - 1), strict=True):
         places: dict[int, deque[int]] = defaultdict(deque)
-        for place, number in enumerate(theirs):
+        for place, number in enumerate(authors):
             places[origin(number)[0]].append(place)
         taken = [(*origin(number), places[origin(number)[0]].popleft()) for number in here]
         inputs.append([place for _, _, place in taken])
         for branch, index, place in taken:
-            outputs[branch][index] = origin(theirs[place])[1]
+            outputs[branch][index] = origin(authors[place])[1]
     return {branch: [order[i] for i in range(len(order))] for branch, order in outputs.items()}, inputs

@@ -118,7 +118,7 @@ def _load(
     tensors = {names.get(name, name): value for name, value in content.items()}
     theirs = {name: other for other, name in names.items()} | {names.get(name, name): name for name in content}
 
-    # Of a classifier on top.
+    # Tensors of a classifier on top.
     whole = backbone.names_of_whole() if isinstance(backbone, External) else frozenset()
     ignored = [name for name in tensors if name not in own and (name.startswith(CLASSIFIER) or name in whole)]
     given = {name: value for name, value in tensors.items() if name not in ignored}
