@@ -83,7 +83,7 @@ class PretrainOptions(RunOptions):
     backbone: AnyBackboneOptions = ShuffleNetV2Options()
     """what is trained; `name` chooses the family"""
     weights: str | None = Field(default=None, coerce_numbers_to_str=True)
-    """of the backbone to start from: a path, or imagenet; null: random"""
+    """weights of the backbone to start from: a path, or imagenet; null: random"""
     workers: Natural = 8
     """loader processes per device; 0 loads in the training process"""
     label_smoothing: BelowOne = 0.1

@@ -97,7 +97,7 @@ class RunOptions(Options):
     resume: Flag = False
     """... or go on with that run, as configured then: ckpt=RUN_DIR/last.ckpt resume=true"""
     seed: Natural = 0
-    """of all random draws: first weights, order of the images, augmentation"""
+    """seed of all random draws: first weights, order of the images, augmentation"""
     workers: Natural = 4
     """loader processes per device; 0 loads in the training process"""
     ema: BelowOne | None = None
