@@ -14,6 +14,7 @@ from detector.data.preprocess import Prepared, Preprocessing
 from detector.errors import InputError
 from detector.files import replacing
 from detector.inference.detections import Found
+from detector.inference.memory import keep_freed_memory
 from detector.inference.predictor import Predictor
 from detector.models.build import NetworkOptions, build_network, check_fit
 from detector.models.fuse import fuse, multiply_pointwise
@@ -105,6 +106,7 @@ class Detector(Predictor):
         if fused:
             detector.network, detector.fused = fuse(detector.network), True
             multiply_pointwise(detector.network)
+            keep_freed_memory()
         return detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def describe(self) -> dict[str, Any]:
