@@ -127,6 +127,10 @@ def rewritten(source: Path, target: Path, **properties: str | None) -> Path:
         ({"class_names": None}, "is damaged: its metadata"),
         ({"class_names": "["}, "is damaged: its metadata"),
         ({"preprocessing": '{"short_side": 9}'}, "is damaged: its metadata"),
+        ({"input": '{"batch": 1, "height": 96, "width": null}'}, "input.height=96, input.width=None"),
+        ({"input": '{"batch": 1, "height": 1e400, "width": 96}'}, "input.height=.*: expected"),
+        ({"input": '{"batch": 1, "height": 4611686018427387904, "width": 96}'}, "input.height=.*: expected"),
+        ({"input": '{"batch": true, "height": 96, "width": 96}'}, "input.batch=true: expected"),
     ],
 )
 def test_files_that_are_not_ours(fixed: Path, tmp_path: Path, properties: dict[str, str], message: str) -> None:

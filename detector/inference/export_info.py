@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from detector.data.preprocess import PADDING, STRIDE, Preprocessing
+from pydantic import model_validator
+
+from detector.data.preprocess import PADDING, STRIDE, Preprocessing, Side
 from detector.errors import InputError
+from detector.options import Count, Options
 
 FORMAT = "light-head-detector-export"
 VERSION = 2  # 1 took images as (N, 3, H, W)
@@ -17,6 +20,20 @@ VERSION = 2  # 1 took images as (N, 3, H, W)
 SECTION = "light_head_detector"
 # Beside `format`; each holds JSON.
 KEYS = ("version", "class_names", "preprocessing", "input", "precision", "spec", "provenance")
+
+
+class _Input(Options):
+    """The size of a graph's input; null: any."""
+
+    batch: Count | None
+    height: Side | None
+    width: Side | None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"input.height={self.height}, input.width={self.width}: both, or neither")
+        return self
 
 
 @dataclass(frozen=True)
@@ -81,16 +98,13 @@ class ExportInfo:
             if version == VERSION:
                 # Other tools add keys of their own.
                 values = {key: json.loads(properties[key]) for key in KEYS}
-                batch, height, width = (values["input"][key] for key in ("batch", "height", "width"))
-                for key, value in zip(("batch", "height", "width"), (batch, height, width), strict=True):
-                    if value is not None and (type(value) is not int or value < 1):
-                        raise ValueError(f"input.{key} is {value!r}")
+                given = _Input.parse({key: values["input"][key] for key in _Input.model_fields}, "input")
                 sides = {key: values["preprocessing"][key] for key in Preprocessing.model_fields}
                 return cls(
                     tuple(map(str, values["class_names"])),
                     Preprocessing.parse(sides),
-                    batch,
-                    None if height is None else (height, width),
+                    given.batch,
+                    None if given.height is None or given.width is None else (given.height, given.width),
                     *(values[key] for key in ("precision", "spec", "provenance")),
                 )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
