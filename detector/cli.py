@@ -38,11 +38,12 @@ COMMANDS = {
     "doctor": ("detector.apps.doctor.run", "DoctorOptions", "doctor"),
     "compare": ("detector.apps.compare", "CompareOptions", "compare"),
     "benchmark": ("detector.lab.benchmark", "BenchmarkOptions", "benchmark"),
+    "guidelines": ("detector.lab.guidelines", "GuidelinesOptions", "guidelines"),
     "pretrain": ("detector.training.pretrain", "PretrainOptions", "pretrain"),
     "import_weights": ("detector.apps.import_weights", "ImportOptions", "import_weights"),
 }
-# The key of a word without `=`: `benchmark peers` reads better than `benchmark what=peers`.
-BARE_WORDS = {"benchmark": "what"}
+# What words without `=` are: `benchmark peers` reads better than `benchmark what=peers`.
+BARE_WORDS = {"benchmark": "what={}", "guidelines": "what=[{}]"}
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -188,7 +189,9 @@ def compose(command: str, words: Sequence[str], changes: Mapping[str, Any] | Non
         InputError: a word that names nothing, or cannot be read; a YAML file with a mistake; what the extra `train`
             brings is not installed.
     """
-    words = [f"{BARE_WORDS[command]}={word}" if command in BARE_WORDS and "=" not in word else word for word in words]
+    bare = [word for word in words if "=" not in word and not word.startswith("~")]
+    if bare and command in BARE_WORDS:
+        words = [BARE_WORDS[command].format(",".join(bare)), *(word for word in words if word not in bare)]
     groups = [word for word in words if key_of(word) in groups_of(command) and "={" not in word]
     module, name, function = COMMANDS[command]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import shutil
@@ -34,7 +35,7 @@ EXTRAS = {
     "detector/inference/drawing.py": {"train"},
     "detector/inference/runtime.py": {"onnx", "openvino"},
     "detector/inference/video.py": {"video"},
-    "detector/lab/": {"openvino", "train"},
+    "detector/lab/": {"onnx", "openvino", "train"},
     "detector/models/backbones/": {"timm"},
     "detector/models/weights.py": {"timm"},  # safetensors
     "detector/training/": {"train"},
@@ -60,6 +61,10 @@ def requirement_names(requirements: list[str]) -> set[str]:
     return {re.split(r"[<>=!~;\[ ]", requirement, maxsplit=1)[0].lower() for requirement in requirements}
 
 
+# Which package a module is from: it reads the metadata of everything that is installed, a third of a second each time.
+installed_packages = functools.cache(packages_distributions)
+
+
 def imported_packages(path: Path) -> set[str]:
     """What a file imports, wherever in it, by the names that pip knows; without the standard library and our own."""
     modules = set()
@@ -69,7 +74,7 @@ def imported_packages(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             modules.add(node.module.partition(".")[0])
     modules -= {*sys.stdlib_module_names, "detector", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
-    installed = packages_distributions()
+    installed = installed_packages()
     return {installed.get(module, [module])[0].lower().replace("_", "-") for module in modules}
 
 

@@ -40,6 +40,8 @@ class PublishedCost(Options):
     """In millions."""
     image_size: Count = 224
     """Side of the square input."""
+    top1_error: Positive | None = None
+    """On ImageNet in percent (Ma et al. 2018, table 8)."""
     source: str
     """Paper and table."""
     note: str = ""
