@@ -43,10 +43,11 @@ from detector.apps.evaluate import evaluate as evaluate_command
 from detector.apps.predict import PredictCommandOptions
 from detector.apps.predict import predict as predict_command
 from detector.cli import compose, explain
-from detector.data.annotations import AnnotationIndex, load_annotations, read_annotations
+from detector.data.annotations import load_annotations, read_annotations
 from detector.data.collate import collate
 from detector.data.dataset import DetectionDataset
 from detector.data.image_files import match_files
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import Preprocessing
 from detector.data.results import Results, read_results
 from detector.data.transforms import AugmentOptions, TrainTransform

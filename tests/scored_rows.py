@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from detector.data.annotations import AnnotationIndex, read_annotations
+from detector.data.annotations import read_annotations
+from detector.data.index import AnnotationIndex
 from detector.data.results import read_results
 from detector.evaluation import compare as compare_module
 from detector.evaluation import metrics as metrics_module

@@ -12,7 +12,8 @@ from scored_rows import evaluate
 from torchvision.ops import box_iou
 
 from detector.apps.report.two_stages import two_stages
-from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.annotations import load_annotations
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import pad, resize
 from detector.errors import InputError
 from detector.inference.detector import Detector

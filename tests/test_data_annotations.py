@@ -1,20 +1,18 @@
-"""The index against the JSON read naively, and a message for every way an annotation file can be wrong."""
+"""What is read against the JSON read naively, and a message for every way an annotation file can be wrong."""
 
 from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
-from detector.data.annotations import AnnotationIndex, load_annotations, read_annotations
+from detector.data.annotations import load_annotations, read_annotations
+from detector.data.index import AnnotationIndex
 from detector.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -77,23 +75,6 @@ def test_real_coco_against_the_json(shared: Path) -> None:
         np.testing.assert_allclose(boxes[:, :2], xywh[:, :2], atol=0.02)
     assert index.counts["crowds"] == sum(a["iscrowd"] for a in content["annotations"]) > 0
     assert index.read(0).shape == (*index.sizes[0], 3)
-
-
-def test_clipping_and_dropping_are_counted(tiny_coco: Path) -> None:
-    extra_boxes = [[-5, -5, 20, 20], [60, 40, 10, 20], [70, 2, 5, 5], [5, 5, 0, 4], [5, 5, 4, -2], [1, 1, 63.005, 5]]
-
-    def change(content: dict[str, Any]) -> None:
-        content["annotations"] = [
-            {"id": k, "image_id": 10, "category_id": 3, "bbox": box} for k, box in enumerate(extra_boxes)
-        ]
-
-    index = load(tiny_coco, change)
-    assert index.objects(0)[0].tolist() == [[0, 0, 15, 15], [60, 40, 64, 48], [1, 1, 64, 6]]
-    assert index.xywh[index.offsets[0] : index.offsets[1]].tolist() == extra_boxes
-    assert index.degenerate.tolist() == [False, False, True, True, True, False]
-    assert index.areas[:2].tolist() == [400, 200]
-    assert "3 without area inside it (not trained on; counted by metrics, can never be found)" in index.summary()
-    assert index.counts == {"images": 4, "boxes": 3, "crowds": 0, "empty": 3, "clipped": 2, "degenerate": 3}
 
 
 def test_without_a_declared_size_nothing_is_clipped(tiny_coco: Path) -> None:
@@ -221,90 +202,10 @@ def test_all_faults_are_collected_and_the_first_is_refused(tiny_coco: Path) -> N
     assert index.describe(0) == "annotation 4 of image 10"
 
 
-def test_select_keeps_boxes_with_their_images(tiny_coco: Path) -> None:
-    index = load(tiny_coco)
-    part = index.select([3, 0])
-    assert part.image_ids == [99, 10]
-    assert part.other_ids == {7, 42}
-    for new, old in ((0, 3), (1, 0)):
-        for ours, theirs in zip(part.objects(new), index.objects(old), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-    assert part.annotation_ids.tolist() == [1, 2, 4]
-    assert part.images.tolist() == [0, 1, 1]
-
-
-def test_sizes_of_the_file_with_boxes_of_the_turned_image(tiny_coco: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """EXIF says a quarter turn, width and height are those before it, and one box only fits after it."""
-    stored = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
-    save_turned(tiny_coco, stored)
-
-    def change(content: dict[str, Any]) -> None:
-        content["images"][0].update(width=48, height=64)
-        content["annotations"][1]["bbox"] = [40, 6, 20, 10]
-
-    index = load(tiny_coco, change)
-    assert index.sizes[0].tolist() == [48, 64]
-    assert index.objects(0)[0][0].tolist() == [40, 6, 60, 16]
-    np.testing.assert_array_equal(index.read(0), cv2.rotate(stored, cv2.ROTATE_90_CLOCKWISE))
-    assert [(fault.check, fault.count) for fault in index.faults] == [("exif_frame", 1)]
-    assert caplog.text.count("belong to another frame than the boxes") == 1
-
-
 def test_declared_classes_count_even_when_unused(tiny_coco: Path) -> None:
     index = load(tiny_coco, lambda c: c["categories"].append({"id": -4, "name": "unused"}))
     assert index.class_names == ("unused", "car", "cat", "kite")
     assert index.objects(0)[1].tolist() == [1, 2]
-
-
-def test_index_is_flat_and_survives_pickling(tiny_coco: Path) -> None:
-    index = load(tiny_coco)
-    copy = pickle.loads(pickle.dumps(index))
-    np.testing.assert_array_equal(copy.boxes, index.boxes)
-    assert all(array.dtype != object for array in (index.sizes, index.offsets, index.boxes, index.labels, index.areas))
-    index.objects(0)[0][:] = -1
-    assert (index.boxes >= 0).all()
-
-
-def save_turned(root: Path, stored: np.ndarray) -> None:
-    """Write the first picture so that it is to be turned by a quarter for display."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(stored).save(root / "images" / "a.png", exif=exif)
-
-
-def test_boxes_of_turned_pictures_are_in_the_declared_frame(tiny_coco: Path) -> None:
-    index = load(tiny_coco)  # says 64 wide, 48 high
-    stored = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
-    save_turned(tiny_coco, stored)
-    np.testing.assert_array_equal(index.read(0), cv2.rotate(stored, cv2.ROTATE_90_CLOCKWISE))
-    stored = stored.transpose(1, 0, 2)
-    save_turned(tiny_coco, stored)
-    np.testing.assert_array_equal(index.read(0), stored)
-
-
-def test_a_picture_of_another_size(tiny_coco: Path) -> None:
-    index = load(tiny_coco)
-    Image.new("RGB", (30, 20)).save(tiny_coco / "images" / "a.png")
-    with pytest.raises(InputError) as caught:
-        index.read(0)
-    for part in ("image id 10", "a.png", "30 x 20", "width 64 and height 48", "train.json", "correct width"):
-        assert part in str(caught.value)
-
-
-def test_a_damaged_picture_names_file_and_id(tiny_coco: Path) -> None:
-    index = load(tiny_coco)
-    (tiny_coco / "images" / "sub" / "c.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(InputError, match=r"image id 99: .*c\.jpg.*take it out"):
-        index.read(3)
-
-
-def test_missing_pictures_at_load_and_at_read(tiny_coco: Path) -> None:
-    index = load(tiny_coco)
-    (tiny_coco / "images" / "empty.jpg").unlink()
-    with pytest.raises(InputError, match=r"image id 42: .*empty\.jpg: no such file; check"):
-        index.read(2)
-    with pytest.raises(InputError, match=r"image id 42: .*empty\.jpg: no such file; check image_dir"):
-        load(tiny_coco)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.annotations import load_annotations
+from detector.data.index import AnnotationIndex
 from detector.data.results import read_results
 from detector.errors import InputError
 from detector.evaluation.metrics import compute_metrics

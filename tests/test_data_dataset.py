@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from detector.data import dataset as dataset_module
-from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.annotations import load_annotations
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform, Transformed
 from detector.errors import InputError

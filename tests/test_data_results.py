@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.annotations import load_annotations
+from detector.data.index import AnnotationIndex
 from detector.data.results import Results, read_results, write_results
 from detector.data.splits import DataOptions, load_split
 from detector.errors import InputError

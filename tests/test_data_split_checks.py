@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from detector.data.annotations import AnnotationIndex, read_annotations
+from detector.data.annotations import read_annotations
+from detector.data.index import AnnotationIndex
 from detector.data.split_checks import check_splits, refuse_pointless
 from detector.errors import InputError
 

@@ -8,8 +8,8 @@ from judged_rows import box_iou as naive_iou
 from judged_rows import naive_kinds, random_rows
 from scored_rows import read_records
 
-from detector.data.boxes import box_iou
-from detector.evaluation.outcomes import KINDS, STATES, corners, judge
+from detector.data.boxes import box_iou, corners
+from detector.evaluation.outcomes import KINDS, STATES, judge
 
 SQUARE = [0.0, 0.0, 20.0, 20.0]
 

@@ -13,7 +13,8 @@ from scored_data import write_scored_data
 from detector.apps.evaluate import find_all
 from detector.apps.report.two_stages import two_stages
 from detector.data import preprocess
-from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.annotations import load_annotations
+from detector.data.index import AnnotationIndex
 from detector.export.parity import REFERENCE, take_turns
 from detector.export.quantize import _samples
 from detector.inference.detector import Detector

@@ -12,8 +12,9 @@ import torch
 from classified_data import write_classified_data
 from torch.utils.data import DistributedSampler
 
-from detector.data.annotations import AnnotationIndex, load_annotations, read_annotations
+from detector.data.annotations import load_annotations, read_annotations
 from detector.data.image_folder import ImageFolder, PretrainAugment, PretrainInput, eval_view, train_view
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError

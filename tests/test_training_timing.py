@@ -10,7 +10,8 @@ import lightning
 import pytest
 from scored_data import write_scored_data
 
-from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.annotations import load_annotations
+from detector.data.index import AnnotationIndex
 from detector.evaluation import clock as clock_module
 from detector.evaluation.clock import Clock
 from detector.inference.detector import Detector

@@ -19,7 +19,8 @@ import numpy as np
 
 from detector.apps.evaluate import score
 from detector.apps.scoring import EvalOptions, PathText, ScoringOptions, evaluation_data
-from detector.data.annotations import AnnotationIndex, read_annotations
+from detector.data.annotations import read_annotations
+from detector.data.index import AnnotationIndex
 from detector.data.json_file import read_json
 from detector.data.results import Results, read_results, within_unit
 from detector.data.splits import load_split

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from detector.apps.report.reporting import write_evaluation_report
 from detector.apps.scoring import EvalOptions, Scored, evaluation_data, never_found
-from detector.data.annotations import AnnotationIndex, read_annotations
+from detector.data.annotations import read_annotations
 from detector.data.image_files import match_files
+from detector.data.index import AnnotationIndex
 from detector.data.progress import progress
 from detector.data.results import Results, read_results, write_results
 from detector.data.splits import load_split

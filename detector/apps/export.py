@@ -27,8 +27,8 @@ import torch
 from pydantic import Field, Strict
 
 from detector.apps.scoring import GivenDataOptions, PathText, evaluation_data, recorded_data
-from detector.data.annotations import AnnotationIndex
 from detector.data.images import list_images, read_image
+from detector.data.index import AnnotationIndex
 from detector.data.progress import progress
 from detector.data.results import Results
 from detector.data.splits import load_split

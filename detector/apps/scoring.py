@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from detector.data.annotations import AnnotationIndex
 from detector.data.image_files import ExifBoxes
+from detector.data.index import AnnotationIndex
 from detector.data.results import Results
 from detector.data.splits import DataOptions
 from detector.errors import InputError

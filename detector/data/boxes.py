@@ -8,6 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 
+def corners(xywh: np.ndarray) -> np.ndarray:
+    """Boxes (N, 4) xyxy of boxes (N, 4) xywh, as COCO writes them."""
+    return np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
+
+
 def box_area(boxes: np.ndarray) -> np.ndarray:
     """Area (...) of boxes (..., 4) in square pixels, float64; 0 where a box is reversed."""
     area: np.ndarray = (boxes[..., 2:] - boxes[..., :2]).clip(0).astype(np.float64).prod(axis=-1)

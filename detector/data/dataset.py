@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detector.data.annotations import AnnotationIndex
+from detector.data.index import AnnotationIndex
 from detector.data.progress import progress
 from detector.data.transforms import TrainTransform
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-if TYPE_CHECKING:
-    from detector.data.annotations import AnnotationIndex
-
-# The splits of a data set by name, the training split first.
-Splits: TypeAlias = "Mapping[str, AnnotationIndex]"
+from typing import Any
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 EXAMPLES = 5  # of the entries that a finding is about

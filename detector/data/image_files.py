@@ -11,16 +11,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from detector.data.boxes import clip_boxes
 from detector.data.images import exif_orientation
+from detector.data.index import AnnotationIndex
 from detector.data.rules import brief, fault
-
-if TYPE_CHECKING:
-    from detector.data.annotations import AnnotationIndex
 
 ExifBoxes = Literal["stored", "turned"]
 """Before an EXIF rotation, or after it, as people see the image."""

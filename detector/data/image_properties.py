@@ -11,7 +11,7 @@ from detector.data.progress import progress
 from detector.errors import InputError
 
 if TYPE_CHECKING:
-    from detector.data.annotations import AnnotationIndex
+    from detector.data.index import AnnotationIndex
 
 log = logging.getLogger(__name__)
 

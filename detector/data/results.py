@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex, id_order, look_up, show
+from detector.data.index import AnnotationIndex, id_order, look_up
 from detector.data.json_file import read_json
-from detector.data.rules import brief
+from detector.data.rules import brief, show
 from detector.errors import InputError
 from detector.files import UNENCODABLE, replacing
 
@@ -108,7 +108,7 @@ def read_results(source: str | Path | Sequence[Mapping[str, Any]], index: Annota
         image_ids, category_ids, boxes, scores = (list(map(itemgetter(key), rows)) for key in _KEYS)
     except (KeyError, TypeError, IndexError):
         raise InputError(f"{where}{_malformed(rows)}") from None
-    known = dict.fromkeys(index.other_ids, len(index)) | {number: i for i, number in enumerate(index.image_ids)}
+    known = dict.fromkeys(index.other_ids, len(index)) | index.place
     images = _numbers_of(image_ids, known, where, "image")
     labels = _numbers_of(category_ids, {n: i for i, n in enumerate(index.category_ids)}, where, "category")
     found = Results(images, labels, _finite(boxes, "bbox", (4,), where), _finite(scores, "score", (), where))

@@ -24,6 +24,12 @@ def brief(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def show(values: Sequence[Any], most: int = 8) -> str:
+    """The first values, for a message."""
+    shown = ", ".join(map(brief, values[:most]))
+    return shown if len(values) <= most else f"{shown} ... ({len(values)} in all)"
+
+
 class Rule(NamedTuple):
     """severity: error (training and evaluation refuse the file) or warning; message: what the entries are."""
 

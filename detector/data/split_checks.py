@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex
 from detector.data.boxes import box_iou
-from detector.data.finding import ERROR, INFO, WARNING, Finding, Splits, found
+from detector.data.finding import ERROR, INFO, WARNING, Finding, found
+from detector.data.index import AnnotationIndex, Splits
 from detector.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import Field
 
-from detector.data.annotations import AnnotationIndex, load_annotations
+from detector.data.annotations import load_annotations
 from detector.data.image_files import ExifBoxes
+from detector.data.index import AnnotationIndex
 from detector.data.shapes import ShapesOptions, ensure_shapes
 from detector.errors import InputError
 from detector.options import Count, Flag, Options

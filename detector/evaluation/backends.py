@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex, look_up, show
+from detector.data.index import AnnotationIndex, look_up
 from detector.data.results import Results
+from detector.data.rules import show
 from detector.errors import InputError
 
 

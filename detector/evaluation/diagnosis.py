@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from detector.data.annotations import AnnotationIndex
 from detector.data.image_properties import image_properties
+from detector.data.index import AnnotationIndex
 from detector.data.results import Results
 from detector.evaluation.calibration import calibration
 from detector.evaluation.confusion import confusion

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detector.data.annotations import AnnotationIndex
+from detector.data.index import AnnotationIndex
 from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.backends import hotcoco_evaluation, pycocotools_evaluation, score

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detector.data.boxes import box_iou
+from detector.data.boxes import box_iou, corners
 from detector.evaluation.records import Records
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
@@ -70,7 +70,7 @@ def judge(records: Records) -> Outcomes:
     kind = np.full(len(records.results), BACKGROUND_KIND)
     about = np.full(len(records.results), -1)
     iou = np.zeros(len(records.results))
-    annotated, boxes = corners(records.index.xywh), corners(records.results.boxes)
+    annotated, boxes = records.index.corners, corners(records.results.boxes)
     for objects, found in records.per_image():
         if objects.start == objects.stop or found.start == found.stop:
             continue
@@ -81,11 +81,6 @@ def judge(records: Records) -> Outcomes:
         )
         about[found] = np.where(index >= 0, index + objects.start, -1)
     return Outcomes(records, kind, about, iou)
-
-
-def corners(xywh: np.ndarray) -> np.ndarray:
-    """xyxy (N, 4) of xywh boxes (N, 4)."""
-    return np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1)
 
 
 def _judge_image(iou: np.ndarray, same: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

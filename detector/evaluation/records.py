@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex, id_order
+from detector.data.index import AnnotationIndex, id_order
 from detector.data.results import Results
 from detector.evaluation.backends import hotcoco_evaluation
 

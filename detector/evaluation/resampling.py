@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex
+from detector.data.index import AnnotationIndex
 from detector.data.results import Results
 from detector.evaluation.backends import pycocotools_evaluation
 from detector.evaluation.records import MAX_DETECTIONS, SIZES, best_rows, by_id

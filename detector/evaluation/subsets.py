@@ -13,7 +13,7 @@ import numpy as np
 
 from detector.data.boxes import box_iou
 from detector.evaluation.backends import hotcoco_evaluation
-from detector.evaluation.outcomes import Outcomes, corners
+from detector.evaluation.outcomes import Outcomes
 from detector.evaluation.records import SIZES, Records, evaluator, existing_mean
 
 Bin = tuple[str, float, float]  # name, lowest and highest value; both belong to it
@@ -122,7 +122,7 @@ def _crowding(records: Records) -> tuple[np.ndarray, np.ndarray]:
     for objects, _ in records.per_image():
         real = objects.start + np.flatnonzero(~records.index.crowd[objects])
         if len(real) > 1:
-            boxes = corners(records.index.xywh[real])
+            boxes = records.index.corners[real]
             iou = box_iou(boxes, boxes)
             np.fill_diagonal(iou, 0.0)
             neighbours[real], overlap[real] = (iou > 0).sum(axis=1), iou.max(axis=1)

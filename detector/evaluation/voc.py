@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex
-from detector.data.boxes import box_iou
+from detector.data.boxes import box_iou, corners
+from detector.data.index import AnnotationIndex
 from detector.data.results import Results
-from detector.evaluation.outcomes import corners
 
 
 def score_voc(results: Results, index: AnnotationIndex, threshold: float = 0.5) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def _right_and_wrong(best: np.ndarray, near: np.ndarray, difficult: np.ndarray) 
 def _best_objects(results: Results, index: AnnotationIndex) -> tuple[np.ndarray, np.ndarray]:
     """For each detection the object of its image and class that it overlaps most (-1: none) and that IoU, (D,) each."""
     best, overlaps = np.full(len(results), -1), np.zeros(len(results))
-    boxes, objects = corners(results.boxes), corners(index.xywh)
+    boxes, objects = corners(results.boxes), index.corners
     by_image = np.argsort(results.images, kind="stable")
     ends = np.searchsorted(results.images[by_image], np.arange(len(index) + 1))
     for i in np.unique(results.images).tolist():

@@ -12,9 +12,9 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from detector.data.annotations import AnnotationIndex
 from detector.data.collate import Batch, collate
 from detector.data.dataset import DetectionDataset
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.lab.latency import Call, median_ratio, milliseconds, take_turns

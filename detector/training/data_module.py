@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from detector.data.annotations import AnnotationIndex
 from detector.data.collate import collate, collate_eval
 from detector.data.dataset import DetectionDataset, seed_worker
 from detector.data.image_folder import ImageFolder, collate_images
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import Preprocessing, canvas_size
 from detector.data.transforms import TrainTransform
 from detector.errors import InputError

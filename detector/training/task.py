@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from detector.data.annotations import AnnotationIndex
 from detector.data.collate import Batch, EvaluationBatch
+from detector.data.index import AnnotationIndex
 from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.metrics import compute_metrics, format_table

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex
-from detector.data.finding import EXAMPLES, INFO, WARNING, Finding, Splits, found
+from detector.data.finding import EXAMPLES, INFO, WARNING, Finding, found
+from detector.data.index import AnnotationIndex, Splits
 from detector.data.preprocess import STRIDE, Preprocessing
 from detector.data.rules import RULES
 from detector.models.anchor_fit import POOR_IOU, best_anchor_iou, coverage, propose

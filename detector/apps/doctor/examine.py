@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from detector.apps.doctor.boxes import check_anchors, check_balance, check_boxes, check_faults
 from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
-from detector.data.finding import ERROR, INFO, WARNING, Finding, Splits
+from detector.data.finding import ERROR, INFO, WARNING, Finding
+from detector.data.index import Splits
 from detector.data.preprocess import Preprocessing
 from detector.data.split_checks import check_splits
 from detector.evaluation.tables import markdown_table

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex
-from detector.data.finding import ERROR, WARNING, Finding, Splits, found
+from detector.data.finding import ERROR, WARNING, Finding, found
 from detector.data.images import exif_orientation, read_image
+from detector.data.index import AnnotationIndex, Splits
 from detector.data.preprocess import resize
 from detector.data.progress import progress
 from detector.errors import InputError

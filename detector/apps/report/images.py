@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from detector.data.annotations import AnnotationIndex
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import resize
 from detector.data.results import Results
 from detector.errors import InputError

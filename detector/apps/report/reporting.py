@@ -16,7 +16,7 @@ import detector as package
 from detector.apps.report.images import worst_images
 from detector.apps.report.page import IMAGE_BUDGET, Report, format_times, write_report
 from detector.apps.scoring import EvalOptions, ReportOptions, Scored, never_found
-from detector.data.annotations import AnnotationIndex
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import canvas_size
 from detector.data.results import within_unit
 from detector.evaluation.diagnosis import diagnose

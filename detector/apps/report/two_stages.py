@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from detector.data.annotations import AnnotationIndex
+from detector.data.index import AnnotationIndex
 from detector.data.preprocess import prepare, restore
 from detector.data.progress import progress
 from detector.data.results import Results
