@@ -154,7 +154,7 @@ def test_scores_that_are_no_shares_are_scored_and_reported(tmp_path: Path, score
         ({"image_id": "x" * 1000}, "1 unknown image id"),
         ({"category_id": 999}, "1 unknown category id.* 999;"),
         ({"category_id": None}, "1 unknown category id.* None;"),
-        ({"category_id": [3]}, "category id is no number or text"),
+        ({"category_id": [3]}, r"1 unknown category id.* \[3\];"),
     ],
 )
 def test_numbers_that_no_metric_can_use_are_refused_by_entry(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from detector.data.annotations import load_annotations, read_annotations
-from detector.data.index import AnnotationIndex
+from detector.data.index import AnnotationIndex, look_up
 from detector.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -47,6 +47,21 @@ def test_select_keeps_boxes_with_their_images(index: AnnotationIndex) -> None:
             np.testing.assert_array_equal(ours, theirs)
     assert part.annotation_ids.tolist() == [1, 2, 4]
     assert part.images.tolist() == [0, 1, 1]
+
+
+def test_images_counted_from_the_end(index: AnnotationIndex) -> None:
+    for i in range(4):
+        for ours, theirs in zip(index.objects(i - 4), index.objects(i), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert index.select([-1, -4]).xywh.tolist() == index.select([3, 0]).xywh.tolist()
+
+
+def test_ids_are_looked_up_as_number_and_as_text() -> None:
+    known = {7: 0, "8": 1, "nine": 2}
+    for unhashable in ([], [[7]], [{"a": 7}], [([7],)]):
+        numbers, other_type = look_up([7, "7", 8, "8", "nine", "ten", None, 7.5, *unhashable], known)
+        assert numbers.tolist() == [0, 0, 1, 1, 2, -1, -1, -1, *[-1] * len(unhashable)]
+        assert np.flatnonzero(other_type).tolist() == [1, 2]
 
 
 def test_index_is_flat_and_survives_pickling(index: AnnotationIndex) -> None:

@@ -414,6 +414,7 @@ def test_a_crowd_region_is_ignored_in_lvis_as_in_coco() -> None:
         ({"not_exhaustive_category_ids": []}, ["image 5", "neg_category_ids", "metrics=coco"]),
         ({"neg_category_ids": []}, ["image 5", "not_exhaustive_category_ids"]),
         ({"neg_category_ids": [9], "not_exhaustive_category_ids": []}, ["image 5", "neg_category_ids", "9"]),
+        ({"neg_category_ids": [[1]], "not_exhaustive_category_ids": []}, ["image 5", "neg_category_ids", "[1]"]),
     ],
 )
 def test_lvis_needs_to_know_what_was_looked_for(image: dict, words: list[str]) -> None:

@@ -284,7 +284,7 @@ def test_files_and_silence(truth: dict, tmp_path: Path, capfd: pytest.CaptureFix
     [
         ({"image_id": 12345}, ["12345", "image id", "3, 7, 100"]),
         ({"image_id": "8"}, ["'8'", "image id"]),
-        ({"image_id": [7]}, ["results", "image id", "list"]),
+        ({"image_id": [7]}, ["results[1]", "image id", "[7]", "3, 7, 100"]),
         ({"category_id": 2}, ["2", "category id", "1, 44, 90"]),
         ({"bbox": [1, 2, 3]}, ["results[1]", "[1, 2, 3]", "four"]),
         ({"bbox": [1, 2, 3, float("nan")]}, ["results[1]", "nan", "finite"]),

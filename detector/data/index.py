@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
@@ -81,6 +81,11 @@ class AnnotationIndex:
         """Place of each image id."""
         return {image_id: i for i, image_id in enumerate(self.image_ids)}
 
+    @cached_property
+    def label_of(self) -> dict[Any, int]:
+        """Label of each COCO id of a class."""
+        return {category_id: label for label, category_id in enumerate(self.category_ids)}
+
     @property
     def images(self) -> np.ndarray:
         """(B,) int64, the image of each box."""
@@ -121,7 +126,7 @@ class AnnotationIndex:
 
     def objects(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Boxes (G, 4), labels (G,) and crowd flags (G,) of image i to train on, as copies."""
-        rows = np.arange(self.offsets[i], self.offsets[i + 1])
+        rows = np.arange(self.offsets[:-1][i], self.offsets[1:][i])  # i may count from the end
         rows = rows[(self.boxes[rows, 2:] > self.boxes[rows, :2]).all(axis=1)]
         return self.boxes[rows], self.labels[rows], self.crowd[rows]
 
@@ -163,7 +168,7 @@ class AnnotationIndex:
         chosen = np.asarray(places, np.int64)
         counts = np.diff(self.offsets)[chosen]
         offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], counts)
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][chosen] - offsets[:-1], counts)
         names = ("xywh", "boxes", "labels", "crowd", "difficult", "areas", "annotation_ids")
         ids = [self.image_ids[i] for i in chosen]
         return replace(
@@ -229,14 +234,24 @@ def id_order(value: Any) -> tuple[bool, Any]:
     return isinstance(value, str), value
 
 
-def look_up(ids: Sequence[Hashable], known: Mapping[Any, int]) -> tuple[np.ndarray, np.ndarray]:
+def look_up(ids: Sequence[Any], known: Mapping[Any, int]) -> tuple[np.ndarray, np.ndarray]:
     """Numbers (N,) int64 of ids, -1 for unknown ones; and (N,) bool, which were only found as text or as number."""
-    found = np.fromiter(map(known.get, ids, repeat(-1)), np.int64, len(ids))
+    try:
+        found = np.fromiter(map(known.get, ids, repeat(-1)), np.int64, len(ids))
+    except TypeError:
+        found = np.array([_number(value, known) for value in ids], np.int64)
     other_type = np.zeros(len(ids), bool)
     for place in np.flatnonzero(found < 0).tolist():
         found[place] = known.get(_other_type(ids[place]), -1)
         other_type[place] = found[place] >= 0
     return found, other_type
+
+
+def _number(value: Any, known: Mapping[Any, int]) -> int:
+    try:
+        return known.get(value, -1)
+    except TypeError:  # a list, for example, which no mapping can have as a key
+        return -1
 
 
 def _other_type(value: Any) -> Any:

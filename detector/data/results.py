@@ -110,7 +110,7 @@ def read_results(source: str | Path | Sequence[Mapping[str, Any]], index: Annota
         raise InputError(f"{where}{_malformed(rows)}") from None
     known = dict.fromkeys(index.other_ids, len(index)) | index.place
     images = _numbers_of(image_ids, known, where, "image")
-    labels = _numbers_of(category_ids, {n: i for i, n in enumerate(index.category_ids)}, where, "category")
+    labels = _numbers_of(category_ids, index.label_of, where, "category")
     found = Results(images, labels, _finite(boxes, "bbox", (4,), where), _finite(scores, "score", (), where))
     return found.rows(images < len(index)) if index.other_ids else found
 
@@ -148,18 +148,12 @@ def write_results(path: str | Path, results: Results, index: AnnotationIndex) ->
 
 
 def _numbers_of(ids: list[Any], known: Mapping[Any, int], where: str, what: str) -> np.ndarray:
-    try:
-        found, other_type = look_up(ids, known)
-    except TypeError as error:  # a list, for example
-        raise InputError(f"{where}: an {what} id is no number or text ({error}); correct it.") from error
+    found, other_type = look_up(ids, known)
     if len(found) and found.min() < 0:
-        unknown = sorted({brief(ids[i]): i for i in np.flatnonzero(found < 0)[::-1]}.items(), key=itemgetter(1))
-        texts = ", ".join(text for text, _ in unknown[:5]) + (
-            f" ... ({len(unknown)} in all)" if len(unknown) > 5 else ""
-        )
+        unknown = sorted({brief(ids[i]): i for i in np.flatnonzero(found < 0)[::-1]}.values())
         raise InputError(
-            f"{where}[{unknown[0][1]}]: {len(unknown)} unknown {what} id(s): {texts}; the ground truth has "
-            f"{show(sorted(known, key=id_order), 5)}. Do both belong to the same data set?"
+            f"{where}[{unknown[0]}]: {len(unknown)} unknown {what} id(s): {show([ids[i] for i in unknown], 5)}; the "
+            f"ground truth has {show(sorted(known, key=id_order), 5)}. Do both belong to the same data set?"
         )
     if other_type.any():
         how = f"{what} ids are numbers here and texts in the annotations, or the other way round"

@@ -142,7 +142,6 @@ def _categories(index: AnnotationIndex) -> list[dict[str, Any]]:
 def _looked_for(index: AnnotationIndex, place: int) -> dict[str, list[int]]:
     """The classes that an image certainly lacks, and those of which it may have more than is annotated."""
     entry = index.lvis[place] if index.lvis else {}
-    labels = {number: label for label, number in enumerate(index.category_ids)}
     found = {}
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
         where = f"{index.annotation_file}: image {index.image_ids[place]!r}"
@@ -151,7 +150,7 @@ def _looked_for(index: AnnotationIndex, place: int) -> dict[str, list[int]]:
                 f"{where} has no list `{key}`, which metrics=lvis needs of every image; take metrics=coco for a data "
                 "set in which every object of every class is annotated."
             )
-        numbers, _ = look_up(entry[key], labels)
+        numbers, _ = look_up(entry[key], index.label_of)
         if (numbers < 0).any():
             unknown = [number for number, label in zip(entry[key], numbers, strict=True) if label < 0]
             raise InputError(
