@@ -8,7 +8,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+from detector.errors import InputError
 
 # The differences from the defaults of the options. In a wheel they lie in the package, in a clone beside it.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir())
@@ -48,6 +51,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # of a disk that fails, or can no longer be written, the first error tells more
             partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, option: str = "out") -> None:
+    """Make a folder, and find out before the work whether files can be written there.
+
+    Args:
+        option: what another folder is given by.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"Cannot write to '{folder}': {error.strerror or error}. Choose another {option}=.") from error
 
 
 def write_json(path: str | Path, data: Any) -> None:

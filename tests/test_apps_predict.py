@@ -102,7 +102,7 @@ def test_what_cannot_be_written_is_named(
     assert message in caplog.messages
     assert files(tmp_path / "out") == ["detections.json"]
     message = run_tool("predict", f"ckpt={checkpoint}", "source=2024", "out=detector.ckpt", cwd=tmp_path).error()
-    assert "out=detector.ckpt: cannot be written (File exists); give another folder" in message
+    assert "Cannot write to 'detector.ckpt': File exists. Choose another out=." in message
 
 
 def check_same(records: list[dict[str, Any]], expected: list[Detections]) -> None:

@@ -105,8 +105,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, tiny_coco: Path, checkpo
     else:
         source = f"source={tiny_coco / 'images/a.png'}"
         outcome = run_tool("predict", f"ckpt={checkpoint}", source, f"out={place}", cwd=tmp_path)
-    remedy = "give another folder, out=DIR" if tool == "predict" else "Choose another"
-    assert_says(outcome.error(), str(tmp_path / "file"), remedy)
+    assert_says(outcome.error(), str(tmp_path / "file"), f"Choose another {'run_dir' if tool == 'train' else 'out'}=.")
 
 
 @pytest.mark.parametrize(

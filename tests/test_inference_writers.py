@@ -403,10 +403,10 @@ def test_a_video_that_cannot_be_written_costs_nothing_else(small_disk: Path, tmp
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"out=.*file/out: cannot be written \(Not a directory\); give another folder"):
+    with pytest.raises(InputError, match=r"Cannot write to '.*file/out': Not a directory\. Choose another out=\."):
         Results(Places(tmp_path / "file" / "out", "a.png", ["images"]), NAMES)
     (tmp_path / "out" / "detections.csv").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"out=.*: cannot be written \(Is a directory\)"):
+    with pytest.raises(InputError, match=r"Cannot write '.*/out/detections\.csv': Is a directory"):
         Results(Places(tmp_path / "out", "webcam:0", ["jsonl", "csv"]), NAMES, live=True)
 
 

@@ -28,10 +28,9 @@ from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.evaluation.compare import compare as compare_results
 from detector.evaluation.compare import format_comparison
-from detector.files import write_json
+from detector.files import check_writable, write_json
 from detector.options import Count, Natural, Share
 from detector.training.device_options import DeviceOptions
-from detector.training.run_directory import check_writable
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.evaluation.metrics import compute_metrics, format_table, save_metrics
+from detector.files import check_writable
 from detector.inference.runtime import ExportedDetector, is_export
-from detector.training.run_directory import check_writable
 
 if TYPE_CHECKING:
     from detector.inference.detector import Detector

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -28,7 +27,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from detector.errors import InputError
-from detector.files import UNENCODABLE, replacing, shortened, write_json
+from detector.files import UNENCODABLE, check_writable, replacing, shortened, write_json
 from detector.inference.detections import ROW_COLUMNS, Detections
 from detector.inference.sources import SourceImage, is_live, search_root
 from detector.inference.video import read_comment, write_video
@@ -59,14 +58,13 @@ class Results(ExitStack):
         super().__init__()
         self.places, self.lost = places, dict[str, str]()
         kinds = LIVE_WRITERS if live else WRITERS
+        check_writable(places.out)
         try:
-            places.out.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=places.out):
-                self._writers = {name: self._enter(name, kinds[name](places.out, class_names)) for name in places.save}
+            self._writers = {name: self._enter(name, kinds[name](places.out, class_names)) for name in places.save}
         except OSError as error:
             self.__exit__(type(error), error, error.__traceback__)
-            what = f"out={places.out}: cannot be written ({error.strerror or error})"
-            raise InputError(f"{what}; give another folder, out=DIR.") from error
+            what = f"Cannot write '{error.filename or places.out}': {error.strerror or error}"
+            raise InputError(f"{what}. Choose another out=.") from error
 
     def add(self, item: SourceImage, found: Detections) -> None:
         """Write what was found in an image."""

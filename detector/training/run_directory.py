@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from detector.errors import InputError
-from detector.files import replacing
+from detector.files import check_writable, replacing
 from detector.options import typed
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run_directory(options: RunOptions, above: Path) -> Iterator[Path]:
     if not is_first_process():
         yield run_dir
         return
-    check_writable(run_dir)
+    check_writable(run_dir, "run_dir")
     with alone(run_dir):
         check_free(options)  # a run that has ended meanwhile
         for partial in run_dir.glob(".*.partial*"):  # what a run that was killed left half written
@@ -148,7 +148,7 @@ def _new_folder(above: Path) -> Path:
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     if not is_first_process():
         return above / now
-    check_writable(above)
+    check_writable(above, "run_dir")
     for number in itertools.count(1):
         folder = above / (now if number == 1 else f"{now}_{number}")
         with suppress(FileExistsError):
@@ -164,18 +164,3 @@ def _clear(run_dir: Path) -> None:
             shutil.rmtree(run_dir / name)
         else:
             (run_dir / name).unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """
-    Raises:
-        InputError: nothing can be written there.
-    """
-    try:
-        with replacing(folder / f".probe-{os.getpid()}") as partial:
-            partial.touch()
-        (folder / f".probe-{os.getpid()}").unlink()
-    except OSError as error:
-        raise InputError(
-            f"Cannot write to '{folder}': {error.strerror or error}. Choose another run_dir= or out=."
-        ) from error

@@ -17,10 +17,9 @@ from detector.apps.doctor.examine import examine, format_diagnosis
 from detector.data.annotations import read_annotations
 from detector.data.image_files import match_files
 from detector.errors import InputError
-from detector.files import write_json
+from detector.files import check_writable, write_json
 from detector.models.build import build_network
 from detector.training.run import TrainOptions
-from detector.training.run_directory import check_writable
 
 log = logging.getLogger(__name__)
 
