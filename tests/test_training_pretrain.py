@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +200,23 @@ def test_a_resumed_run_finds_the_best_weights_in_the_best_checkpoint(finished: P
     expected = classifier_weights(now)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+def test_best_weights_that_cannot_be_written_are_named(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = shutil.copytree(finished / "run", tmp_path / "moved")
+    (moved / "best.pth").unlink()
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == "best.pth":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match=r"Cannot write '.*/moved/best\.pth': No space left on device\. .* Make room"):
+        pretrain(configuration(f"ckpt={moved / 'last.ckpt'}", "resume=true", "schedule.epochs=5"))
 
 
 def test_resuming_refuses_what_cannot_be_changed(finished: Path, tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ from detector.data.image_folder import (
     train_view,
 )
 from detector.errors import InputError
-from detector.files import replacing
 from detector.inference.detector import read_torch_file
 from detector.models.backbones import AnyBackboneOptions
 from detector.models.backbones.classifier import ImageClassifier, build_classifier
@@ -40,6 +39,7 @@ from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
 from detector.options import BelowOne, Natural, Options, typed
+from detector.training.checkpoints import CheckpointFiles
 from detector.training.classification import ClassificationTask
 from detector.training.data_module import ClassificationData
 from detector.training.run_directory import is_first_process
@@ -129,8 +129,7 @@ def pretrain(options: PretrainOptions) -> Path:
     )
     best = run_dir / "best.pth"
     if is_first_process() and not best.exists():  # a resumed run came without it
-        with replacing(best) as partial:
-            torch.save(classifier_weights(read_classifier(run_dir / "best.ckpt")), partial)
+        CheckpointFiles().save_checkpoint(classifier_weights(read_classifier(run_dir / "best.ckpt")), best)
     log.info("A detector on this backbone:\n%s", next_command(options, run_dir))
     return run_dir
 
