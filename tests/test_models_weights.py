@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
 import os
 import random
 import resource
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -246,18 +245,37 @@ def test_random_changes_of_a_description(content: dict[str, Any], tmp_path: Path
     assert 0 < used < 30  # some options may have other values
 
 
-def test_random_damage_of_the_bytes(content: dict[str, Any], tmp_path: Path) -> None:
-    whole = (tmp_path / "whole.ckpt").read_bytes()
-    rng = random.Random(0)
-    for number in range(40):
-        damaged = bytearray(whole)
-        if number % 2:
-            damaged = damaged[: rng.randrange(len(whole))]
-        for _ in range(rng.choice((0, 1, 30))):
-            if damaged:
-                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        (tmp_path / "odd.ckpt").write_bytes(damaged)
-        try_detector(tmp_path / "odd.ckpt")
+def damage(whole: bytes, rng: random.Random, count: int, end: int) -> bytes:
+    """Other values in so many places before `end`."""
+    damaged = bytearray(whole)
+    for place in rng.sample(range(end), count):
+        damaged[place] ^= rng.randrange(1, 256)
+    return bytes(damaged)
+
+
+def numbers(detector: Detector) -> Any:
+    """The bytes of all tensors."""
+    return np.concatenate([value.numpy().ravel().view(np.uint8) for value in detector.network.state_dict().values()])
+
+
+def test_random_damage_of_the_bytes(content: dict[str, Any], small_detector: Detector, tmp_path: Path) -> None:
+    """A part of a file is refused; where other bytes leave it readable, the rest of it is what it was."""
+    path = tmp_path / "odd.ckpt"
+    torch.save(content, path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    for cut in (1, len(whole), *rng.sample(range(1, len(whole)), 10)):
+        path.write_bytes(whole[:-cut])
+        assert not try_detector(path), cut
+    used = {0: 0, 1: 0, 100: 0}
+    for count in (0, *(1,) * 16, *(100,) * 8):
+        path.write_bytes(damage(whole, rng, count, len(whole)))
+        if try_detector(path):
+            used[count] += 1
+            found = numbers(Detector.load(path, "cpu", fused=False))
+            assert (found != numbers(small_detector)).sum() <= count
+    assert used[0] == 1
+    assert used[1] > 0  # two thirds of the file are numbers, and most numbers are possible ones
+    assert used[100] == 0
 
 
 def state_of(spec: dict[str, Any]) -> dict[str, Tensor]:
@@ -346,16 +364,43 @@ def test_safetensors_with_a_wrong_header(tmp_path: Path) -> None:
 
 
 def test_the_reader_names_any_damage_as_one(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(state_of(HALF), buffer, _use_new_zipfile_serialization=False)  # as before torch 1.6
-    rng = random.Random(0)
-    for _ in range(40):
-        damaged = bytearray(buffer.getvalue())
-        for _ in range(rng.choice((1, 5, 50))):
-            damaged[rng.randrange(2000)] = rng.randrange(256)
-        (tmp_path / "old.pth").write_bytes(damaged)
-        with contextlib.suppress(DamagedFileError):  # whatever torch raises
-            read_tensors(tmp_path / "old.pth")
+    state, path = state_of(HALF), tmp_path / "old.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)  # as before torch 1.6
+    whole, rng = path.read_bytes(), random.Random(0)
+
+    def other_than_saved(content: bytes) -> list[str]:
+        path.write_bytes(content)
+        found = read_tensors(path)
+        assert found.keys() == state.keys()
+        return [name for name in state if not torch.equal(found[name], state[name])]
+
+    def reason(content: bytes) -> str | None:
+        path.write_bytes(content)
+        try:
+            read_tensors(path)
+        except DamagedFileError as error:  # whatever torch raises
+            return str(error)
+        return None
+
+    assert other_than_saved(whole) == []
+    weight = state["conv1.0.weight"].numpy().tobytes()
+    assert other_than_saved(whole.replace(weight, bytes(len(weight)))) == ["conv1.0.weight"]
+    reasons = [reason(whole[:-cut]) for cut in (1, len(whole), *rng.sample(range(1, len(whole)), 20))]
+    # The first bytes are structure and names; torch minds all but another letter in a name.
+    reasons += [reason(damage(whole, rng, 100, 2000)) for _ in range(20)]
+    for text in reasons:
+        assert text is not None
+        assert len(text.splitlines()) == 1
+        assert len(text) <= 200
+    assert 0 < sum(reason(damage(whole, rng, 1, 2000)) is None for _ in range(40)) < 40
+
+
+def test_without_safetensors_the_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "odd.safetensors").touch()
+    said = try_weights(tmp_path / "odd.safetensors")
+    assert said.startswith(f"'{tmp_path / 'odd.safetensors'}' needs ")
+    assert "pip install safetensors" in said
 
 
 def test_misfits_are_named_in_the_order_of_the_network() -> None:

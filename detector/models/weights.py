@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from detector.errors import InputError
+from detector.errors import InputError, require
 
 # The largest value of a weight: its square must be a number in float32.
 LARGEST = 1e18
@@ -29,17 +29,15 @@ def read_tensors(path: Path) -> Any:
     """
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return require("safetensors.torch", package="safetensors", what=f"'{path}'").load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > path.stat().st_size:  # torch.save does not compress
                 raise DamagedFileError(f"an archive that unpacks to {unpacked} bytes, which torch.save does not write")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise InputError(f"'{path}' needs the package safetensors: pip install safetensors.") from error
+    except InputError:
+        raise
     except Exception as error:  # on damaged bytes both raise anything: IndexError, KeyError, TypeError ...
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DamagedFileError(lines[0][:200]) from error
@@ -70,9 +68,13 @@ def check_weights(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
     Raises:
         InputError: names the first three tensors that do not fit (`misfits`).
     """
-    if faults := list(misfits(own, given).values()):
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise InputError("; ".join(faults[:3]) + more)
+    if faults := misfits(own, given):
+        raise InputError(first_three(faults.values()))
+
+
+def first_three(faults: Collection[str]) -> str:
+    """The first phrases of `misfits`, and how many more there are."""
+    return "; ".join(list(faults)[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
 
 
 def _misfit(own: Tensor, given: Any) -> str | None:

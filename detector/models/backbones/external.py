@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from detector.errors import InputError
+from detector.errors import InputError, require
 from detector.models.backbones.contract import FEATURES, Backbone, BackboneOptions
 
 PROBE = 64  # side of the images that channels and stages are read from
@@ -301,10 +301,7 @@ def _trunk(model: nn.Module) -> list[tuple[str, int]]:
 
 
 def _timm_model(name: str, **options: Any) -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError(f"backbone timm: {error.name} is missing; pip install 'light-head-detector[timm]'.") from error
+    timm = require("timm", package="[timm]", what="backbone=timm")
     if not timm.is_model(name):
         raise InputError(f"backbone.model={name!r} is not in timm; {_closest(name, timm.list_models())}")
     try:

@@ -15,7 +15,7 @@ from detector.models.backbones.external import External
 from detector.models.backbones.input_frame import BGR, FRAMES, RGB, for_normalised_rgb
 from detector.models.backbones.key_maps import in_order_here, is_megvii, library_names, megvii_backbone, megvii_names
 from detector.models.backbones.published import REMEDY, published_weights
-from detector.models.weights import DamagedFileError, misfits, oddity, read_tensors
+from detector.models.weights import DamagedFileError, first_three, misfits, oddity, read_tensors
 
 # What a classifier of this project has on top of a backbone.
 CLASSIFIER = ("conv5.", "fc.")
@@ -127,12 +127,10 @@ def _load(
     problems = misfits(expected, given, lambda name: _both_names(name, theirs.get(name, name)))
     fitting = [name for name in expected if name not in problems]
     if problems and not (partial and fitting):
-        first, more = list(problems.values())[:3], f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        if not fitting:
-            more += f". The file has {len(content)} tensors: {', '.join(list(content)[:4])} ..."
+        held = "" if fitting else f". The file has {len(content)} tensors: {', '.join(list(content)[:4])} ..."
         raise InputError(
-            f"backbone.weights={source}: made for another architecture, or damaged: {'; '.join(first)}{more}. "
-            "Choose the backbone, width and layout that the file was made for."
+            f"backbone.weights={source}: made for another architecture, or damaged: "
+            f"{first_three(problems.values())}{held}. Choose the backbone, width and layout that the file was made for."
         )
 
     frame = input_frame or (RGB if authors is None else BGR)
