@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -261,6 +262,20 @@ def test_ranks_that_start_at_once(tmp_path: Path, stale: bool) -> None:
     assert made == [root] * 6
     assert contents(root) == contents(ensure_shapes(tmp_path / "alone", train=4, val=2, size=64))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "shapes"]
+
+
+def test_a_folder_that_another_rank_moves_away_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, listdir = tmp_path / "shapes", os.listdir
+    root.mkdir()
+
+    def moved(path: Path) -> list[str]:
+        if Path(path) == root and root.exists():
+            root.rmdir()
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", moved)
+    ensure_shapes(root, train=1, val=1, size=64)
+    assert (root / shapes.STAMP).is_file()
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ data set begins with the images of a smaller one. The same versions of numpy and
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 import uuid
@@ -86,8 +87,7 @@ def make_once(root: Path, stamp_name: str, stamp: Mapping[str, Any], make: Calla
         return wanted
     fresh = root.with_name(f".{root.name}-{uuid.uuid4().hex[:8]}")
     try:
-        # Nothing that was not made here is ever replaced.
-        if root.exists() and not (root / stamp_name).exists() and (root.is_file() or any(root.iterdir())):
+        if _is_foreign(root, stamp_name):
             raise InputError(
                 f"{root} exists and is not an embedded {name} data set, so it is left alone. "
                 f"Choose another data.root for the {name}, or move it away."
@@ -166,6 +166,17 @@ def _is_current(path: Path, stamp: Mapping[str, Any]) -> bool:
         return bool(json.loads(path.read_text(encoding="utf-8")) == stamp)
     except (OSError, ValueError):
         return False
+
+
+def _is_foreign(root: Path, stamp_name: str) -> bool:
+    """Whether root was not made here, and so is never replaced. One look: another process may be moving it."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return root.exists()
+    return bool(names) and stamp_name not in names
 
 
 def _move_into_place(fresh: Path, root: Path, stamp_name: str, stamp: Mapping[str, Any]) -> None:
