@@ -92,8 +92,12 @@ class FixedRuler(Ruler):
 
 
 class BrokenRuler(Ruler):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
     def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
-        raise RuntimeError("secret of /home")
+        raise self.error
 
 
 def client_of(predictor: Predictor, limits: Limits = LIMITS, **settings: Any) -> TestClient:
@@ -432,8 +436,9 @@ def test_any_bytes_are_answered(ruler: TestClient) -> None:
     gc.collect()
 
 
-def test_an_error_of_ours_is_logged_and_not_told() -> None:
-    with client_of(BrokenRuler()) as client:
+@pytest.mark.parametrize("kind", [RuntimeError, InputError])  # the latter: of the detector's own file
+def test_an_error_of_ours_is_logged_and_not_told(kind: type[Exception]) -> None:
+    with client_of(BrokenRuler(kind("secret of /home"))) as client:
         for _ in range(LIMITS.queue + 2):  # and no place is lost
             response = post(client)
             assert_refused(response, 500)

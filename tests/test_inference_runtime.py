@@ -96,6 +96,11 @@ def test_a_missing_runtime_is_named_with_its_extra(fixed: Path, picture: Path) -
     outcome = run_without({"onnxruntime"}, fixed, picture)
     assert "detector.errors.InputError" in outcome.stderr
     assert "onnxruntime, which is not installed: pip install 'light-head-detector[onnx]'" in outcome.stderr
+    program = picture.with_suffix(".pt2")
+    program.write_bytes(b"")
+    outcome = run_without({"torch", "torchvision"}, program, picture)
+    assert "detector.errors.InputError" in outcome.stderr
+    assert "torchvision, which is not installed: pip install torch torchvision" in outcome.stderr
 
 
 def test_load_chooses_by_the_kind_of_file(small_detector: Detector, fixed: Path, tmp_path: Path) -> None:
@@ -164,8 +169,26 @@ def test_a_graph_that_loads_but_cannot_run(fixed: Path, picture: Path, tmp_path:
     path = tmp_path / "changed.onnx"
     onnx.save(model, path)
     loaded = ExportedDetector.load(path)
-    with pytest.raises(InputError, match=r"changed\.onnx': ONNX Runtime could not run it .*out of data bounds"):
+    with pytest.raises(InputError, match=r"changed\.onnx' could not be run .*out of data bounds.*export it again"):
         loaded.predict(picture)
+
+
+@pytest.mark.slow
+def test_an_openvino_graph_that_cannot_be_compiled_or_run(
+    small_detector: Detector, tmp_path: Path, picture: Path
+) -> None:
+    pytest.importorskip("openvino")
+    path = tmp_path / "changed.xml"
+    formats.export_openvino(small_detector, path, batch=1, canvas=(64, 96))
+    content = path.read_text()
+    assert 'names="labels"' in content
+    path.write_text(content.replace('names="labels"', 'names="lost"'))
+    loaded = ExportedDetector.load(path)
+    with pytest.raises(InputError, match=r"changed\.xml' could not be run .*labels.*export it again"):
+        loaded.predict(picture)
+    path.write_text(content.replace('strides="1, 1"', 'strides="7, -1"'))
+    with pytest.raises(InputError, match=r"changed\.xml' cannot be read as an OpenVINO model: it is damaged"):
+        ExportedDetector.load(path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -87,7 +87,7 @@ class ExportedDetector(Predictor):
         return cls(info, run, path, smallest)
 
     def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
-        """See `Predictor.detect`."""
+        """See `Predictor.detect`; raises InputError, too, where the runtime cannot run the graph."""
         self.check_proposals(max_proposals)
         height, width = self.canvas or np.maximum(prepared.images.shape[2:], self._smallest).tolist()
         images = prepared.images.transpose(0, 2, 3, 1)
@@ -98,8 +98,10 @@ class ExportedDetector(Predictor):
         found: list[Found] = []
         for start in range(0, len(images), step):
             place = slice(start, start + step)
-            boxes, scores, labels, counts = self._run(images[place], prepared.image_sizes[place])
-            found += [Found(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.tolist())]
+            # A byte that changed may leave a graph that loads; a full memory of the device is said here, too.
+            with _told(self.path, "could not be run", "If the file may be damaged, export it again."):
+                boxes, scores, labels, counts = self._run(images[place], prepared.image_sizes[place])
+                found += [Found(boxes[i, :n], scores[i, :n], labels[i, :n]) for i, n in enumerate(counts.tolist())]
         return found
 
 
@@ -117,16 +119,7 @@ def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo
     info = ExportInfo.from_properties(session.get_modelmeta().custom_metadata_map, path)
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
-        try:
-            return session.run(list(OUTPUTS), dict(zip(INPUTS, (images, image_sizes), strict=True)))
-        except Exception as error:
-            if not type(error).__module__.startswith("onnxruntime"):
-                raise
-            # A byte that changed may leave a graph that loads; a full memory of the device is said here, too.
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"'{path}': ONNX Runtime could not run it ({reason}). If the file may be damaged, export it again."
-            ) from error
+        return session.run(list(OUTPUTS), dict(zip(INPUTS, (images, image_sizes), strict=True)))
 
     return info, run, (0, 0)
 
@@ -150,7 +143,8 @@ def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[Export
     options = openvino_options(threads)
     if device.upper().partition(".")[0] not in {name.partition(".")[0] for name in core.available_devices}:
         raise _no_device(device, "OpenVINO")
-    run = openvino_run(core.compile_model(model, device.upper(), options))
+    with _reading(path, "an OpenVINO model"):
+        run = openvino_run(core.compile_model(model, device.upper(), options))
     if info.batch and info.canvas:
         return info, run, (0, 0)
 
@@ -206,9 +200,8 @@ def openvino_run(compiled: Any) -> Run:
 
 
 def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
-    import torch
-    import torchvision  # noqa: F401  # brings the operator for suppression
-
+    # torchvision brings the operator for suppression.
+    torch = require("torchvision", "torch", package="torch torchvision", what=f"'{path}'")
     if device != "cpu":
         raise InputError(f"device={device!r}: a .pt2 runs on the CPU; load the checkpoint itself for another device.")
     extra: dict[str, Any] = {f"{SECTION}.json": ""}
@@ -249,16 +242,18 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _reading(path: Path, what: str) -> AbstractContextManager[None]:
+    return _told(path, f"cannot be read as {what}: it is damaged, or not one", "Export it again.")
+
+
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def _told(path: Path, problem: str, remedy: str) -> Iterator[None]:
     """What the runtimes raise on damaged files has no common base: theirs, zipfile's, pickle's, json's."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"'{path}' cannot be read as {what}: it is damaged, or not one ({reason}). Export it again."
-        ) from error
+        raise InputError(f"'{path}' {problem} ({reason}). {remedy}") from error
 
 
 def _no_device(device: str, runtime: str) -> InputError:

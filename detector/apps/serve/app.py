@@ -138,7 +138,10 @@ class Predictions:
         image = decode(data, self.limits.max_pixels)
         decoded = time.perf_counter()
         # An array, never text: text would be taken for a path or an address, and opened.
-        [(_, found)] = self.predictor.search([image], options)
+        try:
+            [(_, found)] = self.predictor.search([image], options)
+        except InputError as error:  # image and options are checked already: it is the detector's, with its path
+            raise RuntimeError(str(error)) from error
         plain = found.to_dict()
         ended = time.perf_counter()
         parts = {"queue": begun - arrived, "decode": decoded - begun, "inference": ended - decoded}
