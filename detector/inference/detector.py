@@ -77,9 +77,7 @@ class Detector(Predictor):
         checkpoint = read_checkpoint(path)
         about = checkpoint["detector"]
         weights = {
-            key.removeprefix(PREFIX): value
-            for key, value in checkpoint["state_dict"].items()
-            if str(key).startswith(PREFIX)
+            key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
         }
         try:
             for key, kind in DESCRIPTION.items():

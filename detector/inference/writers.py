@@ -47,6 +47,11 @@ Opener: TypeAlias = Callable[[Path, tuple[str, ...]], AbstractContextManager[Wri
 class Results(ExitStack):
     """All that is saved of one run. What cannot be written costs neither other images nor other kinds of results.
 
+    Args:
+        places: where, and which kinds.
+        class_names: label -> name.
+        live: of a camera or a stream: by LIVE_WRITERS.
+
     Attributes:
         lost: what could not be written, an image or a kind of results, and why.
 
@@ -192,20 +197,19 @@ def write_images(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     with ExitStack() as video:
 
         def add(item: SourceImage, found: Detections, place: Path, copy: Path | None) -> None:
-            path = annotated(place, found)
             with ExitStack() as before:
-                if path not in current:  # the video before is complete, whatever becomes of this image
+                if copy not in current:  # the video before is complete, whatever becomes of this image
                     before.callback(video.pop_all().close)
                     current.clear()
-                if found.error is not None:
+                if copy is None:
                     return
                 drawn = found.draw(item.image)
                 if found.frame is None:
-                    _save_png(drawn, path)
+                    _save_png(drawn, copy)
                     return
                 if not current:
-                    current[path] = video.enter_context(_named(found, write_video(path, item.rate or 25, MADE_BY)))
-                current[path](np.asarray(drawn))
+                    current[copy] = video.enter_context(_named(found, write_video(copy, item.rate or 25, MADE_BY)))
+                current[copy](np.asarray(drawn))
 
         yield add
 
