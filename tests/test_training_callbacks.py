@@ -18,7 +18,7 @@ from detector import cli
 from detector.evaluation.metrics import METRICS
 from detector.inference.detector import Detector, read_checkpoint
 from detector.models.build import NetworkOptions, build_network
-from detector.training.callbacks import DETECTION, EMA, History, ProgressLines
+from detector.training.callbacks import EMA, History, ProgressLines
 from detector.training.run import train
 from detector.training.task import DetectionTask
 
@@ -152,7 +152,7 @@ class FakeTrainer(SimpleNamespace):
         super().__init__(
             is_global_zero=True, global_step=step, current_epoch=1, max_epochs=3, estimated_stepping_batches=30,
             num_val_batches=[7], state=SimpleNamespace(fn="fit"),
-            callback_metrics={name: torch.tensor(1.5) for name in DETECTION.losses},
+            callback_metrics={name: torch.tensor(1.5) for name in DetectionTask.columns.losses},
         )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def take_steps(history: History, first: int, last: int, batches_per_step: int = 
 
 @pytest.mark.parametrize("batches_per_step", [1, 3])
 def test_history_has_a_row_for_each_nth_step_with_the_rate_of_that_step(tmp_path: Path, batches_per_step: int) -> None:
-    history = History(tmp_path, every=4)
+    history = History(tmp_path, every=4, columns=DetectionTask.columns)
     history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
     take_steps(history, 1, 9, batches_per_step)
     assert [(row["step"], row["lr"], row["loss"]) for row in rows(history)] == [
@@ -190,10 +190,10 @@ def test_history_has_a_row_for_each_nth_step_with_the_rate_of_that_step(tmp_path
 
 
 def test_history_goes_on_after_the_step_that_is_resumed(tmp_path: Path) -> None:
-    history = History(tmp_path, every=1)
+    history = History(tmp_path, every=1, columns=DetectionTask.columns)
     history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
     take_steps(history, 1, 7)
-    resumed = History(tmp_path, every=1)
+    resumed = History(tmp_path, every=1, columns=DetectionTask.columns)
     resumed.on_train_start(FakeTrainer(5), None)  # type: ignore[arg-type]
     assert [row["step"] for row in rows(resumed)] == list("12345")
     take_steps(resumed, 6, 6)
@@ -201,12 +201,12 @@ def test_history_goes_on_after_the_step_that_is_resumed(tmp_path: Path) -> None:
 
 
 def test_the_best_is_the_first_of_equals_and_survives_resuming(tmp_path: Path) -> None:
-    history = History(tmp_path, every=1)
+    history = History(tmp_path, every=1, columns=DetectionTask.columns)
     history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
     for step, ap in ((1, 0.0), (2, 0.5), (3, 0.5)):
         history.on_validation_end(FakeTrainer(step), scored_task(AP=ap))  # type: ignore[arg-type]
     (tmp_path / "best.ckpt").touch()
-    resumed = History(tmp_path, every=1)
+    resumed = History(tmp_path, every=1, columns=DetectionTask.columns)
     resumed.load_state_dict(history.state_dict())
     resumed.on_validation_end(FakeTrainer(4), scored_task(AP=0.4))  # type: ignore[arg-type]
     said = json.loads((tmp_path / "metrics.json").read_text())
@@ -216,7 +216,7 @@ def test_the_best_is_the_first_of_equals_and_survives_resuming(tmp_path: Path) -
 
 
 def test_a_validation_split_without_objects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    history = History(tmp_path, every=1)
+    history = History(tmp_path, every=1, columns=DetectionTask.columns)
     history.on_train_start(FakeTrainer(), None)  # type: ignore[arg-type]
     with caplog.at_level("INFO"):
         for step in (1, 2):

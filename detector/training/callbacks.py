@@ -20,7 +20,6 @@ from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from detector.evaluation.metrics import METRICS
 from detector.files import replacing, write_json
 from detector.training.plots import plot_curves
 from detector.training.run_directory import dispensable
@@ -37,19 +36,14 @@ class Columns(NamedTuple):
         shown: those of them that the log shows.
     """
 
-    losses: Sequence[str] = (
-        "loss", "loss_rpn_objectness", "loss_rpn_box", "loss_head_class", "loss_head_box"
-    )  # fmt: skip
-    metrics: Sequence[str] = METRICS
-    shown: Sequence[str] = ("AP", "AP50", "AP75")
+    losses: Sequence[str]
+    metrics: Sequence[str]
+    shown: Sequence[str]
 
     @property
     def monitor(self) -> str:
         """The metric that decides on the best."""
         return self.shown[0]
-
-
-DETECTION = Columns()
 
 
 class History(lightning.Callback):
@@ -63,7 +57,7 @@ class History(lightning.Callback):
         columns: of metrics.csv.
     """
 
-    def __init__(self, run_dir: Path, *, every: int, columns: Columns = DETECTION) -> None:
+    def __init__(self, run_dir: Path, *, every: int, columns: Columns) -> None:
         self.run_dir, self.every = run_dir, every
         self.losses, self.shown, self.monitor = columns.losses, columns.shown, columns.monitor
         self.columns = ("step", "epoch", "lr", *columns.losses, *columns.metrics)

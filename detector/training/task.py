@@ -15,7 +15,7 @@ from detector.data.collate import Batch, EvaluationBatch
 from detector.data.index import AnnotationIndex
 from detector.data.results import Results
 from detector.errors import InputError
-from detector.evaluation.metrics import compute_metrics, format_table
+from detector.evaluation.metrics import METRICS, compute_metrics, format_table
 from detector.inference.detector import Detector
 from detector.models.weights import misfits
 from detector.options import Flag, Options
@@ -107,7 +107,11 @@ class DetectionTask(Task):
     """
 
     entry = "detector"
-    columns = Columns()
+    columns = Columns(
+        losses=("loss", "loss_rpn_objectness", "loss_rpn_box", "loss_head_class", "loss_head_box"),
+        metrics=METRICS,
+        shown=("AP", "AP50", "AP75"),
+    )
 
     def __init__(
         self,
