@@ -185,11 +185,10 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-def typed(key: str, value: Any) -> str:
-    """What to type for key=value in a shell (POSIX), so that the option becomes just this value."""
-    text = shown(value)
-    if isinstance(value, str) and re.fullmatch(r"null|(['\"]).*\1|\[.*\]", value):  # would mean more than itself
-        text = '"' + value.replace('"', r"\"") + '"'
+def typed(key: str, text: str) -> str:
+    """What to type for key=text in a shell (POSIX), so that the option becomes just this text."""
+    if re.fullmatch(r"null|(['\"]).*\1|\[.*\]", text):  # would mean more than itself
+        text = '"' + text.replace('"', r"\"") + '"'
     return shlex.quote(f"{key}={text}")
 
 
