@@ -324,12 +324,15 @@ def read_value(key: str, text: str, kind: Any) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    wrong = f"cannot read '{key}={text}':"
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
     except HydraException as error:
-        raise InputError(f"cannot read '{key}={text}': expected {expected(kind, key)}.") from error
+        raise InputError(f"{wrong} expected {expected(kind, key)}.") from error
     if override.is_sweep_override():
-        raise InputError(f"cannot read '{key}={text}': a list is written {shlex.quote(f'{key}=[{text}]')}.")
+        if any(get_origin(one) in (list, tuple) for one in alternatives(kind)):
+            raise InputError(f"{wrong} a list is written {shlex.quote(f'{key}=[{text}]')}.")
+        raise InputError(f"{wrong} expected {expected(kind, key)}.")
     return override.value()
 
 

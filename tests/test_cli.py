@@ -185,7 +185,8 @@ def test_runs_with_the_composed_options_and_leaves_nothing_behind(tool: Path) ->
         ("zzzzzz=1", ["zzzzzz is not a key of this command. Keys: "]),
         ("hydra.run.dir=x", ["hydra.run.dir is not a key"]),
         ("epochs", ["cannot read 'epochs'", "epochs=1"]),
-        ("epochs=1,2", ["'epochs=[1,2]'"]),
+        ("epochs=1,2", ["cannot read 'epochs=1,2': expected a whole number, 1 or more."]),
+        ("data.sizes=1,2", ["cannot read 'data.sizes=1,2': a list is written 'data.sizes=[1,2]'."]),
         ("epochs=a b]", ["cannot read 'epochs=a b]': expected a whole number, 1 or more."]),
         ("data={root: it's.jpg}", ["expected data.KEY=VALUE"]),
         ("optimizer.scales={it's: 1}", ["expected {NAME: VALUE}, each a number above 0"]),
@@ -281,12 +282,14 @@ def test_what_is_printed_for_the_command_line_works_in_a_shell(kind: Any) -> Non
     assert [cli.as_typed(kind, text) for text in texts] == values
 
 
-@pytest.mark.parametrize("word", ["--ckpt=it's.ckpt", '--ckpt=q"uo $x.ckpt', "--ckpt=~/x", "--epochs=3", "epochs=1,2"])
+@pytest.mark.parametrize(
+    "word", ["--ckpt=it's.ckpt", '--ckpt=q"uo $x.ckpt', "--ckpt=~/x", "--epochs=3", "data.sizes=1,2"]
+)
 def test_advice_can_be_pasted(tool: Path, word: str) -> None:
     line = error_line(tool, word)
     advice = re.search(r"without dashes: (.*)\. All keys:|is written (.*)\.$", line)
     assert advice is not None
-    expected = [word.lstrip("-")] if word[0] == "-" else ["epochs=[1,2]"]
+    expected = [word.lstrip("-")] if word[0] == "-" else ["data.sizes=[1,2]"]
     assert through_bash(advice[1] or advice[2]) == expected
 
 
