@@ -27,7 +27,7 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,8 +262,22 @@ def encoded(tree: Any, rng: np.random.Generator) -> bytes:
     return damaged(content, rng) if way < 0.14 else content
 
 
-def parsed(path: Path) -> Any:
-    """What a file of JSON says, by json itself: damage may have changed a letter; None where it is no JSON."""
+Mutation = Callable[[Any, np.random.Generator], None]
+
+
+def write_mutant(path: Path, tree: Any, odd: Mutation, times: Sequence[int], rng: np.random.Generator) -> Any:
+    """Write a tree with some mutations as JSON; `odd` makes those that fit its kind.
+
+    Returns:
+        What the file says, by json itself: damage may have changed a letter; None where it is no JSON.
+    """
+    tree = copy.deepcopy(tree)
+    for _ in range(int(pick(rng, times))):
+        if rng.random() < 0.6:
+            odd(tree, rng)
+        else:
+            mutate(tree, rng)
+    path.write_bytes(encoded(tree, rng))
     try:
         return json.loads(path.read_bytes())
     except ValueError:
@@ -290,15 +304,8 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
 
 def fuzz_annotations(shop: Workshop, rng: np.random.Generator, folder: Path) -> None:
     """Read, train a step, score, and let the doctor look."""
-    content = copy.deepcopy(shop.content)
-    for _ in range(int(pick(rng, [1, 1, 2, 4]))):
-        if rng.random() < 0.6:
-            odd_option(content, rng)
-        else:
-            mutate(content, rng)
     path = folder / "a.json"
-    path.write_bytes(encoded(content, rng))
-    content = parsed(path)
+    content = write_mutant(path, shop.content, odd_option, [1, 1, 2, 4], rng)
     read = match_files(read_annotations(path, shop.root / "images"))
     errors = [fault for fault in read.faults if fault.severity == "error"]
     diagnosis = examine({"val": read}, preprocessing=shop.detector.preprocessing, anchors=None)
@@ -617,15 +624,8 @@ def odd_text(text: str, rng: np.random.Generator) -> str:
 
 def fuzz_results(shop: Workshop, rng: np.random.Generator, folder: Path) -> None:
     """Anybody's detections: metrics by pycocotools, the report, and the comparison with others."""
-    rows = copy.deepcopy(shop.rows)
-    for _ in range(int(pick(rng, [1, 1, 2]))):
-        if rng.random() < 0.6:
-            odd_row(rows, rng)
-        else:
-            mutate(rows, rng)
     path = folder / "results.json"
-    path.write_bytes(encoded(rows, rng))
-    rows = parsed(path)
+    rows = write_mutant(path, shop.rows, odd_row, [1, 1, 2], rng)
     results = read_results(path, shop.index)
     shop.reached = True
     if isinstance(rows, list):
@@ -802,7 +802,7 @@ def _run_once(shop: Workshop, seed: int) -> Outcome:
 def run_many(seeds: Iterator[int], count: int, keep: Path | None = None) -> list[Outcome]:
     """Run `count` mutants; failures are added to the file `keep` as soon as they are found, a JSON object each.
 
-    The file `fuzz_current` in the workshop's folder has the seed at work, for a mutant that ends the process.
+    The file `current` in the workshop's folder, which stays when a mutant ends the process, has the seed at work.
     """
     logging.disable(logging.CRITICAL)
     threads = torch.get_num_threads()
@@ -811,9 +811,10 @@ def run_many(seeds: Iterator[int], count: int, keep: Path | None = None) -> list
     try:
         with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
             shop = Workshop(Path(folder))
+            if keep:
+                print(f"the seed at work is in {folder}/current", file=sys.stderr, flush=True)
             for number, seed in zip(range(count), seeds, strict=False):
-                if keep:
-                    keep.with_suffix(".current").write_text(f"{seed}\n")
+                (shop.folder / "current").write_text(f"{seed}\n")
                 outcome = run_one(shop, seed)
                 outcomes.append(outcome)
                 if outcome.failed and keep:
