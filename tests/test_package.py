@@ -73,6 +73,8 @@ def imported_packages(path: Path) -> set[str]:
             modules |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             modules.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+            modules |= {str(one.value).partition(".")[0] for one in node.args if isinstance(one, ast.Constant)}
     modules -= {*sys.stdlib_module_names, "detector", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
     installed = installed_packages()
     return {installed.get(module, [module])[0].lower().replace("_", "-") for module in modules}

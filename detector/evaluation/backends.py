@@ -24,7 +24,7 @@ import numpy as np
 from detector.data.index import AnnotationIndex, look_up
 from detector.data.results import Results
 from detector.data.rules import show
-from detector.errors import InputError
+from detector.errors import InputError, require
 
 
 class Scores(NamedTuple):
@@ -68,13 +68,9 @@ def hotcoco_evaluation(
     Raises:
         InputError: hotcoco is not installed; federated, and the ground truth does not say what was looked for.
     """
-    try:
-        import hotcoco
-    except ImportError as error:
-        raise InputError(
-            "Scoring needs the package hotcoco: pip install '.[train]'. Where it cannot be had, "
-            "detector.evaluation.compute_metrics(..., metrics='pycocotools') gives the same metrics."
-        ) from error
+    require("hotcoco", package="[train]", what="Scoring, except with metrics=pycocotools,")
+    import hotcoco  # plainly, so that the import contracts see it
+
     images = [{"id": place} | (_looked_for(index, place) if federated else {}) for place in range(len(index))]
     categories = _categories(index)
     kept = np.flatnonzero(~index.crowd | crowds)
@@ -102,11 +98,9 @@ def pycocotools_evaluation(results: Results, index: AnnotationIndex) -> Any:
     Raises:
         InputError: pycocotools is not installed.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise InputError("This needs the package pycocotools: pip install '.[train]'.") from error
+    require("pycocotools", package="[train]", what="metrics=pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
     def api_of(annotations: list[dict[str, Any]]) -> Any:
         # Not COCO.loadRes: it fails on an empty list and on a ground truth without `info`.

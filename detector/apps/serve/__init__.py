@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from pydantic.types import Strict
 
-from detector.errors import InputError
+from detector.errors import require
 from detector.inference import loading
 from detector.options import Count, Options, Positive, Share
 
@@ -100,12 +100,11 @@ def serve(options: ServeOptions) -> None:
     """
     # Until it serves there is nothing to answer. Process 1 of a container has no default action, and would go on.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-    try:
-        from detector.apps.serve.server import run
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "detector":
-            raise
-        raise InputError(
-            f"{error.name} is not installed; the server needs it: pip install 'light-head-detector[serve]'."
-        ) from error
+    # Starlette would miss python_multipart only when the first form comes.
+    require(
+        "starlette.applications", "uvicorn.protocols.http.h11_impl", "python_multipart",
+        package="[serve]", what="The server",
+    )  # fmt: skip
+    from detector.apps.serve.server import run
+
     run(loading.load(options.ckpt, options.device, threads=options.threads), options)

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import python_multipart  # noqa: F401  # Starlette misses it only when the first form comes
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
