@@ -14,6 +14,7 @@ from scored_rows import evaluate
 from tool_runner import run_tool
 
 from detector.apps.compare import CompareOptions, _find_side, compare
+from detector.data.splits import load_split
 from detector.inference.detector import Detector
 
 
@@ -44,7 +45,7 @@ def test_two_results_files(tmp_path: Path, tiny_coco: Path, results: dict[str, P
     folder = tmp_path / "as eval.py writes it"
     folder.mkdir()
     results["b"].rename(folder / "detections.json")
-    found = _find_side("b", folder, CompareOptions(a="", b=""))
+    found = _find_side("b", folder, CompareOptions(a="", b=""), load_split)
     assert (found.results, found.index) == (folder / "detections.json", None)
 
 

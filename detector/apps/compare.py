@@ -97,9 +97,7 @@ def compare(options: CompareOptions) -> None:
     log.info("%s", out)
 
 
-def _find_side(
-    name: str, path: Path, options: CompareOptions, load: Callable[..., AnnotationIndex] = load_split
-) -> Side:
+def _find_side(name: str, path: Path, options: CompareOptions, load: Callable[..., AnnotationIndex]) -> Side:
     """The results of a run directory, a checkpoint or a results file; a checkpoint is scored here."""
     if path.suffix == ".json":
         return Side(path)

@@ -44,13 +44,12 @@ def score_voc(results: Results, index: AnnotationIndex, threshold: float = 0.5) 
         right, wrong = _right_and_wrong(best[rows], overlaps[rows] >= threshold, index.difficult)
         found = np.cumsum(right)
         curves.append((found / count, found / np.maximum(found + np.cumsum(wrong), 1)) if count else None)
-    metrics: dict[str, Any] = {}
-    for suffix, rule in (("", _area), ("07", _eleven_points)):
-        values = [None if curve is None else rule(*curve) for curve in curves]
-        present = [value for value in values if value is not None]
-        metrics[f"mAP{suffix}"] = float(np.mean(present)) if present else None
-        metrics[f"per_class_{suffix}".rstrip("_")] = dict(zip(index.class_names, values, strict=True))
-    return {key: metrics[key] for key in ("mAP", "mAP07", "per_class", "per_class_07")}
+    per_class, per_class_07 = (
+        {name: None if curve is None else rule(*curve) for name, curve in zip(index.class_names, curves, strict=True)}
+        for rule in (_area, _eleven_points)
+    )
+    means = {"mAP": _mean(per_class), "mAP07": _mean(per_class_07)}
+    return means | {"per_class": per_class, "per_class_07": per_class_07}
 
 
 def _right_and_wrong(best: np.ndarray, near: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,3 +95,8 @@ def _area(recall: np.ndarray, precision: np.ndarray) -> float:
 def _eleven_points(recall: np.ndarray, precision: np.ndarray) -> float:
     """Mean of the best precision at recalls of 0, 0.1 ... 1 or more."""
     return float(np.mean([precision[recall >= point].max(initial=0.0) for point in np.arange(11) / 10]))
+
+
+def _mean(values: dict[str, float | None]) -> float | None:
+    present = [value for value in values.values() if value is not None]
+    return float(np.mean(present)) if present else None
