@@ -10,7 +10,7 @@ import pytest
 import torch
 from tool_runner import run_tool
 
-from detector.lab import cost
+from detector.lab import cost, guidelines
 from detector.lab.controlled import COLUMNS, EQUAL, PUBLISHED, ROWS, SIDE, Cell, Guideline, cells, spread
 from detector.lab.guidelines import GuidelinesOptions
 from detector.lab.verdict import MARGIN, effect
@@ -93,6 +93,30 @@ def test_interval_covers_the_planted_ratio() -> None:
     assert np.median([one.ratio for one in found]) == pytest.approx(1.2, rel=0.01)
 
 
+def test_a_shuffled_order_is_put_right_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are made in another order in each process; what is measured of them stays theirs."""
+    made: list[list[int]] = []
+
+    def runner(cell: Cell, *_: object) -> int:
+        made[-1].append(cell.multiply_adds)
+        return cell.multiply_adds
+
+    def take_turns(calls: dict[str, int], turns: int, _: str) -> dict[str, list[float]]:
+        return {name: [float(call)] * turns for name, call in calls.items()}
+
+    monkeypatch.setattr(guidelines, "_take_cores", lambda _: None)
+    monkeypatch.setattr(guidelines, "runner", runner)
+    monkeypatch.setattr(guidelines, "take_turns", take_turns)
+    table = cells("g1", "cpu")
+    for seed in range(3):
+        made.append([])
+        found = guidelines.measure(GuidelinesOptions(turns=2), {("g1", "paper"): table}, "", seed)
+        costs = [cell.multiply_adds for cell in (*table, *table[:3])]
+        assert found["g1", "paper"].tolist() == [costs, costs]
+        assert sorted(made[-1]) == sorted(costs)
+    assert made[0] != made[1] != made[2]
+
+
 def test_other_backends_are_of_the_cpu() -> None:
     with pytest.raises(ValueError, match="device=cuda takes backend=torch"):
         GuidelinesOptions(device="cuda", backend="openvino")
@@ -102,6 +126,13 @@ def test_more_threads_than_cores(tmp_path: Path) -> None:
     outcome = run_tool("guidelines", "threads=4096", cwd=tmp_path)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "threads=4096: this machine has" in outcome.err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = run_tool("guidelines", "out=file/here", cwd=tmp_path)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "out" in outcome.err
 
 
 @pytest.mark.slow

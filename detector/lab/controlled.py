@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 Guideline: TypeAlias = Literal["g1", "g2", "g3", "g4"]
-Place: TypeAlias = Literal["cpu", "cuda"]
+Device: TypeAlias = Literal["cpu", "cuda"]
 
 SIDE = 56  # of the map, tables 1 to 3; table 4 does not say, its blocks are those of the same stage
 BLOCKS = 10
 # Images at once. One on ARM. The paper gives batches a second on the GPU without their size; eight is that of table 8.
-BATCH: Mapping[Place, int] = {"cpu": 1, "cuda": 8}
+BATCH: Mapping[Device, int] = {"cpu": 1, "cuda": 8}
 COLUMNS = ("x1", "x2", "x4")
 
 TITLES: Mapping[Guideline, str] = {
@@ -127,7 +127,7 @@ ROWS: Mapping[Guideline, tuple[Stack, ...]] = {
 
 # Widths in column x1, by row. Of table 3 the paper gives the widths of its first row; those of the others follow from
 # equal multiply-adds. Table 4 gives the channels of the unit; the bottleneck's quarter is that of He et al. 2015.
-_WIDTHS: Mapping[Place, Mapping[Guideline, Sequence[tuple[int, int]]]] = {
+_WIDTHS: Mapping[Device, Mapping[Guideline, Sequence[tuple[int, int]]]] = {
     "cpu": {
         "g1": ((32, 32), (22, 44), (13, 78), (9, 108)),
         "g2": ((64, 64), (90, 90), (128, 128), (180, 180)),
@@ -168,7 +168,7 @@ class Cell:
         stack: what it is made of.
         column: x1, x2 or x4, the multiple of the widths.
         widths: channels of its layers, which take turns; of a bottleneck outer and inner ones.
-        published: device -> speed in the paper.
+        published: name of a device -> speed there in the paper, see PUBLISHED_UNITS.
     """
 
     stack: Stack
@@ -200,23 +200,23 @@ class Cell:
         return convs * (2 * math.sqrt(SIDE**2 * cost) + cost / SIDE**2)
 
 
-def cells(guideline: Guideline, place: Place, *, equal: bool = False) -> list[Cell]:
+def cells(guideline: Guideline, device: Device, *, equal: bool = False) -> list[Cell]:
     """A table of the paper, row by row.
 
     Args:
         guideline: which table.
-        place: whose widths: the paper used wider networks on the GPU.
+        device: whose widths: the paper used wider networks on the GPU.
         equal: change the widths a little, so that the multiply-adds of a column lie within EQUAL of the first row's;
             the paper's differ by up to 5.5% in table 1, 1 to 2% elsewhere.
     """
     rows, found = ROWS[guideline], []
     for at, column in enumerate(COLUMNS):
-        widths = list(_paper_widths(guideline, place, 2**at))
+        widths = list(_paper_widths(guideline, device, 2**at))
         if equal:
             cost = rows[0].multiply_adds(widths[0])
             widths = [_equalised(stack, pair, cost) for stack, pair in zip(rows, widths, strict=True)]
         for row, (stack, pair) in enumerate(zip(rows, widths, strict=True)):
-            published = {device: tables[guideline][row][at] for device, tables in PUBLISHED.items()}
+            published = {name: tables[guideline][row][at] for name, tables in PUBLISHED.items()}
             found.append(Cell(stack, column, pair, published))
     return sorted(found, key=lambda cell: rows.index(cell.stack))
 
@@ -227,8 +227,8 @@ def spread(column: Sequence[Cell]) -> float:
     return 1 - min(costs) / max(costs)
 
 
-def _paper_widths(guideline: Guideline, place: Place, multiple: int) -> Iterator[tuple[int, int]]:
-    given = _WIDTHS[place][guideline]
+def _paper_widths(guideline: Guideline, device: Device, multiple: int) -> Iterator[tuple[int, int]]:
+    given = _WIDTHS[device][guideline]
     for row, stack in enumerate(ROWS[guideline]):
         if guideline == "g3":
             width = round(multiple * given[0][0] / math.sqrt(stack.layers * stack.parallel / BLOCKS))

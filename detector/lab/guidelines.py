@@ -30,13 +30,13 @@ from pydantic import model_validator
 from detector.data.progress import progress
 from detector.errors import InputError, require
 from detector.export.formats import OPSET, quiet
-from detector.files import replacing, write_json
+from detector.files import check_writable, replacing, write_json
 from detector.inference.memory import keep_freed_memory
 from detector.inference.runtime import openvino_options
-from detector.lab.controlled import BATCH, COLUMNS, ROWS, SIDE, Cell, Guideline, Place, cells
+from detector.lab.controlled import BATCH, COLUMNS, ROWS, SIDE, Cell, Device, Guideline, cells
 from detector.lab.guidelines_report import plot, report
 from detector.lab.latency import Call, machine, take_turns
-from detector.lab.networks import DECOMPOSED, decompose, measure_networks, network_tables, plot_networks
+from detector.lab.networks import DECOMPOSED, Network, decompose, measure_networks, network_tables, plot_networks
 from detector.lab.verdict import Effect, effect
 from detector.options import Count, Flag, Options
 
@@ -52,7 +52,7 @@ class GuidelinesOptions(Options):
 
     what: tuple[Guideline, ...] = tuple(ROWS)
     """Guidelines; the words alone will do: g1 g3."""
-    device: Place = "cpu"
+    device: Device = "cpu"
     """cpu or cuda."""
     threads: Count = 1
     """Of the CPU; the process is pinned to as many cores. The paper measured one."""
@@ -138,34 +138,46 @@ def guidelines(options: GuidelinesOptions) -> None:
     """Measure, log the tables and the verdicts, and write guidelines.{md,json,png} into `out`.
 
     Raises:
-        InputError: the device, the backend or so many cores are not there.
+        InputError: the device, the backend or so many cores are not there, or `out` cannot be written.
     """
     _check_machine(options)
+    check_writable(Path(options.out))
     plan = {
         (guideline, widths): cells(guideline, options.device, equal=widths == "equal")
         for guideline in dict.fromkeys(options.what)
         for widths in WIDTHS
         if guideline != "g4" or widths == "paper"  # the rows of table 4 have equal widths
     }
+    context, whole = multiprocessing.get_context("spawn"), options.networks and options.backend == "torch"
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
         runs = []
         if options.backend != "torch":
             write_onnx(plan, folder)
-        for _ in progress(range(options.processes), "all networks", unit="process"):
+        for seed in progress(range(options.processes), "all networks", unit="process"):
             with ProcessPoolExecutor(1, context) as process:
-                runs.append(process.submit(measure, options, plan, folder).result())
+                runs.append(process.submit(measure, options, plan, folder, seed).result())
+        with ProcessPoolExecutor(1, context) as process:
+            where = process.submit(machine_line, options).result()
+            classifiers = process.submit(measure_classifiers, options).result() if whole else None
     tables = [_table(key, plan[key], np.array([run[key] for run in runs])) for key in plan]
-    where, out = machine_line(options), Path(options.out)
+    _write(tables, classifiers, where, options)
+
+
+def _write(
+    tables: Sequence[Table],
+    classifiers: tuple[list[Network], dict[str, dict[str, float]]] | None,
+    where: str,
+    options: GuidelinesOptions,
+) -> None:
+    out = Path(options.out)
     content = {"machine": where, "options": options.to_dict(), "tables": [table.to_dict() for table in tables]}
     parts = [report(tables, where, options.device), "![Relative speed](guidelines.png)"]
     plot(tables, out / "guidelines.png")
-    if options.networks and options.backend == "torch":
-        found = measure_networks(BATCH[options.device], options.device, options.turns)
-        spent = {name: decompose(name, BATCH[options.device], options.device, options.turns) for name in DECOMPOSED}
-        content |= {"networks": [vars(one) for one in found], "ms_by_kind": spent}
-        parts += [network_tables(found, spent), "![Networks](networks.png)"]
-        plot_networks(found, spent, out / "networks.png")
+    if classifiers is not None:
+        networks, spent = classifiers
+        content |= {"networks": [vars(one) for one in networks], "ms_by_kind": spent}
+        parts += [network_tables(networks, spent), "![Networks](networks.png)"]
+        plot_networks(networks, spent, out / "networks.png")
     text = "\n\n".join(parts)
     log.info("%s", text)
     write_json(out / "guidelines.json", content)
@@ -174,30 +186,48 @@ def guidelines(options: GuidelinesOptions) -> None:
     log.info("%s", out / "guidelines.md")
 
 
-def measure(options: GuidelinesOptions, plan: Mapping[Key, Sequence[Cell]], folder: str) -> dict[Key, np.ndarray]:
-    """Seconds of a batch, (turns, cells and the first row once more), in this process.
+def measure(
+    options: GuidelinesOptions, plan: Mapping[Key, Sequence[Cell]], folder: str, seed: int
+) -> dict[Key, np.ndarray]:
+    """Seconds of a batch by table, (turns, cells and the first row once more); for a process of its own.
 
     Args:
-        options: what runs the networks; this process is pinned to as many cores as they name threads.
+        options: what runs the networks.
         plan: the tables.
         folder: with the files of `write_onnx`.
+        seed: of the order in which networks are made and take turns. Where the buffers of a network come to lie may
+            double its time (OpenVINO), and follows from that order.
     """
+    _take_cores(options)
+    rng, found = np.random.default_rng(seed), {}
+    for key, table in plan.items():
+        contestants = [*enumerate(table), *enumerate(table[: len(COLUMNS)])]
+        calls = {}
+        for place in rng.permutation(len(contestants)).tolist():
+            at, cell = contestants[place]
+            calls[str(place)] = runner(cell, options, onnx_file(folder, key, at))
+        seconds = take_turns(calls, options.turns, " ".join(key))
+        found[key] = np.array([seconds[str(place)] for place in range(len(contestants))]).T
+    return found
+
+
+def measure_classifiers(options: GuidelinesOptions) -> tuple[list[Network], dict[str, dict[str, float]]]:
+    """Whole classifiers, and milliseconds by kind of operation of some; for a process of its own."""
+    _take_cores(options)
+    batch, device, turns = BATCH[options.device], options.device, options.turns
+    return measure_networks(batch, device, turns), {name: decompose(name, batch, device, turns) for name in DECOMPOSED}
+
+
+def _take_cores(options: GuidelinesOptions) -> None:
+    """Pin this process to as many cores as there are threads."""
     if options.device == "cpu" and hasattr(os, "sched_setaffinity"):  # Linux
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
     keep_freed_memory()
-    found = {}
-    for key, table in plan.items():
-        contestants = [*enumerate(table), *enumerate(table[: len(COLUMNS)])]
-        calls = {
-            str(place): ready(cell, options, onnx_file(folder, key, at)) for place, (at, cell) in enumerate(contestants)
-        }
-        found[key] = np.array([*take_turns(calls, options.turns, " ".join(key)).values()]).T
-    return found
 
 
-def ready(cell: Cell, options: GuidelinesOptions, file: Path) -> Call:
+def runner(cell: Cell, options: GuidelinesOptions, file: Path) -> Call:
     """What runs a network once on one batch of noise."""
     shape = (BATCH[options.device], cell.widths[0], SIDE, SIDE)
     if options.backend == "torch":
@@ -245,14 +275,15 @@ def write_onnx(plan: Mapping[Key, Sequence[Cell]], folder: str) -> None:
 
 
 def onnx_file(folder: str, key: Key, at: int) -> Path:
+    """Where `write_onnx` puts a network: its table and its place there."""
     return Path(folder) / f"{'_'.join(key)}_{at}.onnx"
 
 
 def machine_line(options: GuidelinesOptions) -> str:
-    """What was measured on and with."""
+    """What was measured on and with; for a process of its own."""
+    _take_cores(options)
     if options.device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batches of {BATCH['cuda']}"
-    torch.set_num_threads(options.threads)
     runtime = "" if options.backend == "torch" else f", {options.backend} {version(options.backend)}"
     return f"{machine()}{runtime}, one image at a time"
 

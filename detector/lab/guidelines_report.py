@@ -10,7 +10,7 @@ import numpy as np
 
 from detector.evaluation.tables import markdown_table
 from detector.files import replacing
-from detector.lab.controlled import BATCH, COLUMNS, PUBLISHED, PUBLISHED_UNITS, TITLES, Place, spread
+from detector.lab.controlled import COLUMNS, PUBLISHED, PUBLISHED_UNITS, TITLES, Device, spread
 from detector.lab.verdict import MARGIN
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ WIDTHS = {
 }
 
 
-def report(tables: Sequence[Table], where: str, device: Place) -> str:
+def report(tables: Sequence[Table], where: str, device: Device) -> str:
     """All tables and verdicts as Markdown."""
     heads = ("guideline", "widths", "time of breaking it", "the same networks twice", "verdict")
     rows = [(TITLES[one.guideline], one.widths, one.effect, one.control, f"**{one.effect.verdict}**") for one in tables]
@@ -38,7 +38,7 @@ def report(tables: Sequence[Table], where: str, device: Place) -> str:
     return "\n\n".join([about, summary, *(_section(one, device) for one in tables)])
 
 
-def _section(table: Table, device: Place) -> str:
+def _section(table: Table, device: Device) -> str:
     worst = max(spread([cell for cell in table.cells if cell.column == column]) for column in COLUMNS)
     head = f"## {TITLES[table.guideline]}, {WIDTHS[table.widths].format(worst)}"
     rows = "; ".join(f"{name} {one}" for name, one in table.by_row.items())
@@ -46,11 +46,11 @@ def _section(table: Table, device: Place) -> str:
     return "\n\n".join([head, sentence, _speeds(table, device), _costs(table)])
 
 
-def _speeds(table: Table, device: Place) -> str:
+def _speeds(table: Table, device: Device) -> str:
     """Speeds of this machine and of the paper's two, a line for each row; in brackets the share of the first row's."""
-    here = BATCH[device] if device == "cpu" else 1
+    # Batches on both; those of a CPU are of one image.
     units = {"here": "images/s" if device == "cpu" else "batches/s"} | PUBLISHED_UNITS
-    speeds = {"here": here * 1000 / table.milliseconds}
+    speeds = {"here": 1000 / table.milliseconds}
     for name in PUBLISHED:
         speeds[name] = np.array([cell.published[name] for cell in table.cells])
     columns = len(COLUMNS)

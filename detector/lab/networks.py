@@ -82,7 +82,7 @@ def measure_networks(batch: int, device: str, turns: int) -> list[Network]:
     calls, costs = {}, {}
     for name, one in options.items():
         assert one.published is not None
-        network, images = ready(one, batch, device)
+        network, images = folded_classifier(one, batch, device)
         costs[name] = multiply_adds(network, images[:1]) / 1e6
         calls[name] = partial(network, images)
     with torch.inference_mode():
@@ -93,7 +93,7 @@ def measure_networks(batch: int, device: str, turns: int) -> list[Network]:
     ]
 
 
-def ready(options: BackboneOptions, batch: int, device: str) -> tuple[nn.Module, Tensor]:
+def folded_classifier(options: BackboneOptions, batch: int, device: str) -> tuple[nn.Module, Tensor]:
     """A folded classifier with random weights, and noise of the size that it is published for."""
     side = options.published.image_size if options.published else 224
     network = fuse(build_classifier(options, CLASSES)).to(device)
@@ -112,18 +112,19 @@ def decompose(name: str, batch: int, device: str, turns: int) -> dict[str, float
         batch, device, turns: as for `measure_networks`.
     """
     values = yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text())
-    network, images = ready(parse_backbone(values), batch, device)
-    plain = network
-    if name.startswith("v"):
-        plain, _ = ready(parse_backbone(values | {"shuffle": False}), batch, device)
+    forms = {"whole": values}
+    if name.startswith("v"):  # a ShuffleNet
+        forms["unshuffled"] = values | {"shuffle": False}
+    calls = {}
+    for form, options in forms.items():
+        network, images = folded_classifier(parse_backbone(options), batch, device)
+        calls[form] = partial(network, images)
     with torch.inference_mode():
-        times = take_turns({"whole": partial(network, images), "plain": partial(plain, images)}, turns, name)
-        spent = _profile(partial(plain, images), device)
-    whole, without = (milliseconds(seconds) for seconds in times.values())
-    if plain is network:
-        without = whole
-    scale = min(whole, without) / sum(spent.values())
-    return {kind: scale * value for kind, value in spent.items()} | {"shuffle": max(0.0, whole - without)}
+        times = [milliseconds(seconds) for seconds in take_turns(calls, turns, name).values()]
+        spent = _profile(calls["unshuffled" if "unshuffled" in calls else "whole"], device)
+    whole, rest = times[0], min(times)
+    scale = rest / sum(spent.values())
+    return {kind: scale * value for kind, value in spent.items()} | {"shuffle": whole - rest}
 
 
 def _profile(call: Callable[[], object], device: str) -> dict[str, float]:
