@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -53,21 +54,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path, option: str = "out") -> None:
+def check_writable(place: str | Path, option: str = "out", *, file: bool = False) -> None:
     """Make a folder, and find out before the work whether files can be written there.
 
     Args:
-        option: what another folder is given by.
+        place: the folder, or with `file` the one file that will be written.
+        option: what another place is given by.
 
     Raises:
         InputError: they cannot.
     """
+    folder = Path(place).parent if file else Path(place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
+        if file and Path(place).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
-        raise InputError(f"Cannot write to '{folder}': {error.strerror or error}. Choose another {option}=.") from error
+        raise InputError(f"Cannot write to '{place}': {error.strerror or error}. Choose another {option}=.") from error
 
 
 def write_json(path: str | Path, data: Any) -> None:

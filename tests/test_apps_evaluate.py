@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scored_data import write_scored_data
 
 from detector.apps.evaluate import EvalOptions, evaluate
+from detector.cli import explain
 from detector.data import annotations
 from detector.inference.detector import Detector
 
@@ -29,6 +33,37 @@ def test_one_evaluation_with_its_report_parses_the_annotations_once(
     diagnosis = json.loads((tmp_path / "eval" / "diagnosis.json").read_text())
     assert diagnosis["two_stages"]["images"] == 5
     assert "class_balance" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_no_room_for_the_detections_of_a_checkpoint(
+    small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, metrics.json is whole, and detections.json of the run before is what it was."""
+    root = write_scored_data(tmp_path / "data", small_detector)
+    small_detector.save(tmp_path / "small.ckpt")
+    out = tmp_path / "eval"
+    out.mkdir()
+    (out / "detections.json").write_text("[]\n")
+    write = Path.write_text
+
+    def write_half(path: Path, text: str, **more: Any) -> int:
+        if path.name.startswith(".detections."):
+            write(path, text[: len(text) // 2], **more)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, text, **more)
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    options = {"ckpt": str(tmp_path / "small.ckpt"), "data": {"root": str(root)}, "out": str(out)}
+    with pytest.raises(OSError, match=r"detections\.json") as caught:
+        evaluate(EvalOptions.parse(options | {"workers": 0, "trainer": {"accelerator": "cpu"}}))
+    message = explain(caught.value)
+    assert (
+        message
+        == f"cannot write {out / 'detections.json'}: no space left on device. Make room, or choose another place."
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["detections.json", "metrics.json"]
+    assert json.loads((out / "metrics.json").read_text())["AP"] > 0
+    assert (out / "detections.json").read_text() == "[]\n"
 
 
 def test_a_checkpoint_with_odd_names_of_classes_and_files(small_detector: Detector, tmp_path: Path) -> None:

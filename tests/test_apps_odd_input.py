@@ -15,6 +15,7 @@ from PIL import Image
 from report_case import ground_truth, write_case
 
 from detector.cli import main
+from detector.inference.detector import Detector
 
 LONG = "n" * 250
 
@@ -171,6 +172,36 @@ def test_places_that_cannot_hold_files(
     values = commands(tmp_path / "case", case(tmp_path / "case"))[command]
     assert run(monkeypatch, command, out=tmp_path / out, **values) == 2
     assert f"Cannot write to '{tmp_path / out}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "values", "what"),
+    [
+        ("benchmark", {"what": "peers"}, "detector.lab.benchmark.benchmark_peers"),
+        ("benchmark", {"what": "backbones"}, "detector.lab.benchmark.benchmark_backbones"),
+        ("benchmark", {"what": "predict"}, "detector.lab.benchmark.benchmark_predict"),
+        ("guidelines", {}, "detector.lab.guidelines.measure"),
+        ("import_weights", {"source": "x.pth"}, "detector.apps.import_weights.load_weights"),
+        ("export", {"ckpt": "x.ckpt"}, "detector.apps.export.validation_images"),
+    ],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str,
+    values: dict[str, Any], what: str,
+) -> None:  # fmt: skip
+    def work(*_: Any) -> None:
+        raise AssertionError("it works before it looks whether it can write")
+
+    monkeypatch.setattr(what, work)
+    monkeypatch.setattr(Detector, "load", lambda *_: None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.onnx").mkdir()
+    outs = ["file/a.onnx"]
+    if command == "import_weights" or values.get("what") in ("peers", "predict"):  # a file, not a folder
+        outs.append("folder.onnx")
+    for out in outs:
+        assert run(monkeypatch, command, out=tmp_path / out, **values) == 2
+        assert f"Cannot write to '{tmp_path / out}': " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", WRITTEN)

@@ -20,6 +20,7 @@ from tool_runner import ROOT
 
 from detector import cli
 from detector.errors import InputError
+from detector.inference.predictor import PredictOptions
 from detector.options import sets_in, type_of, typed
 
 JOB = '''"""Says what it was given.
@@ -411,6 +412,34 @@ def test_every_command_has_a_tool_and_says_what_its_keys_are(command: str) -> No
         if not (field.description or sets_in(type_of(options, name)))
     ]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "needed"),
+    [
+        ("train", "run_dir", {}),
+        ("predict", "out", {"ckpt": "a.ckpt", "source": "a.jpg"}),
+        ("predict", "source", {"ckpt": "a.ckpt"}),
+        ("serve", "ckpt", {}),
+        ("doctor", "out", {}),
+        ("eval", "results", {}),
+        ("benchmark", "ckpt", {}),
+        ("guidelines", "out", {}),
+        ("pretrain", "weights", {}),
+        ("import_weights", "source", {"out": "a.pth"}),
+    ],
+)
+def test_a_path_or_a_name_may_be_a_number_in_yaml_and_python(command: str, key: str, needed: dict[str, str]) -> None:
+    module, options_class, _ = cli.COMMANDS[command]
+    options = getattr(importlib.import_module(module), options_class)
+    for number, text in ((2024, "2024"), (1.5, "1.5")):
+        assert getattr(options.parse(needed | {key: number}), key) == text
+    with pytest.raises(InputError, match=f"^{key}=true: expected a text"):
+        options.parse(needed | {key: True})
+
+
+def test_a_class_by_its_number_stays_a_number() -> None:
+    assert PredictOptions.parse({"classes": 3}).classes == 3
 
 
 def test_the_console_script_names_its_commands(

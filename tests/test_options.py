@@ -75,7 +75,7 @@ def parse(**values: object) -> Whole:
         ({"report": {"limit": "x"}}, "report.limit=x: expected a whole number, 1 or more, or null."),
         ({"lr_scales": {"a.b": -1}}, "lr_scales.a.b=-1: expected a number above 0."),
         ({"nothing": 3}, "nothing is not an option."),
-        ({"source": 3}, "source=3: expected a text"),
+        ({"source": True}, "source=true: expected a text"),
         ({"flag": True, "decay": 0.5}, "flag=true has no decay: leave one out."),
     ],
 )  # fmt: skip

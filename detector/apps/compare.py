@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from detector.apps.evaluate import score
-from detector.apps.scoring import EvalOptions, PathText, ScoringOptions, evaluation_data
+from detector.apps.scoring import EvalOptions, ScoringOptions, evaluation_data
 from detector.data.annotations import read_annotations
 from detector.data.index import AnnotationIndex
 from detector.data.json_file import read_json
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 class CompareOptions(ScoringOptions):
     """Which two, on what, and how."""
 
-    a: PathText
+    a: str
     """a run directory, a checkpoint, or a COCO results file (.json)"""
-    b: PathText
+    b: str
     """likewise; the differences are b - a"""
-    annotations: PathText | None = None
+    annotations: str | None = None
     """COCO annotation file of results files; null: that of the other side's run"""
-    out: PathText = "compare"
+    out: str = "compare"
     """a folder; compare.json goes there, and the detections of checkpoints to a/ and b/ in it"""
     draws: Count = 1000
     """draws of the bootstrap over images"""

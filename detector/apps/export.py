@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from pydantic import Field, Strict
 
-from detector.apps.scoring import GivenDataOptions, PathText, evaluation_data, recorded_data
+from detector.apps.scoring import GivenDataOptions, evaluation_data, recorded_data
 from detector.data.images import list_images, read_image
 from detector.data.index import AnnotationIndex
 from detector.data.progress import progress
@@ -39,7 +39,7 @@ from detector.export import parity
 from detector.export.formats import export_onnx, export_openvino, export_torch, import_packages
 from detector.export.parity import REFERENCE, Comparison, compare_contestants, take_turns
 from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx
-from detector.files import write_json
+from detector.files import check_writable, write_json
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector
@@ -101,17 +101,17 @@ class CheckOptions(Options):
 class ExportOptions(Options):
     """What to write, how it is calibrated, and how it is compared."""
 
-    ckpt: PathText
+    ckpt: str
     """best.ckpt or last.ckpt of a run"""
     format: Annotated[FormatName | list[FormatName], _FORMAT] = "onnx"
     """onnx, openvino, torch_export, int8 (OpenVINO), int8_onnx; several: [onnx,int8]; all"""
-    out: PathText | None = None
+    out: str | None = None
     """a file for one format, else a folder; null: beside the checkpoint, under its name"""
     batch: Literal["dynamic", 1] = "dynamic"
     """dynamic, or 1"""
     size: Annotated[str, Field(pattern=_SIZE), "dynamic, or height x width in pixels, such as 256x320"] = "dynamic"
     """dynamic: any multiples of 32; or HxW: images are padded to it, shrunk where they stick out"""
-    calibration: PathText | None = None
+    calibration: str | None = None
     """int8: a folder of images; null: the checkpoint's own training images"""
     calibration_images: Count = 200
     """int8: how many of them fix the ranges"""
@@ -150,6 +150,8 @@ def export(options: ExportOptions) -> None:
     """
     files, canvas = options.files, options.canvas
     detector = Detector.load(options.ckpt, "cpu")
+    for path in files.values():
+        check_writable(path, file=True)
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
     if needs := [module for name in files for module in FORMATS[name].needs]:
         import_packages(*needs)

@@ -18,7 +18,7 @@ import torch
 
 from detector.errors import InputError
 from detector.evaluation.tables import markdown_table
-from detector.files import replacing
+from detector.files import check_writable, replacing
 from detector.models.backbones import AnyBackboneOptions, build_backbone
 from detector.models.backbones.pretrained import WeightsReport, load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
@@ -48,6 +48,7 @@ def import_weights(options: ImportOptions) -> None:
     Raises:
         InputError: there is no such file, or it does not fit and `partial` is not asked for.
     """
+    check_writable(options.out, file=True)
     backbone = build_backbone(options.backbone)
     report = load_weights(backbone, options.source, input_frame=options.input, partial=True)
     log.info("%s: %s\n\n%s", report.source, report.format, describe(report))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, Literal
 
 from detector.data.image_files import ExifBoxes
 from detector.data.index import AnnotationIndex
@@ -21,15 +19,13 @@ if TYPE_CHECKING:
     from detector.inference.detector import Detector
     from detector.inference.runtime import ExportedDetector
 
-PathText = Annotated[str, Field(coerce_numbers_to_str=True)]
-
 
 class GivenSplitOptions(Options):
     """Instead of the split that the checkpoint was validated with."""
 
-    annotations: PathText | None = None
+    annotations: str | None = None
     """relative to data.root, for example annotations/test.json"""
-    images: PathText | None = None
+    images: str | None = None
     """folder of the images, relative to data.root"""
     limit: Count | None = None
     """only the first N images"""
@@ -38,7 +34,7 @@ class GivenSplitOptions(Options):
 class GivenDataOptions(Options):
     """null: the validation split that the checkpoint was trained with."""
 
-    root: PathText | None = None
+    root: str | None = None
     """folder of the data set"""
     exif_boxes: ExifBoxes | None = None
     """frame of the boxes where images have an EXIF rotation"""
@@ -78,15 +74,15 @@ class ReportOptions(Options):
 class EvalOptions(ScoringOptions):
     """What to score, against what, and what to write."""
 
-    ckpt: PathText | None = None
+    ckpt: str | None = None
     """best.ckpt or last.ckpt of a run, or an export"""
-    results: PathText | None = None
+    results: str | None = None
     """or anybody's detections in COCO's results format, scored without a model ..."""
-    annotations: PathText | None = None
+    annotations: str | None = None
     """... against this annotation file, with the images of ..."""
-    images: PathText | None = None
+    images: str | None = None
     """... this folder; null: the report shows none"""
-    out: PathText | None = None
+    out: str | None = None
     """null: eval/ beside the checkpoint (eval_N_proposals/ with max_proposals=N), or the results"""
     metrics: Literal["coco", "pycocotools", "lvis", "voc"] = "coco"
     """pycocotools: the same numbers as coco, slowly"""

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from detector.data.annotations import load_annotations
 from detector.data.image_files import ExifBoxes
 from detector.data.index import AnnotationIndex
@@ -19,9 +17,9 @@ from detector.options import Count, Flag, Options
 class SplitOptions(Options):
     """Where one split lies."""
 
-    annotations: str = Field(coerce_numbers_to_str=True)
+    annotations: str
     """COCO's JSON, relative to data.root"""
-    images: str = Field(default="images", coerce_numbers_to_str=True)
+    images: str = "images"
     """folder of the images, relative to data.root"""
     limit: Count | None = None
     """only the first N images; null: all"""
@@ -30,7 +28,7 @@ class SplitOptions(Options):
 class DataOptions(Options):
     """A data set of two splits."""
 
-    root: str | None = Field(default=None, coerce_numbers_to_str=True)
+    root: str | None = None
     """folder of the data set"""
     generate: ShapesOptions | None = None
     """draw the embedded data set there"""

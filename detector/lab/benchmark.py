@@ -34,7 +34,7 @@ from detector.data.transforms import AugmentOptions
 from detector.errors import InputError
 from detector.evaluation.tables import markdown_table
 from detector.export.formats import import_packages
-from detector.files import CONF, replacing, write_json
+from detector.files import CONF, check_writable, replacing, write_json
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector
 from detector.lab.backbones import CLASSES, BackboneProfile, alexnet_profile, profile, time_classifiers
@@ -113,6 +113,8 @@ def benchmark(options: BenchmarkOptions) -> None:
     Raises:
         InputError: an option, or a file that it names, is wrong; a contestant fails.
     """
+    if options.out:
+        check_writable(options.out, file=options.what != "backbones")
     {"peers": benchmark_peers, "backbones": benchmark_backbones, "predict": benchmark_predict}[options.what](
         options, options.turns or TURNS[options.what]
     )

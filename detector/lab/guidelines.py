@@ -141,7 +141,7 @@ def guidelines(options: GuidelinesOptions) -> None:
         InputError: the device, the backend or so many cores are not there, or `out` cannot be written.
     """
     _check_machine(options)
-    check_writable(Path(options.out))
+    check_writable(options.out)
     plan = {
         (guideline, widths): cells(guideline, options.device, equal=widths == "equal")
         for guideline in dict.fromkeys(options.what)

@@ -63,11 +63,11 @@ VERSION = 1
 class PretrainData(Options):
     """A folder of images, a folder for each class."""
 
-    root: str | None = Field(default=None, coerce_numbers_to_str=True)
+    root: str | None = None
     """DIR/train/CLASS/*, DIR/val/CLASS/*"""
-    train: str = Field(default="train", min_length=1, coerce_numbers_to_str=True)
+    train: str = Field(default="train", min_length=1)
     """folder of the training split in it"""
-    val: str = Field(default="val", min_length=1, coerce_numbers_to_str=True)
+    val: str = Field(default="val", min_length=1)
     """folder of the validation split in it"""
     generate: CropsOptions | None = None
     """cut the embedded data set out of drawn scenes, there"""
@@ -82,7 +82,7 @@ class PretrainOptions(RunOptions):
 
     backbone: AnyBackboneOptions = ShuffleNetV2Options()
     """what is trained; `name` chooses the family"""
-    weights: str | None = Field(default=None, coerce_numbers_to_str=True)
+    weights: str | None = None
     """weights of the backbone to start from: a path, or imagenet; null: random"""
     workers: Natural = 8
     """loader processes per device; 0 loads in the training process"""

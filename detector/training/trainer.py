@@ -20,7 +20,6 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from pydantic import Field
 from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -88,11 +87,11 @@ class RunOptions(Options):
     """names the run directory"""
     overrides: tuple[str, ...] = ()
     """the command line, for the record; of a resumed run, what it changes"""
-    run_dir: str | None = Field(default=None, coerce_numbers_to_str=True)
+    run_dir: str | None = None
     """null: runs/<recipe>/<backbone>/<time>"""
     overwrite: Flag = False
     """start anew in a run_dir that holds a run, and remove that"""
-    ckpt: str | None = Field(default=None, coerce_numbers_to_str=True)
+    ckpt: str | None = None
     """start from these weights ..."""
     resume: Flag = False
     """... or go on with that run, as configured then: ckpt=RUN_DIR/last.ckpt resume=true"""
