@@ -383,7 +383,10 @@ def test_from_python(tool: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 EXTRA = ("hydra", "omegaconf", "lightning", "rich", "tqdm", "albumentations", "hotcoco", "matplotlib", "yaml")
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "doctor", "benchmark"])
+@pytest.mark.parametrize(
+    "command",
+    ["predict", "train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "doctor", "benchmark"))],
+)
 def test_without_the_extra_a_command_says_what_to_install(command: str, tmp_path: Path) -> None:
     blocked = f"import runpy, sys; sys.modules |= dict.fromkeys({EXTRA}); sys.argv = ['x.py', 'ckpt=a', 'workers=0']"
     code = f"{blocked}; runpy.run_path({str(ROOT / 'tools' / f'{command}.py')!r}, run_name='__main__')"

@@ -20,12 +20,14 @@ COUNT = """
 import resource
 import sys
 import numpy as np
-from detector.inference.detector import Detector
-from detector.inference.memory import keep_freed_memory
 
 if sys.argv[1] == "function":
+    from detector.inference.memory import keep_freed_memory
+
     keep_freed_memory()
 elif sys.argv[1] != "nothing":
+    from detector.inference.detector import Detector
+
     Detector.load(sys.argv[1], device="cpu")
 
 def faults():

@@ -92,7 +92,8 @@ def test_every_turn_times_every_network(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(times[name][batch] > 0 for name in times for batch in (1, 8))
 
 
-def test_the_tool_writes_table_and_picture(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_tool_writes_table_and_plot(tmp_path: Path) -> None:
     outcome = run_tool("benchmark", "backbones", "only=[v2_0.5x]", "turns=1", "out=report", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     text = (tmp_path / "report" / "backbones.md").read_text()

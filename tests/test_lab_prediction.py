@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import pickle
 import re
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timed_calls import broken, sleeper
 from tool_runner import run_tool
 
 from detector.errors import InputError
@@ -72,30 +71,8 @@ def test_all_contestants_take_turns_with_every_number_of_threads(
     assert timings[1]["times_of_torch"] == pytest.approx(1.25)
 
 
-def _sleeper(milliseconds: float) -> Any:
-    calls = [0]
-
-    def call() -> None:
-        calls[0] += 1
-        time.sleep(milliseconds / 1000 if calls[0] % 3 == 0 else 0)  # two calls settle, the third is timed
-
-    return call
-
-
-def _broken(where: str) -> Any:
-    if where == "made":
-        raise ValueError("cannot be made")
-
-    def call() -> None:
-        if where == "ended":
-            os._exit(3)
-        raise ValueError("cannot be called")
-
-    return call
-
-
 def test_contestants_run_in_processes_of_their_own() -> None:
-    makers = {"a": partial(_sleeper, 5), "b": partial(_sleeper, 20)}
+    makers = {"a": partial(sleeper, 5), "b": partial(sleeper, 20)}
     times = take_turns_apart(makers, 4, "", settle=2)
     assert [len(seconds) for seconds in times.values()] == [4, 4]
     # Least times: a busy machine makes them longer, never shorter.
@@ -112,7 +89,7 @@ def test_contestants_run_in_processes_of_their_own() -> None:
     ],
 )
 def test_a_contestant_that_fails_is_named(where: str, message: str) -> None:
-    makers = {"a": partial(_sleeper, 1), "b": partial(_broken, where)}
+    makers = {"a": partial(sleeper, 1), "b": partial(broken, where)}
     with pytest.raises(InputError, match=message):
         take_turns_apart(makers, 1, "", settle=0)
     assert not multiprocessing.active_children()

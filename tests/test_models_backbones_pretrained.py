@@ -294,8 +294,8 @@ def test_mobilenet_v2_is_torchvision_s(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("resnet18", "layer4"),
         ("mobilenet_v3_small", "features"),
-        ("regnet_y_400mf", "trunk_output"),
-        ("densenet121", "features"),
+        pytest.param("regnet_y_400mf", "trunk_output", marks=pytest.mark.slow),
+        pytest.param("densenet121", "features", marks=pytest.mark.slow),
     ],
 )
 def test_torchvision_s_models_load_whole(model: str, trunk: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,13 +28,20 @@ def build(config: dict[str, Any], num_classes: int = 3) -> LightHeadRCNN:
     )
 
 
-@pytest.mark.parametrize("backbone", cli.options_of("backbone"))
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "densenet121" else [])
+        for name in cli.options_of("backbone")
+    ],
+)
 @pytest.mark.parametrize("neck", cli.options_of("neck"))
 def test_every_backbone_with_every_neck_builds(backbone: str, neck: str) -> None:
     if backbone == "timm":
         pytest.importorskip("timm")
     config = compose(f"backbone={backbone}", f"neck={neck}")
-    network = build(config)
+    with torch.device("meta"):
+        network = build(config)
     assert network.neck.head_channels == (network.backbone.channels["c5"] if neck == "none" else 128)
     assert (network.rpn.anchors.stride, network.head.scale) == ((16, 1 / 32) if neck == "none" else (16, 1 / 16))
     assert set(cli.options_of("neck")) == set(NECKS)
