@@ -48,9 +48,17 @@ BARE_WORDS = {"benchmark": "what={}", "guidelines": "what=[{}]"}
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 UNWRITABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO,
-    errno.EFBIG, errno.ELOOP,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+    errno.EFBIG,
+    errno.ELOOP,
+}
 # In --help, comments stand no further to the right than behind so many characters, where lines allow it.
 NOTE_COLUMN = 30
 # Seconds that rank 0 has to report an error that all ranks share.

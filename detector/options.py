@@ -47,9 +47,13 @@ class Options(BaseModel):
 
     # A path or a name is a text, also where YAML or Python has it as a number: 2024 is "2024".
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True,
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
         coerce_numbers_to_str=True,
-    )  # fmt: skip
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "") -> Self:

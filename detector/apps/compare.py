@@ -175,5 +175,9 @@ def _check_recorded_score(name: str, results: Path, ap: float | None) -> None:
     if before != ap and not (isinstance(before, float) and ap is not None and abs(before - ap) <= 1e-6):
         log.warning(
             "%s: AP is %s here, but %s in the metrics.json beside %s: were these detections made on another data set, "
-            "or another part of it? Remove them to have them made again.", name, ap, before, results,
-        )  # fmt: skip
+            "or another part of it? Remove them to have them made again.",
+            name,
+            ap,
+            before,
+            results,
+        )

@@ -140,10 +140,10 @@ def _validate(
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from detector.training.data_module import DetectionData
+    from detector.training.processes import devices, ranks_end_together
     from detector.training.run_directory import is_first_process
     from detector.training.task import DetectionTask
     from detector.training.timing import PartTimes
-    from detector.training.trainer import devices, ranks_end_together
     from detector.training.trainer import progress as progress_arguments
 
     if is_first_process():

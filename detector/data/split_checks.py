@@ -57,10 +57,12 @@ def check_splits(splits: Splits) -> list[Finding]:
 
 def _marked(splits: Splits) -> list[Finding]:
     return found(
-        "mostly_ignored", WARNING, _nearly_all({split: index.difficult for split, index in splits.items()}),
+        "mostly_ignored",
+        WARNING,
+        _nearly_all({split: index.difficult for split, index in splits.items()}),
         "splits whose boxes are nearly all marked `iscrowd`, `ignore` or `difficult`, so that hardly any counts",
         "clear these marks where the boxes are ordinary objects",
-    )  # fmt: skip
+    )
 
 
 def _whole_images(splits: Splits) -> list[Finding]:
@@ -70,10 +72,12 @@ def _whole_images(splits: Splits) -> list[Finding]:
         sides = index.boxes[:, 2:] - index.boxes[:, :2]
         whole[split] = (sides >= WHOLE_SIDE * size).all(axis=1)[(size > 0).all(axis=1)]
     return found(
-        "whole_image_boxes", WARNING, _nearly_all(whole),
+        "whole_image_boxes",
+        WARNING,
+        _nearly_all(whole),
         "splits whose boxes are nearly all the whole image: a detector learns no places from them",
         "annotate the objects, or train a classifier",
-    )  # fmt: skip
+    )
 
 
 def _nearly_all(marks: Mapping[str, np.ndarray]) -> list[str]:
@@ -90,18 +94,25 @@ def _empty(splits: Splits) -> list[Finding]:
     remedy = "check that no annotations are missing; data.keep_empty=false trains without such images"
     return [
         Finding(
-            "empty_images", WARNING if mostly else INFO, sum(empty.values()), "images without a box", tuple(texts),
-            remedy if mostly else "", figures=shares,
+            "empty_images",
+            WARNING if mostly else INFO,
+            sum(empty.values()),
+            "images without a box",
+            tuple(texts),
+            remedy if mostly else "",
+            figures=shares,
         )
-    ]  # fmt: skip
+    ]
 
 
 def _duplicates(splits: Splits) -> list[Finding]:
     return found(
-        "duplicate_boxes", WARNING,
+        "duplicate_boxes",
+        WARNING,
         [f"{split}: {index.describe(row)}" for split, index in splits.items() for row in _repeated(index)],
-        f"boxes that cover another of the same class and image (IoU above {DUPLICATE_IOU})", "remove one of each",
-    )  # fmt: skip
+        f"boxes that cover another of the same class and image (IoU above {DUPLICATE_IOU})",
+        "remove one of each",
+    )
 
 
 def _repeated(index: AnnotationIndex) -> list[int]:
@@ -123,18 +134,22 @@ def _categories(splits: Splits) -> list[Finding]:
     (first, base), *others = declared.items() or [("", {})]
     moved = [
         f"{name!r} is id {base[name]!r} in {first}, {ids[name]!r} in {split}"
-        for split, ids in others for name in base if name in ids and ids[name] != base[name]
-    ]  # fmt: skip
+        for split, ids in others
+        for name in base
+        if name in ids and ids[name] != base[name]
+    ]
     if len({splits[split].class_names for split in declared}) > 1:
         lists = [f"{split}: {', '.join(ids)[:200]}" for split, ids in declared.items()]
         message = "splits that declare different classes, by ascending id"
         remedy = "all files must declare the same `categories`, with the same ids"
         return [Finding("categories_differ", ERROR, len(lists), message, (*lists, *moved[:3]), remedy)]
     return found(
-        "category_ids_differ", WARNING, moved,
+        "category_ids_differ",
+        WARNING,
+        moved,
         "classes whose id differs between splits; read by name here, as their order is the same",
         "give all files the same `categories`: other tools compare the ids",
-    )  # fmt: skip
+    )
 
 
 def _objects(splits: Splits) -> list[Finding]:
@@ -145,35 +160,49 @@ def _objects(splits: Splits) -> list[Finding]:
         boxes[split] = dict(zip(index.class_names, counts.tolist(), strict=True))
     nothing = {
         split: f"{split}: {len(splits[split].labels)} boxes, of which none counts"
-        for split, counts in boxes.items() if not any(counts.values())
-    }  # fmt: skip
+        for split, counts in boxes.items()
+        if not any(counts.values())
+    }
     (first, base), *others = boxes.items()
     used = [name for name, count in base.items() if count]
     unlearnt = [
         f"{name}: {count} boxes in {split}, none in {first}"
-        for split, counts in others for name, count in counts.items() if used and count and base.get(name) == 0
-    ]  # fmt: skip
+        for split, counts in others
+        for name, count in counts.items()
+        if used and count and base.get(name) == 0
+    ]
     only = [f"{first}: all {base[used[0]]} boxes are {used[0]}, {len(base)} classes are declared"] if used else []
     remedy = "annotate some; check that `annotations` is complete and not all crowd regions or boxes without area"
     return [
         *found(
-            "nothing_to_learn", ERROR, [nothing[first]] if first in nothing else [],
-            "training split without an object", remedy,
+            "nothing_to_learn",
+            ERROR,
+            [nothing[first]] if first in nothing else [],
+            "training split without an object",
+            remedy,
         ),
         *found(
-            "nothing_to_score", WARNING, [text for split, text in nothing.items() if split != first],
-            "split to score without an object", remedy,
+            "nothing_to_score",
+            WARNING,
+            [text for split, text in nothing.items() if split != first],
+            "split to score without an object",
+            remedy,
         ),
         *found(
-            "unlearnt_classes", WARNING, unlearnt, "classes that are scored, but have no box to train on",
+            "unlearnt_classes",
+            WARNING,
+            unlearnt,
+            "classes that are scored, but have no box to train on",
             "move images between the splits, or annotate some",
         ),
         *found(
-            "one_class", WARNING, only if len(used) == 1 < len(base) else [],
+            "one_class",
+            WARNING,
+            only if len(used) == 1 < len(base) else [],
             "training split whose boxes are all of one class",
             "check the `category_id` of the annotations, or declare this class alone",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _shared_files(splits: Splits) -> list[Finding]:
@@ -185,7 +214,9 @@ def _shared_files(splits: Splits) -> list[Finding]:
     (first, base), *others = named.items()
     shared = [f"{first} and {split}: {file}" for split, files in others for file in files if file in base]
     return found(
-        "shared_files", WARNING, shared,
+        "shared_files",
+        WARNING,
+        shared,
         "image files of the training split that are scored, too: scores are too good",
         "take them out of one split: what is trained on must not be scored on",
-    )  # fmt: skip
+    )

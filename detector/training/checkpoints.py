@@ -32,9 +32,14 @@ class KeptCheckpoint(ModelCheckpoint):
         # No metric in the file name: '=' in a name could not be given on the command line as ckpt=...
         self.kept = run_dir / ("best.ckpt" if monitor else "last.ckpt")
         super().__init__(
-            run_dir, filename=self.kept.stem, monitor=monitor, mode="max" if monitor else "min", save_last=False,
-            save_on_train_epoch_end=None if monitor else True, enable_version_counter=False,
-        )  # fmt: skip
+            run_dir,
+            filename=self.kept.stem,
+            monitor=monitor,
+            mode="max" if monitor else "min",
+            save_last=False,
+            save_on_train_epoch_end=None if monitor else True,
+            enable_version_counter=False,
+        )
 
     @property
     def state_key(self) -> str:

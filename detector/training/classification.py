@@ -16,9 +16,9 @@ from detector.models.backbones.classifier import ImageClassifier
 from detector.models.light_head_rcnn import MEAN, STD
 from detector.training.callbacks import Columns
 from detector.training.plots import draw_batch
+from detector.training.processes import world_size
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
 from detector.training.task import Task, big_enough
-from detector.training.trainer import world_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image

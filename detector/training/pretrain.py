@@ -52,7 +52,7 @@ from detector.training.trainer import (
     fit,
     provenance,
     without_traces,
-)  # fmt: skip
+)
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,15 @@ RUN_NAME_VARIABLE = "DETECTOR_RUN_NAME"
 PATIENCE = 6.0
 # Everything that a run writes but config.yaml, in the order in which the log names it.
 WRITTEN = (
-    "best.pth", "best.ckpt", "last.ckpt", "metrics.csv", "metrics.json", "curves.png", "train_batch.png", "tensorboard"
-)  # fmt: skip
+    "best.pth",
+    "best.ckpt",
+    "last.ckpt",
+    "metrics.csv",
+    "metrics.json",
+    "curves.png",
+    "train_batch.png",
+    "tensorboard",
+)
 # What a resumed run goes on with, beside its checkpoint.
 CONTINUED = ("best.pth", "best.ckpt", "metrics.csv", "metrics.json", "train_batch.png")
 

@@ -21,8 +21,8 @@ from detector.models.weights import misfits
 from detector.options import Flag, Options
 from detector.training.callbacks import Columns
 from detector.training.plots import draw_batch
+from detector.training.processes import rank, share_buffers, world_size
 from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
-from detector.training.trainer import rank, share_buffers, world_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image

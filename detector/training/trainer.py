@@ -1,10 +1,9 @@
-"""What every run has, whatever it trains: devices and processes, progress, the run directory, Lightning's trainer."""
+"""What every run has, whatever it trains: its options, progress, the run directory, Lightning's trainer."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 import warnings
@@ -16,18 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector.errors import InputError
 from detector.options import BelowOne, Count, Flag, Natural, Options
 from detector.training import callbacks as parts
 from detector.training.checkpoints import CheckpointFiles, KeptCheckpoint
 from detector.training.device_options import DeviceOptions
+from detector.training.processes import devices, ranks_end_together
 from detector.training.resume import check_can_go_on, read_resumable, resumed_options
 from detector.training.run_directory import WRITTEN, check_free, run_directory
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
@@ -117,61 +113,6 @@ def progress(options: DeviceOptions, callbacks: list[lightning.Callback]) -> dic
     terminal = sys.stdout.isatty()
     shown = parts.ProgressBar(refresh_rate=options.progress_every) if terminal else parts.ProgressLines()
     return {"callbacks": [*callbacks, shown], "enable_progress_bar": terminal}
-
-
-def devices(options: DeviceOptions) -> dict[str, Any]:
-    """Lightning's device arguments; data parallel where there is more than one device."""
-    accelerator, nodes = options.accelerator, options.nodes
-    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
-    devices: Any = list(options.devices) if isinstance(options.devices, tuple) else options.devices
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes already
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        if options.devices not in ("auto", here):
-            raise InputError(
-                f"trainer.devices={options.devices}, but torchrun started {here} processes; leave trainer.devices "
-                f"out, or start torchrun with --nproc-per-node {options.devices}."
-            )
-        devices, nodes = here, int(os.environ["WORLD_SIZE"]) // here
-    elif devices == "auto":
-        devices = gpus or 1
-    if accelerator in ("gpu", "cuda") and gpus == 0:
-        raise InputError("trainer.accelerator=gpu, but torch sees no GPU here; use trainer.accelerator=auto or cpu.")
-    if gpus and isinstance(devices, int) and devices > gpus:
-        raise InputError(f"trainer.devices={devices}, but there are {gpus} GPUs; lower it, or trainer.accelerator=cpu.")
-    processes = (devices if isinstance(devices, int) else len(devices)) * nodes
-    if not gpus and processes > 1:
-        # Two processes with a thread per core each would take turns spinning.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    strategy: Any = "auto"
-    if processes > 1:
-        # Buffers are made equal once, before evaluation (`share_buffers`); at every forward pass it would be a
-        # collective inside validation, where ranks have different numbers of batches.
-        strategy = DDPStrategy(broadcast_buffers=False)
-    return {
-        "accelerator": "gpu" if gpus else "cpu",
-        "devices": devices,
-        "num_nodes": nodes,
-        "strategy": strategy,
-        "precision": options.precision,
-    }
-
-
-@contextmanager
-def ranks_end_together(trainer: lightning.Trainer) -> Iterator[None]:
-    """Ranks that Lightning started end when this one, the first, fails: on GPUs they would wait half an hour for it.
-
-    Raises:
-        SystemExit: 143 after SIGTERM, which Lightning answers after the batch, with 0.
-    """
-    try:
-        yield
-    except BaseException as error:
-        for process in getattr(trainer.strategy.launcher, "procs", []):
-            process.kill()
-        if isinstance(error, SIGTERMException):
-            log.warning("terminated")
-            raise SystemExit(128 + signal.SIGTERM) from error
-        raise
 
 
 def begin(options: T, *, entry: str, read: Callable[[str], dict[str, Any]], group: str) -> tuple[T, Checkpoint]:
@@ -267,26 +208,6 @@ def provenance(options: RunOptions) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "created": datetime.now().isoformat(timespec="seconds"),
     }
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Which of them this one is, once they have met."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def share_buffers(network: nn.Module) -> None:
-    """Give every rank the running statistics of rank 0, before evaluation.
-
-    Ranks keep their own while they train; a checkpoint holds those of rank 0: score those.
-    """
-    if world_size() > 1:
-        for buffer in network.buffers():
-            dist.broadcast(buffer.data, src=0)
 
 
 @contextmanager

@@ -69,15 +69,20 @@ def check_boxes(splits: Splits, sizes: Mapping[str, np.ndarray], preprocessing: 
             ]
     return [
         *found(
-            "boxes_outside", WARNING, outside,
+            "boxes_outside",
+            WARNING,
+            outside,
             f"boxes that stick out of their image by more than {TOLERANCE:g} pixel; training clips them",
             "check that boxes are x, y, width, height in pixels of this image, then clip them",
         ),
         *found(
-            "tiny_boxes", WARNING, tiny, f"boxes with a side below {TINY:g} pixels at the training input",
+            "tiny_boxes",
+            WARNING,
+            tiny,
+            f"boxes with a side below {TINY:g} pixels at the training input",
             "raise input.short_side and input.long_side, cut the images into tiles, or remove these objects",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def check_balance(splits: Splits) -> list[Finding]:
@@ -95,24 +100,36 @@ def check_balance(splits: Splits) -> list[Finding]:
     summary = [f"{name}: " + ", ".join(f"{split} {count[name]}" for split, count in counts.items()) for name in names]
     return [
         Finding(
-            "class_balance", INFO, len(names), "classes, and their boxes in each split", tuple(summary),
+            "class_balance",
+            INFO,
+            len(names),
+            "classes, and their boxes in each split",
+            tuple(summary),
             figures={split: dict(count) for split, count in counts.items()},
         ),
         *found(
-            "unused_categories", WARNING, unused, "declared classes without a box in a split",
+            "unused_categories",
+            WARNING,
+            unused,
+            "declared classes without a box in a split",
             "annotate some, move images between the splits, or remove the class from all files",
         ),
         *found(
-            "rare_classes", WARNING, few, f"classes with fewer than {FEW} boxes to train on",
+            "rare_classes",
+            WARNING,
+            few,
+            f"classes with fewer than {FEW} boxes to train on",
             "annotate more, or merge them with a related class",
         ),
         *found(
-            "split_skew", WARNING, _skewed(counts, names),
+            "split_skew",
+            WARNING,
+            _skewed(counts, names),
             "classes whose share of the boxes differs much between splits",
             "split at random (by video or place, if images come in series), so that scores say what training can "
             "expect",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _skewed(counts: Mapping[str, Counter[str]], names: Sequence[str]) -> list[str]:
@@ -163,15 +180,24 @@ def check_anchors(
     ]
     return [
         Finding(
-            "anchor_coverage", WARNING if poor else INFO, round(before["share_below_0.5"] * len(boxes)),
+            "anchor_coverage",
+            WARNING if poor else INFO,
+            round(before["share_below_0.5"] * len(boxes)),
             f"objects whose best anchor has an IoU below {POOR_IOU} at the training input",
-            tuple(lines[:1] if same else lines), remedy,
+            tuple(lines[:1] if same else lines),
+            remedy,
             figures={
-                "objects": len(boxes), "scales": scales, "ratios": ratios, "before": before,
-                "proposed_scales": new_scales, "proposed_ratios": new_ratios, "after": after, "override": override,
+                "objects": len(boxes),
+                "scales": scales,
+                "ratios": ratios,
+                "before": before,
+                "proposed_scales": new_scales,
+                "proposed_ratios": new_ratios,
+                "after": after,
+                "override": override,
             },
         )
-    ]  # fmt: skip
+    ]
 
 
 def _at_input(index: AnnotationIndex, sizes: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:

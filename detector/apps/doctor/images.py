@@ -112,15 +112,20 @@ def check_files(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -
             "unreadable_files", ERROR, unreadable, "files that cannot be decoded", "fetch them again, or remove them"
         ),
         *found(
-            "size_mismatch", ERROR, sizes,
+            "size_mismatch",
+            ERROR,
+            sizes,
             "images of another size than the annotation file says, so that boxes are in the wrong place",
             "correct `width`, `height` and boxes, or restore the original images",
         ),
         *found(
-            "dark_images", WARNING, dark, f"images that are nearly black, without a value of {DARK} or more of 255",
+            "dark_images",
+            WARNING,
+            dark,
+            f"images that are nearly black, without a value of {DARK} or more of 255",
             "spread their values over the full range: 12-bit data in 16-bit files times 16",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def check_repeats(splits: Splits, decoded: Mapping[str, Sequence[DecodedImage]]) -> list[Finding]:

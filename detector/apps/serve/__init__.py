@@ -102,9 +102,12 @@ def serve(options: ServeOptions) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     # Starlette would miss python_multipart only when the first form comes.
     require(
-        "starlette.applications", "uvicorn.protocols.http.h11_impl", "python_multipart",
-        package="[serve]", what="The server",
-    )  # fmt: skip
+        "starlette.applications",
+        "uvicorn.protocols.http.h11_impl",
+        "python_multipart",
+        package="[serve]",
+        what="The server",
+    )
     from detector.apps.serve.server import run
 
     run(loading.load(options.ckpt, options.device, threads=options.threads), options)
