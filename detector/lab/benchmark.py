@@ -6,6 +6,8 @@ python tools/benchmark.py backbones                   cost, receptive field and 
 python tools/benchmark.py backbones only=[v2_1x,v2star_1x] out=DIR    a table, JSON and a plot in DIR
 python tools/benchmark.py predict ckpt=best.ckpt exports=[best.onnx,best.xml]   one image to its boxes, part by part,
                                                       beside torchvision's detectors, with 1 .. all threads
+python tools/benchmark.py cost out=DIR                what predicts the time of every backbone: multiply-adds, memory
+                                                      access or a roofline fitted without its family
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from detector.files import CONF, check_writable, replacing, write_json
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector
 from detector.lab.backbones import CLASSES, BackboneProfile, alexnet_profile, profile, time_classifiers
+from detector.lab.cost_survey import cost_survey
 from detector.lab.latency import machine, milliseconds
 from detector.lab.peers import align_contests, backbone_contests, training_contest
 from detector.lab.prediction import (
@@ -59,7 +62,7 @@ from detector.options import Count, Flag
 
 log = logging.getLogger(__name__)
 # Turns of each contestant where the command line does not say: a 99th percentile needs a hundred.
-TURNS = {"peers": 15, "backbones": 15, "predict": 100}
+TURNS = {"peers": 15, "backbones": 15, "predict": 100, "cost": 15}
 RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
 # Shown in receptive_fields.png: the backbones of table 7 at 140 M, and what they are compared with.
 PLOTTED = (
@@ -81,14 +84,14 @@ class BenchmarkOptions(NetworkOptions):
 
     model_config = ConfigDict(extra="ignore")
 
-    what: Literal["peers", "backbones", "predict"] = "peers"
-    """Peers, backbones or predict; the word alone will do."""
+    what: Literal["peers", "backbones", "predict", "cost"] = "peers"
+    """Peers, backbones, predict or cost; the word alone will do."""
     turns: Count | None = None
     """Turns of each contestant, after three that are not counted; null: 15, for predict 100."""
     out: str | None = None
-    """Peers, predict: a JSON file; backbones: a folder."""
+    """Peers, predict: a JSON file; backbones: a folder; cost: a folder, null: cost."""
     only: tuple[str, ...] | None = None
-    """Backbones: their names, [v2_1x,v2star_1x]; null: every file of conf/backbone/."""
+    """Backbones, cost: their names, [v2_1x,v2star_1x]; null: every file of conf/backbone/."""
     receptive_field: Flag = True
     """Backbones: measure it too, minutes for all of them."""
     ckpt: str | None = None
@@ -98,7 +101,7 @@ class BenchmarkOptions(NetworkOptions):
     exports: tuple[str, ...] = ()
     """Predict: files of tools/export.py to run beside the checkpoint."""
     threads: tuple[Count, ...] | None = None
-    """Predict: numbers of threads, [1,2]; null: 1 to all cores."""
+    """Predict: numbers of threads, [1,2]; null: 1 to all cores. Cost: [2]; null: one."""
     budgets: tuple[Count, ...] = (50, 100)
     """Predict: numbers of proposals that the checkpoint is run with too."""
     peers_exported: Flag = False
@@ -114,10 +117,9 @@ def benchmark(options: BenchmarkOptions) -> None:
         InputError: an option, or a file that it names, is wrong; a contestant fails.
     """
     if options.out:
-        check_writable(options.out, file=options.what != "backbones")
-    {"peers": benchmark_peers, "backbones": benchmark_backbones, "predict": benchmark_predict}[options.what](
-        options, options.turns or TURNS[options.what]
-    )
+        check_writable(options.out, file=options.what not in ("backbones", "cost"))
+    commands = {"peers": benchmark_peers, "backbones": benchmark_backbones, "predict": benchmark_predict}
+    (commands | {"cost": benchmark_cost})[options.what](options, options.turns or TURNS[options.what])
 
 
 def benchmark_peers(options: BenchmarkOptions, turns: int) -> None:
@@ -272,6 +274,14 @@ def benchmark_predict(options: BenchmarkOptions, turns: int) -> None:
     log.info("%s; %s\n%s", where, size, prediction_tables(timings, spent, memory, efficiency, threads[-1]))
     content = {"machine": where, "picture": size, "turns": turns, "contestants": timings}
     _write(options.out, content | {"parts_ms": spent, "peak_memory_mb": memory, "per_multiply_add": efficiency})
+
+
+def benchmark_cost(options: BenchmarkOptions, turns: int) -> None:
+    """What predicts the time of the backbones."""
+    threads = options.threads or (1,)
+    if len(threads) > 1 or threads[0] > (os.cpu_count() or 1):
+        raise InputError(f"threads={list(threads)}: one number for cost, of at most {os.cpu_count()} cores.")
+    cost_survey(chosen(options.only), threads[0], turns, options.out or "cost")
 
 
 def by_name(paths: Iterable[str]) -> dict[str, Path]:

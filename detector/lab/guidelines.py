@@ -31,11 +31,10 @@ from detector.data.progress import progress
 from detector.errors import InputError, require
 from detector.export.formats import OPSET, quiet
 from detector.files import check_writable, replacing, write_json
-from detector.inference.memory import keep_freed_memory
 from detector.inference.runtime import openvino_options
 from detector.lab.controlled import BATCH, COLUMNS, ROWS, SIDE, Cell, Device, Guideline, cells
 from detector.lab.guidelines_report import plot, report
-from detector.lab.latency import Call, machine, take_turns
+from detector.lab.latency import Call, machine, take_cores, take_turns
 from detector.lab.networks import DECOMPOSED, Network, decompose, measure_networks, network_tables, plot_networks
 from detector.lab.verdict import Effect, effect
 from detector.options import Count, Flag, Options
@@ -219,12 +218,9 @@ def measure_classifiers(options: GuidelinesOptions) -> tuple[list[Network], dict
 
 
 def _take_cores(options: GuidelinesOptions) -> None:
-    """Pin this process to as many cores as there are threads."""
-    if options.device == "cpu" and hasattr(os, "sched_setaffinity"):  # Linux
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-    torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        take_cores(options.threads)
     torch.backends.cudnn.benchmark = True
-    keep_freed_memory()
 
 
 def runner(cell: Cell, options: GuidelinesOptions, file: Path) -> Call:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import platform
 import statistics
 import time
@@ -20,6 +21,7 @@ import torch
 
 from detector.data.progress import progress
 from detector.errors import InputError
+from detector.inference.memory import keep_freed_memory
 
 Call: TypeAlias = Callable[[], object]
 # Makes, in its process, what is timed. Pickled: a function of a module, or a partial of one.
@@ -107,6 +109,14 @@ def milliseconds(seconds: Sequence[float]) -> float:
 def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
     """Median over the turns of one contestant's time divided by another's."""
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def take_cores(threads: int) -> None:
+    """Pin this process to as many cores as there are threads, and keep the memory that a network frees."""
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 def machine() -> str:
