@@ -36,6 +36,7 @@ COMMANDS = {
     "export": ("detector.apps.export", "ExportOptions", "export"),
     "serve": ("detector.apps.serve", "ServeOptions", "serve"),
     "doctor": ("detector.apps.doctor.run", "DoctorOptions", "doctor"),
+    "prepare_data": ("detector.apps.prepare_data", "PrepareDataOptions", "prepare_data"),
     "compare": ("detector.apps.compare", "CompareOptions", "compare"),
     "benchmark": ("detector.lab.benchmark", "BenchmarkOptions", "benchmark"),
     "guidelines": ("detector.lab.guidelines", "GuidelinesOptions", "guidelines"),
@@ -43,7 +44,7 @@ COMMANDS = {
     "import_weights": ("detector.apps.import_weights", "ImportOptions", "import_weights"),
 }
 # What words without `=` are: `benchmark peers` reads better than `benchmark what=peers`.
-BARE_WORDS = {"benchmark": "what={}", "guidelines": "what=[{}]"}
+BARE_WORDS = {"benchmark": "what={}", "guidelines": "what=[{}]", "prepare_data": "what={}"}
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count

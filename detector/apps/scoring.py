@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from detector.data.image_files import ExifBoxes
 from detector.data.index import AnnotationIndex
 from detector.data.results import Results
-from detector.data.splits import DataOptions
+from detector.data.splits import DataOptions, Format
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.options import Count, Natural, Options
@@ -36,6 +36,8 @@ class GivenDataOptions(Options):
 
     root: str | None = None
     """folder of the data set"""
+    format: Format | None = None
+    """its layout, coco, voc or yolo"""
     exif_boxes: ExifBoxes | None = None
     """frame of the boxes where images have an EXIF rotation"""
     val: GivenSplitOptions = GivenSplitOptions()
@@ -131,9 +133,10 @@ def evaluation_data(given: GivenDataOptions, detector: Detector | ExportedDetect
     if data is None and not given.root:
         raise InputError("This checkpoint does not say which data it was trained on; give data.root=DIR.")
     if data is None or (given.root and given.root != data.root):
-        data = (data or DataOptions()).model_copy(update={"root": given.root, "generate": None, "missing": None})
-    if given.exif_boxes:
-        data = data.model_copy(update={"exif_boxes": given.exif_boxes})
+        data = (data or DataOptions()).model_copy(
+            update={"root": given.root, "format": None, "generate": None, "missing": None}
+        )
+    data = data.model_copy(update=given.model_dump(include={"exif_boxes", "format"}, exclude_none=True))
     return data.model_copy(update={"val": data.val.model_copy(update=given.val.model_dump(exclude_none=True))})
 
 

@@ -1,5 +1,7 @@
 """Annotation files in COCO's format: one lenient reader, which gives flat arrays and a list of faults.
 
+What `voc.py` and `yolo.py` find is put into the same terms, and read by the same rules (`index_of`).
+
 Training, evaluation and the data doctor all start here. What is plain is repaired and counted, what is not is left out
 and named (`rules.py`); `AnnotationIndex.check` refuses an index that has such faults. With `results.py` the place
 where COCO's own ids are read: elsewhere a label is an index into `class_names`.
@@ -62,7 +64,18 @@ def load_annotations(
         raise InputError(f"limit={limit}: at least 1 image; leave it out (null) to take all.")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the folder that holds the images of {path.name}.")
-    everything = index = read_annotations(path, folder)
+    return usable(read_annotations(path, folder), keep_empty, class_names, limit, exif_boxes)
+
+
+def usable(
+    everything: AnnotationIndex,
+    keep_empty: bool,
+    class_names: Sequence[str] | None,
+    limit: int | None,
+    exif_boxes: ExifBoxes | None,
+) -> AnnotationIndex:
+    """What was read, to train or to evaluate on; arguments and errors as of `load_annotations`."""
+    path, index = everything.annotation_file, everything
     if keep_empty and limit is not None:
         index = index.select(np.arange(len(index))[:limit])
     index = match_files(index, exif_boxes).check()
@@ -97,6 +110,20 @@ def read_annotations(
             content = read_json(path, "annotation file", _without_segmentation)
     except InputError as error:
         reader.report("file", [str(error).removeprefix(f"{path}: ").removesuffix(".")])
+    return reader.read(content)
+
+
+def index_of(file: Path, folder: Path, content: Mapping[str, Any], faults: Sequence[Finding]) -> AnnotationIndex:
+    """As `read_annotations`, of a split of another format.
+
+    Args:
+        file: where it came from, for messages.
+        folder: of the images.
+        content: in COCO's terms; the id of an annotation says where it is written.
+        faults: what could not be put into these terms.
+    """
+    reader = _Reader(file, folder)
+    reader.faults += faults
     return reader.read(content)
 
 
@@ -181,7 +208,7 @@ class _Reader:
 
     def _sections(self, content: Any) -> dict[str, list[_Row]]:
         """The entries of each section; none where the file cannot be used at all."""
-        if self.faults:
+        if any(one.check == "file" for one in self.faults):
             return {name: [] for name in _SECTIONS}
         if not isinstance(content, Mapping):
             why = (

@@ -23,7 +23,7 @@ from detector.data.rules import brief, fault
 ExifBoxes = Literal["stored", "turned"]
 """Before an EXIF rotation, or after it, as people see the image."""
 
-_THREADS = 16
+THREADS = 16
 # Boxes that stick out of one frame by more pixels belong to another: annotators' hands are a pixel off.
 _HAND = 1.0
 
@@ -43,7 +43,7 @@ def match_files(index: AnnotationIndex, exif_boxes: ExifBoxes | None = None) -> 
         exif_boxes: the frame of all boxes of images with an EXIF rotation; None: as above.
     """
     given = index.file_names
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda name: _name_on_disk(index.image_dir, name), given))
         # A file that several names lead to is nobody's, but for the entry that names it.
         names_of = Counter(name for name, own in set(zip(found, given, strict=True)))

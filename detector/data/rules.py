@@ -40,6 +40,9 @@ class Rule(NamedTuple):
 
 # fmt: off
 RULES: dict[str, Rule] = {
+    "broken_files": Rule(ERROR,
+        "files of a split that are missing or cannot be read",
+        "correct it, or take it out of the data"),
     "file": Rule(ERROR,
         "annotation file that cannot be used at all",
         "give the right path, or fetch the file again"),
@@ -63,7 +66,7 @@ RULES: dict[str, Rule] = {
         "add the entry to `images`, or remove these annotations"),
     "unknown_categories": Rule(ERROR,
         "annotations of categories that the file does not declare",
-        "add the entry to `categories`, or correct the ids"),
+        "add the entry to `categories` (`names` in YOLO's data.yaml), or correct the ids"),
     "missing_files": Rule(ERROR,
         "images that are not there",
         "check image_dir (data.train.images, data.val.images) and `file_name`, or remove these entries"),

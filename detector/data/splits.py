@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from detector.data.annotations import load_annotations
+from detector.data.annotations import read_annotations, usable
 from detector.data.image_files import ExifBoxes
 from detector.data.index import AnnotationIndex
+from detector.data.partition import parts
 from detector.data.shapes import ShapesOptions, ensure_shapes
+from detector.data.voc import has_xml, read_voc
+from detector.data.yolo import read_yolo, yaml_of
 from detector.errors import InputError
-from detector.options import Count, Flag, Options
+from detector.options import Count, Flag, Natural, Options, Share
+
+log = logging.getLogger(__name__)
+
+Format = Literal["coco", "voc", "yolo"]
+_JSON = {name: f"annotations/{name}.json" for name in ("train", "val")}
 
 
 class SplitOptions(Options):
     """Where one split lies."""
 
     annotations: str
-    """COCO's JSON, relative to data.root"""
+    """COCO's JSON; or VOC's or YOLO's list of images, or a folder of them; relative to data.root"""
     images: str = "images"
-    """folder of the images, relative to data.root"""
+    """COCO: folder of the images, relative to data.root"""
     limit: Count | None = None
     """only the first N images; null: all"""
 
@@ -30,10 +40,18 @@ class DataOptions(Options):
 
     root: str | None = None
     """folder of the data set"""
+    format: Format | None = None
+    """its layout; null: found by itself"""
     generate: ShapesOptions | None = None
     """draw the embedded data set there"""
-    train: SplitOptions = SplitOptions(annotations="annotations/train.json")
-    val: SplitOptions = SplitOptions(annotations="annotations/val.json")
+    train: SplitOptions = SplitOptions(annotations=_JSON["train"])
+    val: SplitOptions = SplitOptions(annotations=_JSON["val"])
+    val_share: Share = 0.2
+    """where a folder has no split: the share of its images that validates"""
+    split_seed: Natural = 0
+    """seed of that draw"""
+    difficult: Literal["ignored", "trained"] = "ignored"
+    """objects marked `difficult` or `ignore`: neither object nor background for the losses (VOC's rule), or ordinary"""
     exif_boxes: ExifBoxes | None = None
     """frame of the boxes where images have an EXIF rotation: before it, or after it; null: the one that they fit"""
     keep_empty: Flag = True
@@ -51,8 +69,8 @@ class DataOptions(Options):
         """
         if not self.root:
             raise InputError(
-                "data.root is not set: give the folder of your data set, data.root=DIR, holding images/ and "
-                "annotations/train.json and annotations/val.json, or use recipe=demo."
+                "data.root is not set: give the folder of your data set, data.root=DIR, in the layout of "
+                "COCO (images/, annotations/train.json and val.json), Pascal VOC or YOLO, or use recipe=demo."
             )
         root = Path(self.root)
         if self.generate:
@@ -72,26 +90,99 @@ class DataOptions(Options):
 def load_split(
     data: DataOptions | Mapping[str, Any], split: str, class_names: tuple[str, ...] | None = None
 ) -> AnnotationIndex:
-    """The index of one split; makes the embedded data set where it is asked for and missing.
+    """The index of one split, see `load_splits`."""
+    return load_splits(data, (split,), class_names)[split]
+
+
+def load_splits(
+    data: DataOptions | Mapping[str, Any],
+    names: Sequence[str] = ("train", "val"),
+    class_names: tuple[str, ...] | None = None,
+) -> dict[str, AnnotationIndex]:
+    """Splits to train or to evaluate on; makes the embedded data set where it is asked for and missing.
 
     Args:
         data: what data set; plain values are parsed.
-        split: "train" or "val". `keep_empty` leaves images out of the training split only: metrics need all.
+        names: "train" or "val". `keep_empty` leaves images out of the training split only: metrics need all. Of that
+            alone, too, difficult objects become crowd regions, which the losses ignore.
         class_names: of a checkpoint; the data set's must be the same.
 
     Raises:
         InputError: data.root is not set, or as detector.data.annotations.load_annotations.
     """
     options = data if isinstance(data, DataOptions) else DataOptions.parse(data, "data")
-    annotations, images = options.files(split)
-    if not annotations.is_file() and options.missing:
-        root = Path(str(options.root)).resolve()
-        raise InputError(f"No {annotations} here (looked in '{root}'). {options.missing}")
-    return load_annotations(
-        annotations,
-        images,
-        keep_empty=options.keep_empty or split == "val",
-        class_names=class_names,
-        limit=options.split(split).limit,
-        exif_boxes=options.exif_boxes,
-    )
+    splits = {}
+    for name, index in read_splits(options, names, class_names).items():
+        keep_empty, limit = options.keep_empty or name == "val", options.split(name).limit
+        if not index.image_dir.is_dir():
+            what = f"give the folder that holds the images of {index.annotation_file.name}"
+            raise InputError(f"{index.image_dir}: no such folder; {what}.")
+        index = usable(index, keep_empty, class_names, limit, options.exif_boxes)
+        if name == "train" and options.difficult == "ignored":
+            index = replace(index, crowd=index.crowd | index.difficult)
+        splits[name] = index
+    return splits
+
+
+def read_splits(
+    options: DataOptions, names: Sequence[str] = ("train", "val"), class_names: Sequence[str] | None = None
+) -> dict[str, AnnotationIndex]:
+    """Splits with their faults, as `read_annotations` gives them. Of a folder without a split, one is drawn.
+
+    Raises:
+        InputError: there is no data set, or what describes it cannot be read.
+    """
+    splits, layout = _read(options, names, class_names)
+    if whole := splits.get(""):
+        chosen = parts(whole, options.prepared(), options.val_share, options.split_seed)
+        splits = {name: whole.select(chosen[name]) for name in names}
+        for name in names[1:]:  # the faults of its one file are told once
+            splits[name] = replace(splits[name], faults=())
+    images = ", ".join(f"{len(index):,} {name}" for name, index in splits.items())
+    log.info("%s: %s images, %d classes", layout.upper(), images, len(splits[names[0]].class_names))
+    return splits
+
+
+def read_unsplit(options: DataOptions) -> AnnotationIndex | None:
+    """All images of a folder that has no split; None where it has one."""
+    return _read(options, tuple(_JSON), None)[0].get("")
+
+
+def _read(
+    options: DataOptions, names: Sequence[str], class_names: Sequence[str] | None
+) -> tuple[dict[str, AnnotationIndex], Format]:
+    """The splits that are asked for, or, where there are none, all images as ""; and the layout."""
+    root, layout = options.prepared(), options.format or find_format(options)
+    if layout == "voc":
+        return read_voc(root, _given(options), names, class_names), layout
+    return read_yolo(root, _given(options), names) if layout == "yolo" else _coco(options, names), layout
+
+
+def find_format(options: DataOptions) -> Format:
+    """The layout of a folder, by what lies in it."""
+    root = options.prepared()
+    if any((root / one.annotations).is_file() and (root / one.images).is_dir() for one in (options.train, options.val)):
+        return "coco"
+    if any(map(has_xml, (root / "Annotations", root, root / "train"))):
+        return "voc"
+    return "yolo" if yaml_of(root) or (root / "labels").is_dir() else "coco"
+
+
+def _coco(options: DataOptions, names: Sequence[str]) -> dict[str, AnnotationIndex]:
+    root = options.prepared()
+    absent = [name for name in names if not options.files(name)[0].is_file()]
+    if absent and not _given(options).keys() & set(absent):
+        only = [*(root / "annotations").glob("*.json"), *root.glob("*.json")]
+        if len(only) == 1 and only[0].name != "val.json":
+            images = root / options.train.images
+            return {"": read_annotations(only[0], images if images.is_dir() else root)}
+    if absent and options.missing:
+        where = f"(looked in '{root.resolve()}')"
+        raise InputError(f"No {options.files(absent[0])[0]} here {where}. {options.missing}")
+    return {name: read_annotations(*options.files(name)) for name in names}
+
+
+def _given(options: DataOptions) -> dict[str, Path]:
+    """Lists and folders on the command line instead of those of the layout."""
+    names = [name for name, usual in _JSON.items() if options.split(name).annotations != usual]
+    return {name: options.files(name)[0] for name in names}

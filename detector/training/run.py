@@ -1,7 +1,7 @@
 """Train a detector.
 
 python tools/train.py backbone=v2_1x                            the embedded data set, minutes on a CPU
-python tools/train.py recipe=finetune data.root=DIR             your COCO-style folder, from ImageNet weights
+python tools/train.py recipe=finetune data.root=DIR             your folder (COCO, VOC or YOLO), from ImageNet weights
 python tools/train.py recipe=paper backbone=v2star_1x           a cell of the ShuffleNet V2 paper's table 7, on COCO
 python tools/train.py ckpt=RUN_DIR/last.ckpt resume=true        go on where a run stopped
 python tools/train.py trainer.devices=2 trainer.accelerator=cpu data parallel
@@ -17,7 +17,7 @@ import torch
 
 from detector.data.preprocess import Preprocessing
 from detector.data.split_checks import refuse_pointless
-from detector.data.splits import DataOptions, load_split
+from detector.data.splits import DataOptions, load_splits
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.inference.detector import Detector, read_checkpoint
 from detector.models.backbones.pretrained import load_weights
@@ -46,8 +46,8 @@ def train(options: TrainOptions) -> Path:
         InputError: something in the options, the data or the checkpoint is wrong.
     """
     options, checkpoint = begin(options, entry=DetectionTask.entry, read=read_checkpoint, group="recipe")
-    train_index, val_index = (load_split(options.data, split) for split in ("train", "val"))
-    refuse_pointless({"train": train_index, "val": val_index})
+    refuse_pointless(splits := load_splits(options.data))
+    train_index, val_index = splits["train"], splits["val"]
     task = DetectionTask(
         _new_detector(options, train_index.class_names),
         val_index,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from detector.apps.doctor.boxes import check_anchors, check_balance, check_boxes, check_faults
-from detector.apps.doctor.images import box_frames, check_files, check_repeats, look_at_all
+from detector.apps.doctor.images import box_frames, check_files, check_repeats
+from detector.data.alike import look_at_all
 from detector.data.finding import ERROR, INFO, WARNING, Finding
 from detector.data.index import Splits
 from detector.data.preprocess import Preprocessing

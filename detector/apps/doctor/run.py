@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from detector.apps.doctor.examine import examine, format_diagnosis
-from detector.data.annotations import read_annotations
 from detector.data.image_files import match_files
+from detector.data.splits import read_splits
 from detector.errors import InputError
 from detector.files import check_writable, write_json
 from detector.models.build import build_network
@@ -40,10 +40,7 @@ def doctor(options: DoctorOptions) -> None:
     if not (root := options.data.prepared()).is_dir():
         raise InputError(f"{root}: no such folder (looked in '{root.resolve()}'); check data.root.")
     stride = build_network(options, num_classes=1).rpn.anchors.stride
-    splits = {
-        split: match_files(read_annotations(*options.data.files(split)), options.data.exif_boxes)
-        for split in ("train", "val")
-    }
+    splits = {split: match_files(index, options.data.exif_boxes) for split, index in read_splits(options.data).items()}
     out = Path(options.out) / "doctor.json"
     check_writable(out.parent)
     diagnosis = examine(

@@ -1,0 +1,112 @@
+"""What is written in one layout and read from it is what it was, as far as the layout can say it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detector.apps.prepare_data import PrepareDataOptions, prepare_data
+from detector.data.image_files import match_files
+from detector.data.index import AnnotationIndex
+from detector.data.splits import DataOptions, read_splits
+from detector.errors import InputError
+
+
+def convert(source: Path, to: str, out: Path) -> Path:
+    prepare_data(PrepareDataOptions.parse({"source": str(source), "to": to, "out": str(out)}))
+    return out
+
+
+def read(root: Path) -> dict[str, AnnotationIndex]:
+    splits = {name: match_files(index) for name, index in read_splits(DataOptions(root=str(root))).items()}
+    assert not any(index.faults for index in splits.values())
+    return splits
+
+
+def boxes_by_name(index: AnnotationIndex, row: int) -> list[tuple]:
+    rows = range(*index.offsets[row : row + 2])
+    return [(index.class_names[index.labels[i]], bool(index.difficult[i]), *index.corners[i]) for i in rows]
+
+
+def assert_same(a: dict[str, AnnotationIndex], b: dict[str, AnnotationIndex], difficult: bool, atol: float) -> None:
+    for name in a:
+        # YOLO's images come in the order of their names; an image of both splits has become b_2 in the second.
+        stems = [Path(file).stem.removesuffix("_2") for file in b[name].file_names]
+        b[name] = b[name].select([stems.index(Path(file).stem) for file in a[name].file_names])
+        assert a[name].sizes.tolist() == b[name].sizes.tolist()
+        for i in range(len(a[name])):
+            ours, theirs = boxes_by_name(a[name], i), boxes_by_name(b[name], i)
+            assert [row[: 1 + difficult] for row in ours] == [row[: 1 + difficult] for row in theirs]
+            places = [np.array([row[2:] for row in rows]).reshape(-1, 4) for rows in (ours, theirs)]
+            np.testing.assert_allclose(*places, atol=atol)
+
+
+@pytest.fixture
+def source(tiny_coco: Path) -> Path:
+    """Different splits, a difficult object, no crowd region, two files of one name, odd class names."""
+    for split, left_out in (("train", 99), ("val", 10)):
+        path = tiny_coco / "annotations" / f"{split}.json"
+        content = json.loads(path.read_text())
+        content["images"] = [one for one in content["images"] if one["id"] != left_out]
+        content["annotations"] = [one | {"iscrowd": 0} for one in content["annotations"] if one["image_id"] != left_out]
+        content["annotations"][0]["difficult"] = 1
+        for category, name in zip(content["categories"], ("<kite> & 'Bär\"", "no", "cat: 3"), strict=True):
+            category["name"] = name
+        path.write_text(json.dumps(content))
+    return tiny_coco
+
+
+@pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])
+def test_there_and_back(source: Path, tmp_path: Path, layout: str) -> None:
+    before = read(source)
+    other = convert(source, layout, tmp_path / layout)
+    there = read(other)
+    back = read(convert(other, "coco", tmp_path / "back"))
+    for after in (there, back):
+        assert_same(before, after, difficult=layout != "yolo", atol=1e-4)
+        assert all(set(after[name].class_names) == set(before[name].class_names) for name in before)
+    assert [index.class_names for index in there.values()] == [index.class_names for index in before.values()]
+    for i in range(3):  # in the same order by now
+        np.testing.assert_array_equal(there["val"].read(i), before["val"].read(i))
+
+
+def test_a_crowd_is_difficult_in_voc_and_left_out_of_yolo(tiny_coco: Path, tmp_path: Path) -> None:
+    voc, yolo = (read(convert(tiny_coco, to, tmp_path / to))["train"] for to in ("voc", "yolo"))
+    assert voc.difficult.sum() == 1
+    assert len(voc.labels) == 5
+    assert len(yolo.labels) == 4
+
+
+def test_what_sticks_out_is_cut_off_for_yolo_alone(tiny_coco: Path, tmp_path: Path) -> None:
+    path = tiny_coco / "annotations/train.json"
+    path.write_text(path.read_text().replace("[4, 6, 20, 10]", "[-4, 6, 100, 10]"))
+    voc, yolo = (read(convert(tiny_coco, to, tmp_path / to))["train"] for to in ("voc", "yolo"))
+    assert voc.corners[0].tolist() == [-4, 6, 96, 16]
+    np.testing.assert_allclose(yolo.corners[0], [0, 6, 64, 16], atol=1e-6)
+
+
+def test_an_image_that_exif_turns_is_written_turned(tiny_coco: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(tiny_coco / "images/b.jpg").rotate(90, expand=True).save(tiny_coco / "images/b.jpg", exif=exif)
+    for layout in ("voc", "yolo"):
+        written = read(convert(tiny_coco, layout, tmp_path / layout))["train"]
+        place = next(i for i, name in enumerate(written.file_names) if name == "b.jpg")
+        with Image.open(written.path(place)) as image:
+            assert image.getexif().get(0x0112, 1) == 1
+        assert written.read(place).shape == (60, 40, 3)
+
+
+def test_what_is_refused(tiny_coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not empty"):
+        convert(tiny_coco, "voc", tiny_coco)
+    with pytest.raises(InputError, match=r"convert needs to="):
+        prepare_data(PrepareDataOptions(source=str(tiny_coco)))
+    (tiny_coco / "images/a.png").unlink()
+    with pytest.raises(InputError, match="no such file"):
+        convert(tiny_coco, "voc", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
