@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Subset
 
 from detector.data import dataset as dataset_module
@@ -71,6 +73,65 @@ def test_cache_reads_each_file_once_and_changes_nothing(tiny_coco: Path, index: 
         plain[0]
 
 
+def large_index(folder: Path, name: str, orientation: int, width: int, height: int) -> AnnotationIndex:
+    """One image as people see it, smooth but for a white box at (300, 150, 900, 600)."""
+    rows, columns = np.mgrid[:height, :width]
+    pixels = np.stack([rows * 100 / height, columns * 100 / width, (rows + columns) % 100], axis=2).astype(np.uint8)
+    pixels[150:600, 300:900] = 255
+    if orientation == 6:  # stored so that a turn by 90 degrees to the right gives what people see
+        pixels = np.rot90(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(pixels)).save(folder / name, exif=exif, quality=95)
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [300, 150, 600, 450]}
+    images = [{"id": 1, "file_name": name, "width": width, "height": height}]
+    content = {"images": images, "annotations": [box], "categories": [{"id": 1, "name": "box"}]}
+    (folder / "a.json").write_text(json.dumps(content))
+    return load_annotations(folder / "a.json", folder)
+
+
+@pytest.mark.parametrize(("name", "orientation"), [("a.png", 1), ("a.jpg", 1), ("a.jpg", 6)])
+@pytest.mark.parametrize(("width", "height"), [(1200, 904), (1201, 903)])  # a JPEG of the first comes at a quarter
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_large_image_is_shrunk_first_and_its_box_with_it(
+    tmp_path: Path, name: str, orientation: int, width: int, height: int, cache: bool
+) -> None:
+    index = large_index(tmp_path, name, orientation, width, height)
+    sample = DetectionDataset(index, unchanged(150, 400), cache=cache)[0]
+    assert sample["image"].shape == (150, round(width * 150 / height), 3)
+    assert sample["original_size"].tolist() == [height, width]
+    x, y = sample["image"].shape[1] / width, 150 / height
+    np.testing.assert_allclose(sample["scale"], [x, y], rtol=1e-12)
+    np.testing.assert_allclose(sample["boxes"], [[300 * x, 150 * y, 900 * x, 600 * y]], rtol=1e-5)
+    white = (sample["image"] > 178).all(axis=2)  # half way to the brightest of the ground
+    rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
+    seen = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    np.testing.assert_allclose(seen, sample["boxes"][0], atol=0.6)
+    with Image.open(tmp_path / name) as image:
+        exact = ImageOps.exif_transpose(image).resize(sample["image"].shape[1::-1], Image.Resampling.BOX)
+    assert np.abs(sample["image"].astype(int) - np.asarray(exact)).mean() < 2
+
+
+def test_the_cache_holds_shrunk_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = large_index(tmp_path, "a.jpg", 1, 1201, 903)
+    draws = AugmentOptions(scale=(0.5, 2.0), crop=1.0)
+    transform = TrainTransform(Preprocessing(short_side=30, long_side=100), draws, seed=0)
+    assert transform.largest_size(903, 1201) == (200, 267)  # 30 x 40, times 2, over the 0.3 of a side that a crop keeps
+    assert transform.largest_size(90, 120) == (90, 120)
+    with caplog.at_level(logging.INFO):
+        data = DetectionDataset(index, transform, cache=True)
+    assert [image.shape for image, _ in data._kept] == [(200, 267, 3)]
+    assert "1 of 1 images, 0 MiB" in caplog.text
+    for _ in range(20):
+        assert max(data[0]["image"].shape) <= 100
+
+
+def test_a_jpeg_comes_at_a_fraction(tmp_path: Path) -> None:
+    index = large_index(tmp_path, "a.jpg", 6, 1201, 903)
+    assert [index.read(0, reduce).shape[:2] for reduce in (1, 2, 8)] == [(903, 1201), (452, 601), (113, 151)]
+    assert large_index(tmp_path, "a.png", 1, 64, 48).read(0, reduce=2).shape[:2] == (48, 64)
+
+
 def test_a_transform_cannot_spoil_the_cache(index: AnnotationIndex) -> None:
     class Careless(TrainTransform):
         def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
@@ -89,7 +150,7 @@ def test_cache_stops_at_its_bound(
 ) -> None:
     monkeypatch.setattr(dataset_module, "CACHE_BYTES", (48 * 64 + 60 * 40) * 3)
     with caplog.at_level(logging.INFO):
-        data = DetectionDataset(index, unchanged(24, 100), cache=True)
+        data = DetectionDataset(index, unchanged(60, 200), cache=True)
     assert "2 of 4 images" in caplog.text
     assert "decoded each time" in caplog.text
     assert [data[i]["image_id"] for i in range(4)] == [10, 7, 42, 99]

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from detector.data.index import AnnotationIndex
+from detector.data.preprocess import resize
 from detector.data.progress import progress
 from detector.data.transforms import TrainTransform
 
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 # Per process; loader workers that are forked share it. About 2,300 images of COCO's size, 30,000 of 152 x 152.
 CACHE_BYTES = 2 * 1024**3
+# An image is shrunk before it is augmented where that leaves so many times fewer pixels: less is not worth that two
+# resizes blur more than one. Chosen by this project.
+_WORTH_SHRINKING = 2
 
 
 class DetectionDataset(Dataset[dict[str, Any]]):
@@ -24,7 +28,10 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     A sample is a dict: image uint8 RGB (h, w, 3); boxes (G, 4) float32, xyxy in pixels of the image; labels (G,) int64;
     crowd (G,) bool; scale (2,) float64, input pixels per original pixel (x, y); original_size (2,) int64, height and
-    width as decoded; image_id as in the annotation file.
+    width of the image as it is stored; image_id as in the annotation file.
+
+    An image that is much larger than any view that the transform can draw is shrunk to that size first, and kept so in
+    the cache: changing colours of a photograph of 12 megapixels takes longer than a step of the network.
     """
 
     def __init__(self, index: AnnotationIndex, transform: TrainTransform | None, cache: bool = False) -> None:
@@ -32,7 +39,7 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         Args:
             index: the images and their objects.
             transform: applied to each image each time; None, for evaluation: a sample is image and image_id alone.
-            cache: decode the images once, here, and keep them in memory, so that workers forked later share them.
+            cache: decode and shrink the images once, here, and keep them in memory: workers forked later share them.
                 Up to CACHE_BYTES: what does not fit is decoded each time, as without a cache.
 
         Raises:
@@ -40,17 +47,53 @@ class DetectionDataset(Dataset[dict[str, Any]]):
         """
         self.index = index
         self.transform = transform
-        self._images: list[np.ndarray] = _decode(index) if cache else []
+        self._kept: list[tuple[np.ndarray, tuple[int, int]]] = self._decode() if cache else []
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        image = self._images[i] if i < len(self._images) else self.index.read(i)
+        image, size = self._kept[i] if i < len(self._kept) else self._read(i)
         if self.transform is None:
             return {"image": image, "image_id": self.index.image_ids[i]}
-        sample = self.transform(image, *self.index.objects(i))._asdict()
-        return sample | {"original_size": np.array(image.shape[:2]), "image_id": self.index.image_ids[i]}
+        boxes, labels, crowd = self.index.objects(i)
+        scale = (np.array(image.shape[:2]) / size)[::-1]  # (x, y)
+        sample = self.transform(image, (boxes * np.tile(scale, 2)).astype(np.float32), labels, crowd)._asdict()
+        sample["scale"] = sample["scale"] * scale
+        return sample | {"original_size": np.array(size), "image_id": self.index.image_ids[i]}
+
+    def _read(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image, shrunk where that is worth it; and its own height and width."""
+        height, width = self.index.sizes[i].tolist()
+        if self.transform is None or not height * width:
+            image = self.index.read(i)
+            height, width = image.shape[:2]
+        else:
+            # Whole blocks of pixels only: where the last of a row were parts, boxes would not fit by as much.
+            target = self.transform.largest_size(height, width)
+            most = min(height // target[0], width // target[1])
+            image = self.index.read(i, next((n for n in (8, 4, 2) if n <= most and height % n == width % n == 0), 1))
+        if self.transform is not None:
+            target = self.transform.largest_size(height, width)
+            if image.shape[0] * image.shape[1] >= _WORTH_SHRINKING * target[0] * target[1]:
+                image = resize(image, *target)
+        return image, (height, width)
+
+    def _decode(self) -> list[tuple[np.ndarray, tuple[int, int]]]:
+        """The first images, as many as CACHE_BYTES hold; not writable, because they are used again."""
+        kept: list[tuple[np.ndarray, tuple[int, int]]] = []
+        used = 0
+        for i in progress(range(len(self)), "decode"):
+            image, size = self._read(i)
+            if used + image.nbytes > CACHE_BYTES:
+                full = f"{len(kept)} of {len(self)} images fill {CACHE_BYTES / 1024**3:.1f} GiB"
+                logger.warning("cache: %s; the others are decoded each time", full)
+                break
+            image.setflags(write=False)
+            kept.append((image, size))
+            used += image.nbytes
+        logger.info("cache: %d of %d images, %.0f MiB", len(kept), len(self), used / 1024**2)
+        return kept
 
 
 def seed_worker(worker_id: int) -> None:
@@ -70,20 +113,3 @@ def seed_worker(worker_id: int) -> None:
         dataset = dataset.dataset
     if dataset.transform is not None:
         dataset.transform.reseed(torch.initial_seed())
-
-
-def _decode(index: AnnotationIndex) -> list[np.ndarray]:
-    """The first images of an index, as many as CACHE_BYTES hold; not writable, because they are used again."""
-    images: list[np.ndarray] = []
-    used = 0
-    for i in progress(range(len(index)), "decode"):
-        image = index.read(i)
-        if used + image.nbytes > CACHE_BYTES:
-            full = f"{len(images)} of {len(index)} images fill {CACHE_BYTES / 1024**3:.1f} GiB"
-            logger.warning("cache: %s; the others are decoded each time", full)
-            break
-        image.setflags(write=False)
-        images.append(image)
-        used += image.nbytes
-    logger.info("cache: %d of %d images, %.0f MiB", len(images), len(index), used / 1024**2)
-    return images

@@ -134,11 +134,15 @@ class AnnotationIndex:
         """The file of image i."""
         return self.image_dir / self.file_names[i]
 
-    def read(self, i: int) -> np.ndarray:
+    def read(self, i: int, reduce: int = 1) -> np.ndarray:
         """Decode image i, in the frame that its boxes are in.
 
         That is after an EXIF rotation, or before it: see `detector.data.image_files.match_files`. Where nobody looked,
         the size that the file declares decides; without one, the rotation is applied.
+
+        Args:
+            i: which.
+            reduce: see `read_image`: of a JPEG of a declared size, that fraction may come.
 
         Returns:
             uint8 RGB (h, w, 3).
@@ -148,14 +152,15 @@ class AnnotationIndex:
         """
         path, name, upright = self.path(i), f"image id {self.image_ids[i]!r}", bool(self.upright[i])
         try:
-            image = read_image(path, exif=upright)
+            image = read_image(path, exif=upright, reduce=reduce)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         declared = tuple(self.sizes[i].tolist())
-        if 0 in declared or image.shape[:2] == declared:
+        right = (declared, tuple(-(-side // reduce) for side in declared))
+        if 0 in declared or image.shape[:2] in right:
             return image
-        other = read_image(path, exif=not upright)
-        if other.shape[:2] == declared:
+        other = read_image(path, exif=not upright, reduce=reduce)
+        if other.shape[:2] in right:
             return other
         raise InputError(
             f"{name}: {path} is {image.shape[1]} x {image.shape[0]} pixels, but {self.annotation_file.name} says width "

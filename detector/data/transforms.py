@@ -1,6 +1,7 @@
 """What happens to a decoded training image before it becomes network input.
 
-Crop, flips and colours in original pixels, then one resize to a drawn size: `preprocess.resize`, the only one here.
+Crop, flips and colours in pixels of the image that is given (`dataset.py` has shrunk a large one), then one resize to a
+drawn size: `preprocess.resize`, the only one here.
 
 Draws are made from generators that each loader worker seeds for itself (`dataset.seed_worker`).
 """
@@ -28,7 +29,7 @@ _MIN_CROP_SIDE = 0.3
 _BRIGHTNESS, _SATURATION = (0.6, 1.4), (0.5, 1.5)
 # In turns of the colour circle, 14 degrees: colours keep their names.
 _HUE = (-0.04, 0.04)
-_BLUR = (0.3, 1.5)  # standard deviation in original pixels: a lens a little out of focus
+_BLUR = (0.3, 1.5)  # standard deviation in pixels: a lens a little out of focus
 _NOISE = (0.02, 0.06)  # standard deviation by the range of values: a camera at dusk
 # Shares of the images that `photometric` changes: rarer, because they take away what small objects are known by.
 _BLUR_SHARE, _GREY_SHARE = 1 / 5, 1 / 20
@@ -99,6 +100,16 @@ class TrainTransform:
         self._compose = _compose(options)
         # Seeded at the first call: by then the process knows its rank.
         self._generator: np.random.Generator | None = None
+
+    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width at which every view of an image of this size is drawn from as many pixels as it has.
+
+        That is its size at factor 1, times the largest factor, over the share of a side that a crop leaves at least;
+        the size of the image where that is less.
+        """
+        factor = max(1.0, self.options.scale[1]) / (_MIN_CROP_SIDE if self.options.crop else 1)
+        target = self.preprocessing.target_size(height, width)
+        return min(height, round(target[0] * factor)), min(width, round(target[1] * factor))
 
     def reseed(self, worker_seed: int) -> None:
         """Start another stream of draws: it depends on `seed`, the process's rank and this number (>= 0)."""
@@ -176,7 +187,7 @@ def process_rank() -> int:
 
 
 def _compose(options: AugmentOptions) -> Any:
-    """The albumentations part: flips, turns and colours in original pixels."""
+    """The albumentations part: flips, turns and colours."""
     # Read at import time: without it, albumentations asks the network for its newest version.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
