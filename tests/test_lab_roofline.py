@@ -12,15 +12,14 @@ import pytest
 import torch
 import yaml
 from scipy.stats import spearmanr
-from tool_runner import run_tool
 from torch import Tensor, nn
 
 from detector.errors import InputError
 from detector.files import CONF
-from detector.lab import cost
+from detector.lab import cost, cost_survey
 from detector.lab.benchmark import BenchmarkOptions, benchmark
 from detector.lab.cost import KINDS, Operation, operations
-from detector.lab.cost_survey import family_of, rank_correlation, ranking
+from detector.lab.cost_survey import COSTS, family_of, rank_correlation, ranking
 from detector.lab.roofline import LatencyModel, Measured, Rates, features, fit, left_out, sample_layers
 from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
@@ -107,7 +106,8 @@ def test_operations_of_a_network_add_up_to_torchs_count() -> None:
 
 PLANTED = {kind: Rates((1 + at) * 1e-11, (1 + at) * 1e-10, (1 + at) * 1e-6) for at, kind in enumerate(KINDS)}
 TRUTH = LatencyModel("planted", 1, PLANTED, 1.3, 0.0, 0.0)
-OPERATIONS = {name: (kind, operations(module, image)) for name, kind, module, image in sample_layers()}
+with torch.device("meta"):
+    OPERATIONS = {name: (kind, operations(module, image)) for name, kind, module, image in sample_layers()}
 
 
 def planted_samples(noise: float, seed: int = 0) -> list[Measured]:
@@ -191,20 +191,22 @@ def test_a_model_is_kept_as_json(tmp_path: Path) -> None:
 
 
 def test_rank_correlation_is_scipys() -> None:
-    rng = np.random.default_rng(0)
-    first, second = rng.integers(8, size=(2, 5, 30)).astype(float)  # with many equal values
-    for a, b, found in zip(first, second, rank_correlation(first, second), strict=True):
-        assert found == pytest.approx(spearmanr(a, b).statistic)
+    values = np.random.default_rng(0).integers(8, size=(30, 6)).astype(float)  # with many equal values
+    for column, found in zip(values.T, rank_correlation(values), strict=False):
+        assert found == pytest.approx(spearmanr(column, values[:, -1]).statistic)
 
 
 def test_what_ranks_better_is_told_apart() -> None:
+    """Costs of which one is noise, and one as good as the roofline."""
     rng = np.random.default_rng(0)
-    seconds = np.exp(rng.normal(0, 1, 40))
-    found = ranking({"noise": rng.normal(size=40), "roofline": seconds * np.exp(rng.normal(0, 0.1, 40))}, seconds)
-    assert found["noise"]["low"] < 0 < found["noise"]["high"]
+    ms = np.exp(rng.normal(0, 1, 40))
+    near = ms * np.exp(rng.normal(0, 0.1, 40))
+    columns = dict.fromkeys(COSTS, near) | {"operations": rng.normal(size=40), "roofline": near, "ms": ms}
+    found = ranking([{key: values[at] for key, values in columns.items()} for at in range(40)])
+    assert found["operations"]["low"] < 0 < found["operations"]["high"]
     assert found["roofline"]["low"] > 0.9
-    assert found["noise"]["behind_low"] > 0.3
-    assert found["roofline"]["behind_low"] == found["roofline"]["behind_high"] == 0
+    assert found["operations"]["behind_low"] > 0.3
+    assert found["MAC, M"]["behind_low"] == found["MAC, M"]["behind_high"] == 0
 
 
 def test_families() -> None:
@@ -218,17 +220,17 @@ def test_families() -> None:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path: Path) -> None:
-    names = "only=[v2_0.5x,mobilenet_v1_0.25]"
-    outcome = run_tool("benchmark", "cost", names, "turns=1", "out=cost", cwd=tmp_path).ok()
-    assert "model.json" not in outcome.err
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_survey, "PROCESSES", 1)
+    names = ("v2_0.5x", "mobilenet_v1_0.25")
+    benchmark(BenchmarkOptions(what="cost", only=names, turns=1, out=str(tmp_path / "cost")))
     model = LatencyModel.load(tmp_path / "cost" / "model.json")
     assert model.threads == 1
     assert 0 < model.median_error < 1
     written = json.loads((tmp_path / "cost" / "cost_model.json").read_text())
     assert [row["name"] for row in written["networks"]] == ["mobilenet_v1_0.25", "v2_0.5x"]
     # Zhang et al. 2018 and Ma et al. 2018: 41 M each.
-    assert [round(row["multiply-adds"] / 1e6) for row in written["networks"]] == [41, 40]
+    assert [round(row["multiply-adds, M"]) for row in written["networks"]] == [41, 40]
     assert "| v2_0.5x " in (tmp_path / "cost" / "cost_model.md").read_text()
     assert (tmp_path / "cost" / "cost_model.png").stat().st_size > 10_000
 

@@ -28,11 +28,11 @@ from detector.errors import InputError
 from detector.files import write_json
 from detector.lab.cost import KINDS, Kind, Operation, operations
 from detector.models.backbones.shufflenet_v2 import interleave
+from detector.models.fuse import Pointwise
 
 # Layers that are timed: side of the map -> channels, from the first layers of a network to its last. Chosen by this
 # project: what backbones at 224 x 224 have, at round numbers.
 SAMPLED = {112: (16, 32), 56: (24, 64, 128), 28: (48, 128, 256), 14: (64, 192, 512), 7: (96, 384, 1024)}
-LARGEST = 3e8  # multiply-adds of a layer that is timed
 
 
 @dataclass(frozen=True)
@@ -168,70 +168,45 @@ def _seconds(rows: Sequence[Measured]) -> np.ndarray:
     return np.array([one.seconds for one in rows])
 
 
-class _Apply(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-def sample_layers() -> Iterator[tuple[str, str, nn.Module, Tensor]]:
+def sample_layers() -> Iterator[tuple[str, Kind, nn.Module, Tensor]]:
     """(name, kind, layers, image) of what is timed.
 
     Four layers that hand on their maps, as in a network, where a map keeps its size; there and back where channels
     change, as in the ShuffleNet V2 paper's table 1.
     """
-    for kind, inputs, outputs, side, kernel, groups, stride in _convolutions():
-        ways = ((inputs, outputs), (outputs, inputs)) * 2 if stride == 1 else ((inputs, outputs),)
-        padding = kernel // 2
-        layers = [nn.Conv2d(*way, kernel, stride, padding, groups=groups) for way in ways]
-        yield (
-            f"{kernel}x{kernel} {inputs}-{outputs}, g={groups}, {side}",
-            kind,
-            nn.Sequential(*layers),
-            _image(inputs, side),
-        )
-    others: dict[Kind, tuple[Any, ...]] = {
-        "element-wise": (torch.relu, torch.relu_, lambda x: x + x),
-        "copy": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), lambda x: interleave(*x.chunk(2, 1))),
-        "pooling": (nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1), partial(torch.mean, dim=(2, 3), keepdim=True)),
-    }
-    for side, widths in SAMPLED.items():
-        for channels in widths:
-            for kind, functions in others.items():
-                for place, function in enumerate(functions):
-                    applied = [_Apply(function) for _ in range(1 if kind == "pooling" else 4)]
-                    yield f"{kind} {place}, {channels}, {side}", kind, nn.Sequential(*applied), _image(channels, side)
-    for pixels, inputs, outputs in ((1, 256, 1000), (1, 1024, 1000), (1, 2048, 1000), (49, 512, 512), (784, 128, 128)):
-        yield (
-            f"product {pixels}x{inputs}-{outputs}",
-            "matrix product",
-            nn.Linear(inputs, outputs),
-            torch.randn(pixels, inputs),
-        )
+    for c in (16, 32, 64):
+        yield f"stem {c}", "dense", nn.Conv2d(3, c, 3, 2, 1), _image(3, 224)
+    for side, c in ((side, channels) for side, widths in SAMPLED.items() for channels in widths):
+        means = partial(torch.mean, dim=(2, 3), keepdim=True)
+        chains: dict[Kind, list[list[nn.Module]]] = {
+            "dense 1x1": [_there_and_back(c, c), _there_and_back(c, 4 * c)],
+            "dense": [_there_and_back(c, c, 3)],
+            "grouped": [_there_and_back(c, c, 1, groups) for groups in (2, 4, 8)] + [_there_and_back(c, c, 3, c // 8)],
+            "depthwise": [_there_and_back(c, c, k, c) for k in (3, 5)] + [[nn.Conv2d(c, c, 3, 2, 1, groups=c)]],
+            "matrix product": [[Pointwise(nn.Conv2d(c, c, 1))], [_Apply(means), nn.Flatten(), nn.Linear(c, 1000)]],
+            "element-wise": [[_Apply(function)] * 4 for function in (torch.relu, torch.relu_, lambda x: x + x)],
+            "copy": [[_Apply(function)] * 4 for function in (_swap, lambda x: interleave(*x.chunk(2, 1)))],
+            "pooling": [[layer] for layer in (nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1), _Apply(means))],
+        }
+        for kind, several in chains.items():
+            for place, layers in enumerate(several):
+                yield f"{kind} {place}, {c} channels, {side}", kind, nn.Sequential(*layers), _image(c, side)
 
 
-def _convolutions() -> Iterator[tuple[Kind, int, int, int, int, int, int]]:
-    """(kind, inputs, outputs, side, kernel, groups, stride), but those that take long."""
-    for outputs in (16, 32, 64):  # stems
-        yield "dense", 3, outputs, 224, 3, 1, 2
-    for side, widths in SAMPLED.items():
-        for c in widths:
-            found: list[tuple[Kind, int, int, int, int]] = [
-                ("dense 1x1", c, 1, 1, 1),
-                ("dense 1x1", 4 * c, 1, 1, 1),
-                ("dense", c, 3, 1, 1),
-            ]
-            found += [("grouped", c, 1, groups, 1) for groups in (2, 4, 8)] + [("grouped", c, 3, c // 8, 1)]
-            found += [("depthwise", c, 3, c, 1), ("depthwise", c, 5, c, 1), ("depthwise", c, 3, c, 2)]
-            for kind, outputs, kernel, groups, stride in found:
-                if c * outputs * kernel**2 * side**2 / groups < LARGEST:
-                    yield kind, c, outputs, side, kernel, groups, stride
+def _there_and_back(inputs: int, outputs: int, kernel: int = 1, groups: int = 1) -> list[nn.Module]:
+    ways = ((inputs, outputs), (outputs, inputs)) * 2
+    return [nn.Conv2d(*way, kernel, padding=kernel // 2, groups=groups) for way in ways]
+
+
+def _swap(x: Tensor) -> Tensor:
+    return torch.cat(x.chunk(2, 1)[::-1], 1)
 
 
 def _image(channels: int, side: int) -> Tensor:
     return torch.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+
+class _Apply(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.forward = function
