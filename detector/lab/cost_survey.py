@@ -81,7 +81,8 @@ def cost_survey(names: Sequence[str], threads: int, turns: int, out: str) -> Non
     for seed in progress(range(PROCESSES), "all networks", unit="process"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             runs.append(process.submit(measure, names, threads, turns, seed).result())
-    samples, networks = (_merged([run[place] for run in runs]) for place in (1, 2))
+    found = _merged([run[1] for run in runs])
+    samples, networks = ([one for one in found if (one.name in names) == wanted] for wanted in (False, True))
     model = fit(samples, networks, machine=runs[0][0], threads=threads)
     rows = table(model, networks)
     ranks, text = ranking(rows), report(model, rows, samples)
@@ -95,17 +96,15 @@ def cost_survey(names: Sequence[str], threads: int, turns: int, out: str) -> Non
     log.info("%s", folder / "cost_model.md")
 
 
-def measure(names: Sequence[str], threads: int, turns: int, seed: int) -> tuple[str, list[Measured], list[Measured]]:
-    """The machine, layers and networks, each made and timed in an order of its own; for a process of its own."""
+def measure(names: Sequence[str], threads: int, turns: int, seed: int) -> tuple[str, list[Measured]]:
+    """The machine, layers and networks, made in an order of its own; for a process of its own.
+
+    Layers and networks take turns with each other: caches are as cold, and the machine as busy, for both.
+    """
     take_cores(threads)
     rng = np.random.default_rng(seed)
-    layers = list(sample_layers())
-    shuffled = [layers[place] for place in rng.permutation(len(layers))]
-    return (
-        machine(),
-        _timed(shuffled, turns, "layers"),
-        _timed(_classifiers(rng.permutation(names).tolist()), turns, "networks"),
-    )
+    made = [*sample_layers(), *_classifiers(rng.permutation(names).tolist())]
+    return machine(), _timed([made[place] for place in rng.permutation(len(made))], turns)
 
 
 def _classifiers(names: Sequence[str]) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
@@ -115,11 +114,11 @@ def _classifiers(names: Sequence[str]) -> Iterator[tuple[str, str, nn.Module, Te
         yield name, family_of(name), fuse(build_classifier(parse_backbone(values), CLASSES)), images
 
 
-def _timed(made: Iterable[tuple[str, str, nn.Module, Tensor]], turns: int, title: str) -> list[Measured]:
+def _timed(made: Iterable[tuple[str, str, nn.Module, Tensor]], turns: int) -> list[Measured]:
     """What is (name, family, module, image), with its operations and the median of its turns; by name."""
     ready = {name: (family, module, image) for name, family, module, image in made}
     with torch.inference_mode():
-        times = take_turns({name: partial(module, image) for name, (_, module, image) in ready.items()}, turns, title)
+        times = take_turns({name: partial(module, image) for name, (_, module, image) in ready.items()}, turns, "all")
     return [
         Measured(name, ready[name][0], operations(*ready[name][1:]), statistics.median(seconds))
         for name, seconds in sorted(times.items())
