@@ -40,11 +40,12 @@ COMMANDS = {
     "compare": ("detector.apps.compare", "CompareOptions", "compare"),
     "benchmark": ("detector.lab.benchmark", "BenchmarkOptions", "benchmark"),
     "guidelines": ("detector.lab.guidelines", "GuidelinesOptions", "guidelines"),
+    "ablations": ("detector.lab.ablations", "AblationsOptions", "ablations"),
     "pretrain": ("detector.training.pretrain", "PretrainOptions", "pretrain"),
     "import_weights": ("detector.apps.import_weights", "ImportOptions", "import_weights"),
 }
 # What words without `=` are: `benchmark peers` reads better than `benchmark what=peers`.
-BARE_WORDS = {"benchmark": "what={}", "guidelines": "what=[{}]", "prepare_data": "what={}"}
+BARE_WORDS = {"benchmark": "what={}", "guidelines": "what=[{}]", "ablations": "what=[{}]", "prepare_data": "what={}"}
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count

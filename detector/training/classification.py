@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detector.data.collate import Batch
 from detector.data.image_folder import ImageBatch
-from detector.models.backbones.classifier import ImageClassifier
 from detector.models.light_head_rcnn import MEAN, STD
 from detector.training.callbacks import Columns
 from detector.training.plots import draw_batch
@@ -46,7 +45,7 @@ class ClassificationTask(Task):
 
     def __init__(
         self,
-        network: ImageClassifier,
+        network: nn.Module,
         about: Mapping[str, Any],
         *,
         optimizer: OptimizerOptions,

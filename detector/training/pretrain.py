@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from detector.data.crops import CropsOptions, ensure_crops
 from detector.data.image_folder import (
@@ -107,8 +107,13 @@ class PretrainOptions(RunOptions):
 
 
 @without_traces()
-def pretrain(options: PretrainOptions) -> Path:
+def pretrain(options: PretrainOptions, make: Callable[[int], nn.Module] | None = None) -> Path:
     """Train a classifier. Returns the run directory.
+
+    Args:
+        options: of the run.
+        make: another network than that of options.backbone, from the number of classes; float images (N, 3, H, W) ->
+            logits. A run of it cannot go on, and begins no detector.
 
     Raises:
         InputError: something in the options, the data or the checkpoint is wrong.
@@ -116,8 +121,8 @@ def pretrain(options: PretrainOptions) -> Path:
     options, checkpoint = begin(options, entry=ClassificationTask.entry, read=read_classifier, group="pretrain")
     train, val = load_splits(options)
     task = ClassificationTask(
-        _new_network(options, len(train.classes)),
-        _describe(options, train.classes),
+        _new_network(options, len(train.classes)) if make is None else make(len(train.classes)),
+        _describe(options, train.classes) | ({} if make is None else {"spec": {}}),
         optimizer=options.optimizer,
         schedule=options.schedule,
         label_smoothing=options.label_smoothing,
@@ -130,7 +135,8 @@ def pretrain(options: PretrainOptions) -> Path:
     best = run_dir / "best.pth"
     if is_first_process() and not best.exists():  # a resumed run came without it
         CheckpointFiles().save_checkpoint(classifier_weights(read_classifier(run_dir / "best.ckpt")), best)
-    log.info("A detector on this backbone:\n%s", next_command(options, run_dir))
+    if make is None:
+        log.info("A detector on this backbone:\n%s", next_command(options, run_dir))
     return run_dir
 
 
@@ -163,7 +169,8 @@ def read_classifier(path: str | Path) -> dict[str, Any]:
     """
     checkpoint = read_torch_file(path)
     about = checkpoint.get(ClassificationTask.entry) if isinstance(checkpoint, dict) else None
-    if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
+    known = isinstance(about, dict) and about.get("format") == FORMAT and about.get("version") == VERSION
+    if not known or not about.get("spec"):  # a network that was given to `pretrain`
         raise InputError(
             f"'{path}' is a torch file, but not a checkpoint that tools/pretrain.py of this version wrote. Weights to "
             "start from are given as weights=PATH."
