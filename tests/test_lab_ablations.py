@@ -26,7 +26,7 @@ from detector.models.backbones.shufflenet_v2 import ShuffleNetV2, ShuffleNetV2Op
 
 
 def test_equal_multiply_adds() -> None:
-    """By hooks that see every convolution and fully connected layer, not by the counter that chose the widths."""
+    """By hooks that see every convolution and fully connected layer, as by torch's counter."""
     costs = {}
     for name in NETWORKS:
         network, total = ablation_networks.build(name, len(CLASSES)).eval(), 0
@@ -41,6 +41,7 @@ def test_equal_multiply_adds() -> None:
                 layer.register_forward_hook(count)
         network(torch.zeros(1, 3, 64, 64))
         costs[name] = total
+        assert ablation_networks.cost(name) == total
     assert all(abs(cost / ablation_networks.COST - 1) < 0.05 for cost in costs.values()), costs
     for table in TABLES.values():
         found = [costs[row.network] for row in table.rows]

@@ -7,7 +7,6 @@ half of table 1's units, on images of 64 pixels.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -65,55 +64,41 @@ def bottleneck_unit(place: Place, groups: int, base_width: int) -> nn.Module:
     return Bottleneck(place.inputs, planes, place.stride, shortcut, groups, base_width)
 
 
-def shufflenet(width: int, groups: int, shuffle: bool) -> Backbone:
+def shufflenet(width: int, groups: int, shuffle: bool = True) -> Backbone:
     """ShuffleNet V1 in this frame."""
     channels = (width, 2 * width, 4 * width)
     shape: Any = {"groups": groups, "channels": channels, "stem_channels": STEM, "repeats": REPEATS}
     return ShuffleNetV1(ShuffleNetV1Options(shuffle=shuffle, **shape))
 
 
-WIDEST = 512
-Family: TypeAlias = tuple[Callable[[int], Backbone], range]
-
-
-def _shufflenets(groups: int) -> dict[str, Family]:
-    # The shortcut of the first unit leaves room for a main branch, and a bottleneck has a channel for each group.
-    widths = range(-(-32 // groups) * groups, WIDEST, groups)
-    names = {f"g={groups}": True, f"g={groups}, no shuffle": False}
-    return {name: (partial(shufflenet, groups=groups, shuffle=shuffle), widths) for name, shuffle in names.items()}
-
-
-# Name -> the network of a first stage's width, and the widths that it takes.
-NETWORKS: Mapping[str, Family] = {
-    **{name: family for groups in (1, 2, 3, 4, 8) for name, family in _shufflenets(groups).items()},
-    "ResNet": (partial(Trunk, partial(bottleneck_unit, groups=1, base_width=64)), range(4, WIDEST, 4)),
-    "ResNeXt": (partial(Trunk, partial(bottleneck_unit, groups=16, base_width=8)), range(32, WIDEST, 4)),
-    "VGG-like": (partial(Trunk, vgg_unit), range(4, WIDEST)),
+RESNET = partial(bottleneck_unit, groups=1, base_width=64)
+RESNEXT = partial(bottleneck_unit, groups=16, base_width=8)
+# Name -> network of a first stage's width, and the width with which its cost comes nearest to COST.
+NETWORKS: Mapping[str, tuple[Callable[[int], Backbone], int]] = {
+    "g=1": (partial(shufflenet, groups=1), 82),
+    "g=2": (partial(shufflenet, groups=2), 112),
+    "g=3": (partial(shufflenet, groups=3), 135),
+    "g=3, no shuffle": (partial(shufflenet, groups=3, shuffle=False), 135),
+    "g=4": (partial(shufflenet, groups=4), 156),
+    "g=8": (partial(shufflenet, groups=8), 216),
+    "g=8, no shuffle": (partial(shufflenet, groups=8, shuffle=False), 216),
+    "ResNet": (partial(Trunk, RESNET), 52),
+    "ResNeXt": (partial(Trunk, RESNEXT), 52),
+    "VGG-like": (partial(Trunk, vgg_unit), 14),
 }
 
 
-def build(name: str, num_classes: int) -> nn.Module:
-    """Images (N, 3, H, W) -> logits (N, num_classes): the network of COST multiply-adds, with random weights."""
-    return _classifier(name, width(name), num_classes)
+def build(name: str, num_classes: int = CLASSES) -> nn.Module:
+    """Images (N, 3, H, W) -> logits (N, num_classes): one of NETWORKS, with random weights."""
+    make, width = NETWORKS[name]
+    return ImageClassifier(make(width), num_classes, ClassifierOptions())
 
 
 @cache
-def width(name: str) -> int:
-    """Channels of the first stage with which the cost comes nearest to COST."""
-    widths = NETWORKS[name][1]
-    at = bisect_left(widths, COST, lo=1, hi=len(widths) - 1, key=partial(cost, name))
-    return min(widths[at - 1 : at + 1], key=lambda one: abs(cost(name, one) - COST))
-
-
-@cache
-def cost(name: str, channels: int) -> int:
-    """Multiply-adds of one image of SIDE pixels, with so many channels in the first stage."""
+def cost(name: str) -> int:
+    """Multiply-adds of one image of SIDE pixels."""
     with torch.device("meta"):
-        return multiply_adds(_classifier(name, channels, CLASSES), torch.empty(1, 3, SIDE, SIDE))
-
-
-def _classifier(name: str, channels: int, num_classes: int) -> nn.Module:
-    return ImageClassifier(NETWORKS[name][0](channels), num_classes, ClassifierOptions())
+        return multiply_adds(build(name), torch.empty(1, 3, SIDE, SIDE))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from detector.evaluation.tables import markdown_table
 from detector.files import replacing
-from detector.lab.ablation_networks import PUBLISHED_SIZES, TABLES, Row, Table, What, cost, width
+from detector.lab.ablation_networks import NETWORKS, PUBLISHED_SIZES, TABLES, Table, What, cost
 from detector.lab.verdict import Verdict
 
 Errors: TypeAlias = Mapping[str, Sequence[float]]
@@ -92,15 +92,15 @@ def section(table: Table, errors: Errors) -> str:
     rows = [
         [
             row.name,
-            width(row.network),
-            f"{_cost(row) / 1e6:.2f}",
+            NETWORKS[row.network][1],
+            f"{cost(row.network) / 1e6:.2f}",
             interval(np.array(errors[row.network])),
             compared.get(row.name),
             *row.published,
         ]
         for row in table.rows
     ]
-    costs, effect = [_cost(row) for row in table.rows], gain(table, errors)
+    costs, effect = [cost(row.network) for row in table.rows], gain(table, errors)
     theirs = ", ".join(f"{one:.1f} ({size})" for one, size in zip(published_gains(table), PUBLISHED_SIZES, strict=True))
     sentence = (
         f"The paper: {table.claim}, on average by {theirs} points. Here by {effect} points: **{effect.verdict}**"
@@ -108,10 +108,6 @@ def section(table: Table, errors: Errors) -> str:
         f"{1 - min(costs) / max(costs):.1%}."
     )
     return "\n\n".join((f"## {table.title}", sentence, markdown_table(heads, rows, width=None)))
-
-
-def _cost(row: Row) -> int:
-    return cost(row.network, width(row.network))
 
 
 def plot(what: Sequence[What], errors: Errors, path: Path) -> None:

@@ -169,8 +169,12 @@ def read_classifier(path: str | Path) -> dict[str, Any]:
     """
     checkpoint = read_torch_file(path)
     about = checkpoint.get(ClassificationTask.entry) if isinstance(checkpoint, dict) else None
-    known = isinstance(about, dict) and about.get("format") == FORMAT and about.get("version") == VERSION
-    if not known or not about.get("spec"):  # a network that was given to `pretrain`
+    if (
+        not isinstance(about, dict)
+        or about.get("format") != FORMAT
+        or about.get("version") != VERSION
+        or not about.get("spec")  # a network that `pretrain` was given
+    ):
         raise InputError(
             f"'{path}' is a torch file, but not a checkpoint that tools/pretrain.py of this version wrote. Weights to "
             "start from are given as weights=PATH."
