@@ -62,8 +62,6 @@ def load_annotations(
     path, folder = Path(annotation_file), Path(image_dir)
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}: at least 1 image; leave it out (null) to take all.")
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the folder that holds the images of {path.name}.")
     return usable(read_annotations(path, folder), keep_empty, class_names, limit, exif_boxes)
 
 
@@ -75,7 +73,9 @@ def usable(
     exif_boxes: ExifBoxes | None,
 ) -> AnnotationIndex:
     """What was read, to train or to evaluate on; arguments and errors as of `load_annotations`."""
-    path, index = everything.annotation_file, everything
+    path, folder, index = everything.annotation_file, everything.image_dir, everything
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder that holds the images of {path.name}.")
     if keep_empty and limit is not None:
         index = index.select(np.arange(len(index))[:limit])
     index = match_files(index, exif_boxes).check()

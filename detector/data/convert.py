@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -20,15 +21,6 @@ from detector.data.progress import progress
 from detector.files import write_json
 
 _DECIMALS = 6  # of a pixel: far below what annotators see
-
-
-class _Item(NamedTuple):
-    """An image as it is written: its name, height and width, and the rows of its boxes."""
-
-    image_id: Any
-    name: str
-    size: tuple[int, int]
-    rows: np.ndarray
 
 
 def convert(splits: Splits, out: Path, layout: str) -> None:
@@ -53,8 +45,10 @@ def convert(splits: Splits, out: Path, layout: str) -> None:
     taken: set[str] = set()
     for split, index in splits.items():
         target = out / folder.format(split=split)
-        items = [_item(index, i, target, taken) for i in progress(range(len(index)), f"copy {split}")]
-        write(index, items, out, split)
+        target.mkdir(parents=True, exist_ok=True)
+        copies = [_copy(index, i, target, taken) for i in progress(range(len(index)), f"copy {split}")]
+        sizes = np.array([size for _, size in copies])
+        write(replace(index, file_names=[name for name, _ in copies], sizes=sizes), out, split)
     names = next(iter(splits.values())).class_names
     if layout == "voc":
         _write_lines(out / "classes.txt", names)
@@ -63,62 +57,67 @@ def convert(splits: Splits, out: Path, layout: str) -> None:
         _write_lines(out / "data.yaml", [*(f"{split}: images/{split}" for split in splits), "names:", *numbered])
 
 
-def _item(index: AnnotationIndex, i: int, folder: Path, taken: set[str]) -> _Item:
-    """Write an image."""
+def _copy(index: AnnotationIndex, i: int, folder: Path, taken: set[str]) -> tuple[str, tuple[int, ...]]:
+    """Write an image. Returns its name there, and its height and width."""
     stem, suffix = os.path.splitext(index.path(i).name)
     # Labels and XML files are named after the stem alone.
     stem = next(one for n in count(1) if (one := stem if n == 1 else f"{stem}_{n}").lower() not in taken)
     taken.add(stem.lower())
-    target = folder / f"{stem}{suffix}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    orientation, size = exif_orientation(index.path(i))
+    name, (orientation, size) = f"{stem}{suffix}", exif_orientation(index.path(i))
     if orientation == 1:
-        shutil.copyfile(index.path(i), target)
-    else:
-        image = index.read(i)
-        Image.fromarray(image).save(target, quality=95)
-        size = (image.shape[0], image.shape[1])
-    declared = tuple(index.sizes[i].tolist())
-    rows = np.arange(*index.offsets[i : i + 2])
-    return _Item(index.image_ids[i], target.name, size if 0 in declared else declared, rows)
+        shutil.copyfile(index.path(i), folder / name)
+        return name, tuple(index.sizes[i].tolist()) if index.sizes[i].all() else size
+    image = index.read(i)
+    Image.fromarray(image).save(folder / name, quality=95)
+    return name, image.shape[:2]
 
 
-def _write_coco(index: AnnotationIndex, items: Sequence[_Item], out: Path, split: str) -> None:
-    ids, categories = _integers([item.image_id for item in items]), _integers(index.category_ids)
-    content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
-    content["categories"] = [{"id": i, "name": name} for i, name in zip(categories, index.class_names, strict=True)]
-    for number, item in zip(ids, items, strict=True):
-        height, width = item.size
-        content["images"].append({"id": number, "file_name": item.name, "width": width, "height": height})
-        for row in item.rows.tolist():
-            one = {"id": row + 1, "image_id": number, "category_id": categories[index.labels[row]]}
-            one |= {"bbox": _rounded(index.xywh[row]), "area": _rounded(index.areas[row])}
-            marks = {"iscrowd": int(index.crowd[row]), "difficult": int(index.difficult[row] & ~index.crowd[row])}
-            content["annotations"].append(one | marks)
+def _write_coco(index: AnnotationIndex, out: Path, split: str) -> None:
+    ids, categories = _integers(index.image_ids), _integers(index.category_ids)
+    images = [
+        {"id": number, "file_name": name, "width": width, "height": height}
+        for number, name, (height, width) in zip(ids, index.file_names, index.sizes.tolist(), strict=True)
+    ]
+    annotations = [
+        {
+            "id": row + 1,
+            "image_id": ids[i],
+            "category_id": categories[index.labels[row]],
+            "bbox": _rounded(index.xywh[row]),
+            "area": _rounded(index.areas[row]),
+            "iscrowd": int(index.crowd[row]),
+            "difficult": int(index.difficult[row] & ~index.crowd[row]),
+        }
+        for row, i in enumerate(index.images.tolist())
+    ]
+    classes = [{"id": number, "name": name} for number, name in zip(categories, index.class_names, strict=True)]
+    content = {"images": images, "annotations": annotations, "categories": classes}
     write_json(out / "annotations" / f"{split}.json", content)
 
 
-def _write_voc(index: AnnotationIndex, items: Sequence[_Item], out: Path, split: str) -> None:
-    for item in items:
-        size = {"width": item.size[1], "height": item.size[0], "depth": 3}
-        lines = ["<annotation>", f"  {_xml({'filename': item.name, 'size': size})}"]
-        for row in item.rows:
+def _write_voc(index: AnnotationIndex, out: Path, split: str) -> None:
+    for i, name in enumerate(index.file_names):
+        height, width = index.sizes[i].tolist()
+        lines = ["<annotation>", _xml({"filename": name, "size": {"width": width, "height": height, "depth": 3}})]
+        for row in range(*index.offsets[i : i + 2]):
             x1, y1, x2, y2 = _rounded(index.corners[row] + (1, 1, 0, 0))  # the first pixel is 1
-            sides = {"xmin": x1, "ymin": y1, "xmax": x2, "ymax": y2}
-            name, difficult = index.class_names[index.labels[row]], int(index.difficult[row])
-            lines.append(f"  {_xml({'object': {'name': name, 'difficult': difficult, 'bndbox': sides}})}")
-        _write_lines(out / "Annotations" / f"{Path(item.name).stem}.xml", [*lines, "</annotation>"])
-    _write_lines(out / "ImageSets" / "Main" / f"{split}.txt", [Path(item.name).stem for item in items])
+            one = {"name": index.class_names[index.labels[row]], "difficult": int(index.difficult[row])}
+            lines.append(_xml({"object": one | {"bndbox": {"xmin": x1, "ymin": y1, "xmax": x2, "ymax": y2}}}))
+        _write_lines(out / "Annotations" / f"{Path(name).stem}.xml", [*lines, "</annotation>"])
+    _write_lines(out / "ImageSets" / "Main" / f"{split}.txt", [Path(name).stem for name in index.file_names])
 
 
-def _write_yolo(index: AnnotationIndex, items: Sequence[_Item], out: Path, split: str) -> None:
-    for item in items:
-        sides = np.array([*item.size[::-1]] * 2)
-        low, high = np.hsplit(index.corners[item.rows].clip(0, sides) / sides, 2)
-        rows = np.column_stack((index.labels[item.rows], (low + high) / 2, high - low))
-        rows = rows[(high > low).all(axis=1) & ~index.crowd[item.rows]]
-        lines = [f"{label:.0f} {' '.join(f'{share:.8f}' for share in shares)}" for label, *shares in rows.tolist()]
-        _write_lines(out / "labels" / split / f"{Path(item.name).stem}.txt", lines)
+def _write_yolo(index: AnnotationIndex, out: Path, split: str) -> None:
+    sides = index.sizes[index.images][:, [1, 0, 1, 0]]
+    low, high = np.hsplit(index.corners.clip(0, sides) / sides, 2)
+    boxes = np.column_stack((index.labels, (low + high) / 2, high - low))
+    good = (high > low).all(axis=1) & ~index.crowd
+    for i, name in enumerate(index.file_names):
+        rows = slice(*index.offsets[i : i + 2])
+        lines = [
+            f"{label:.0f} " + " ".join(f"{x:.8f}" for x in box) for label, *box in boxes[rows][good[rows]].tolist()
+        ]
+        _write_lines(out / "labels" / split / f"{Path(name).stem}.txt", lines)
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -114,9 +114,6 @@ def load_splits(
     splits = {}
     for name, index in read_splits(options, names, class_names).items():
         keep_empty, limit = options.keep_empty or name == "val", options.split(name).limit
-        if not index.image_dir.is_dir():
-            what = f"give the folder that holds the images of {index.annotation_file.name}"
-            raise InputError(f"{index.image_dir}: no such folder; {what}.")
         index = usable(index, keep_empty, class_names, limit, options.exif_boxes)
         if name == "train" and options.difficult == "ignored":
             index = replace(index, crowd=index.crowd | index.difficult)

@@ -68,17 +68,14 @@ def read_voc(
 
 def _find_splits(root: Path) -> dict[str, _Split]:
     """All of a folder as ""; beside it both splits, or none."""
-    annotations = _folder(root, "Annotations")
-    everything = _Split(annotations, annotations, _folder(root, "JPEGImages", "images"))
-    lists = {name: root / "ImageSets" / "Main" / f"{name}.txt" for name in ("train", "val", "trainval")}
-    folders = {"train": root / "train", "val": root / ("val" if has_xml(root / "val") else "valid")}
-    found = {}
-    if lists["train"].is_file() and lists["val"].is_file():
-        found = {name: everything._replace(names=lists[name]) for name in ("train", "val")}
-    elif all(map(has_xml, folders.values())):
-        found = {name: _Split(folder, folder, folder) for name, folder in folders.items()}
-    if lists["trainval"].is_file():
-        everything = everything._replace(names=lists["trainval"])
+    annotations, lists = _folder(root, "Annotations"), root / "ImageSets" / "Main"
+    names = lists / "trainval.txt" if (lists / "trainval.txt").is_file() else annotations
+    everything = _Split(names, annotations, _folder(root, "JPEGImages", "images"))
+    found = {name: everything._replace(names=lists / f"{name}.txt") for name in ("train", "val")}
+    if not all(split.names.is_file() for split in found.values()):
+        folders = {"train": root / "train", "val": root / ("val" if has_xml(root / "val") else "valid")}
+        own = all(map(has_xml, folders.values()))
+        found = {name: _Split(folder, folder, folder) for name, folder in folders.items() if own}
     return found | {"": everything}
 
 
