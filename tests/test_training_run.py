@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -198,6 +199,89 @@ def test_a_run_goes_on_with_what_is_left_of_it(
     assert load(resumed / "last.ckpt")["global_step"] == 8
     assert load(resumed / "best.ckpt")["global_step"] == (6 if left == "last.ckpt alone" else 2)
     assert (resumed / "curves.png").is_file()
+
+
+FIT, OPTIMISER, RANDOM = "loops/fit_loop", "optimizer_states/0", "callbacks/RandomStates/ranks/0"
+BEST = (
+    "ModelCheckpoint{'monitor': 'AP', 'mode': 'max', 'every_n_train_steps': 0, 'every_n_epochs': 1, "
+    "'train_time_interval': None}"
+)
+NAN = float("nan")
+DAMAGES: list[tuple[str, Any, str]] = [
+    # path, value (None: there is none), what the message says beside the file's name
+    (f"{OPTIMISER}/state/0/exp_avg", torch.zeros(3), "optimiser's state cannot"),
+    (f"{OPTIMISER}/state/0/exp_avg", "text", "optimiser's state cannot"),
+    (f"{OPTIMISER}/state/0/exp_avg", None, "(exp_avg|.exp_avg.)"),
+    (f"{OPTIMISER}/state/3/exp_avg", lambda x: x * NAN, "after a step backbone.* is not finite"),
+    (f"{OPTIMISER}/state/3/exp_avg_sq", lambda x: x - 1, "after a step backbone.* is not finite"),
+    (f"{OPTIMISER}/state/3/step", torch.tensor(NAN), "is not finite"),
+    (f"{OPTIMISER}/state", [], "optimiser's state cannot"),
+    (f"{OPTIMISER}/param_groups", lambda x: x[:1], "optimiser's state cannot"),
+    (f"{OPTIMISER}/param_groups/0/params", [0], "optimiser's state cannot"),
+    (f"{OPTIMISER}/param_groups/0/betas", "ab", "optimiser's state cannot"),
+    (f"{OPTIMISER}/param_groups/1/eps", None, "eps"),
+    ("optimizer_states", [], "optimiser's state cannot"),
+    ("optimizer_states/0", "text", "optimiser's state cannot"),
+    ("lr_schedulers", [], "optimiser's state cannot"),
+    ("lr_schedulers/0/base_lrs", [0.1], "the learning rates are"),
+    ("lr_schedulers/0/base_lrs", [NAN, 0.1], "the learning rates are"),
+    ("lr_schedulers/0/base_lrs", ["a", "b"], "optimiser's state cannot"),
+    ("lr_schedulers/0/last_epoch", "4", "at step 4, not 4"),
+    ("lr_schedulers/0/last_epoch", None, "at step 0, not 4"),
+    (f"{RANDOM}/python", (3, (1, 2), None), "callbacks' states cannot"),
+    (f"{RANDOM}/python", "text", "callbacks' states cannot"),
+    (f"{RANDOM}/numpy", ("MT19937", list(range(624)), 10**6, 0, 0.0), "said to stand at 1000000"),
+    (f"{RANDOM}/numpy", ("MT19937", [1], 0, 0, 0.0), "callbacks' states cannot"),
+    (f"{RANDOM}/torch", torch.zeros(7), "callbacks' states cannot"),
+    (f"{RANDOM}/torch", None, "torch"),
+    (f"{RANDOM}/transform/numpy", {}, "callbacks' states cannot"),
+    (f"{RANDOM}/transform/python", None, "python"),
+    ("callbacks/RandomStates", {"ranks": 3}, "callbacks' states cannot"),
+    ("callbacks", [], "callbacks' states cannot"),
+    ("callbacks/History", None, "there is none of History"),
+    ("callbacks/History/best/AP", "0.3", "callbacks' states cannot"),
+    (f"callbacks/{BEST}/best_model_score", torch.tensor(NAN), "its best score is nan"),
+    (f"callbacks/{BEST}", None, "there is none of KeptCheckpoint"),
+    ("callbacks/EMA/latest_update_step", "4", "latest_update_step is '4'"),
+    ("averaging_state/n_averaged", "4", "n_averaged is a str"),
+    ("averaging_state", None, "averaging_state"),
+    ("current_model_state/network.backbone.conv1.0.weight", lambda x: x * NAN, "backbone.conv1.0.weight holds NaN"),
+    ("state_dict/network.backbone.conv1.0.weight", lambda x: x[:1], r"backbone.conv1.0.weight is \(1, 3, 3, 3\)"),
+    (f"{FIT}/epoch_progress/current/processed", 1, "epoch 0 and step 4, not 1 and 4"),
+    (f"{FIT}/epoch_progress/current/ready", "2", "epoch_progress.current.ready is '2'"),
+    (f"{FIT}/epoch_loop.batch_progress", None, "epoch_loop.batch_progress"),
+    (FIT, [], "loops cannot"),
+    ("global_step", 5, "epoch 1 and step 4, not 1 and 5"),
+]
+
+
+def put(content: Any, path: str, value: Any) -> None:
+    *outer, last = path.split("/")
+    for name in outer:
+        content = content[int(name) if name.isdecimal() else name]
+    place: Any = int(last) if last.isdecimal() else last
+    if value is None:
+        del content[place]
+    else:
+        content[place] = value(content[place]) if callable(value) else value
+
+
+@pytest.mark.slow
+def test_a_state_that_cannot_be_taken_up_is_refused_before_anything_is_overwritten(run: Run, stopped: Path) -> None:
+    whole = (stopped / "last.ckpt").read_bytes()
+    for place, value, words in DAMAGES:
+        content = torch.load(io.BytesIO(whole), weights_only=True)
+        put(content, place, value)
+        torch.save(content, stopped / "last.ckpt")
+        before = {path.name: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
+        with pytest.raises(
+            InputError, match=rf"^'stopped/last\.ckpt' is damaged: its .*{words}.*another check"
+        ) as caught:
+            run(ckpt="stopped/last.ckpt", resume=True)
+        assert "\n" not in str(caught.value)
+        assert {path.name: path.read_bytes() for path in stopped.iterdir() if path.is_file()} == before, place
+    (stopped / "last.ckpt").write_bytes(whole)
+    run(ckpt="stopped/last.ckpt", resume=True)
 
 
 def full(monkeypatch: pytest.MonkeyPatch, *names: str, code: int = errno.ENOSPC) -> None:

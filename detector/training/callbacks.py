@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import os
@@ -131,8 +132,11 @@ class History(lightning.Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        best = state_dict["best"]
+        if best and not 0 <= (best[self.monitor] or 0) <= 1:
+            raise ValueError(f"its best {self.monitor} is {best[self.monitor]}")
         if (self.run_dir / "best.ckpt").is_file():  # what `best` describes
-            self.best = state_dict["best"]
+            self.best = best
 
 
 class FirstBatchImage(lightning.Callback):
@@ -241,14 +245,14 @@ class RandomStates(lightning.Callback):
 
     Those of Python, numpy and torch, of each process, and that of the transform where it runs in the training process.
     Loader processes are started anew with a run, and draw from new seeds.
+
+    Args:
+        transform: of the training images; None: it keeps no state.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, transform: Any = None) -> None:
         self.states: list[dict[str, Any]] = []
-        self.transform: Any = None
-
-    def setup(self, trainer: lightning.Trainer, _: lightning.LightningModule, stage: str) -> None:
-        self.transform = getattr(getattr(trainer, "datamodule", None), "transform", None)
+        self.transform = transform
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks, as plain values and tensors."""
@@ -268,20 +272,32 @@ class RandomStates(lightning.Callback):
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for own in state_dict["ranks"]:  # what cannot be taken up is found here, with generators that nobody uses
+            self._take_up(
+                own, random.Random(), np.random.RandomState(), torch.Generator(), copy.deepcopy(self.transform)
+            )
         self.states = state_dict["ranks"]
+
+    @staticmethod
+    def _take_up(own: dict[str, Any], python: Any, legacy: Any, generator: torch.Generator, transform: Any) -> None:
+        if not 0 <= own["numpy"][2] <= len(own["numpy"][1]):  # numpy itself would read beyond
+            raise ValueError(f"numpy's generator is said to stand at {own['numpy'][2]}")
+        python.setstate(own["python"])
+        legacy.set_state(own["numpy"])
+        generator.set_state(own["torch"])
+        if own["transform"] is not None and transform is not None:
+            transform.set_state(own["transform"])
+        if own["cuda"] is not None:
+            torch.ByteTensor(own["cuda"])
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
         states, self.states = self.states, []
         if len(states) != trainer.world_size:  # not resumed, or on another number of devices
             return
         own = states[trainer.global_rank]
-        random.setstate(own["python"])
-        np.random.set_state(own["numpy"])
-        torch.set_rng_state(own["torch"])
+        self._take_up(own, random, np.random, torch.default_generator, self.transform)
         if own["cuda"] is not None and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(own["cuda"])
-        if own["transform"] is not None and self.transform is not None:
-            self.transform.set_state(own["transform"])
         loader: Any = trainer.train_dataloader
         if loader.num_workers == 0:
             # Each new iterator of a loader takes a seed from torch's generator. Lightning makes that of an epoch after

@@ -48,6 +48,8 @@ class KeptCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         score = state_dict["best_model_score"]
+        if score is not None and not 0 <= score <= 1:
+            raise ValueError(f"its best score is {score}")
         if score is not None and self.kept.is_file():
             path = f"{self.dirpath}/{self.kept.name}"
             self.best_model_path = self.kth_best_model_path = path

@@ -6,12 +6,22 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
 from detector.errors import InputError
 from detector.models.backbones import parse_backbone
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.build import NetworkOptions
+from detector.models.weights import LARGEST, check_weights
+from detector.training.callbacks import EMA, History
+from detector.training.checkpoints import KeptCheckpoint
+from detector.training.schedule import build_optimizer
 
 if TYPE_CHECKING:
+    import lightning
+
+    from detector.training.task import Task
     from detector.training.trainer import RunOptions
 
 # What a run goes on from, and what it says of itself.
@@ -97,6 +107,84 @@ def check_can_go_on(
             f"resume=true: the data set has the classes {description['class_names']}, but the checkpoint was trained "
             f"with {about['class_names']}. To fine-tune on other classes, leave out resume=true."
         )
+
+
+def check_state(path: str, checkpoint: Mapping[str, Any], trainer: lightning.Trainer, task: Task) -> None:
+    """Try what Lightning will take up, before anything of the run is overwritten.
+
+    Args:
+        path: of the checkpoint, for messages.
+        checkpoint: see STATE.
+        trainer, task: of the run, as built now. Only its callbacks are changed: they take their states up twice.
+
+    Raises:
+        InputError: a part of it is not what this run writes.
+    """
+
+    def loops() -> None:
+        _check_alike(trainer.fit_loop.state_dict(), loop := checkpoint["loops"]["fit_loop"])
+        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+        at = loop["epoch_progress"]["current"]["processed"] - 1, steps
+        if at != (checkpoint["epoch"], checkpoint["global_step"]):
+            raise ValueError(
+                f"epoch {at[0]} and step {at[1]}, not {checkpoint['epoch']} and {checkpoint['global_step']}"
+            )
+
+    def weights() -> None:
+        check_weights(task.state_dict(), checkpoint["state_dict"])
+        if "current_model_state" in checkpoint or "averaging_state" in checkpoint:
+            check_weights(task.state_dict(), checkpoint["current_model_state"])
+            check_weights({"n_averaged": torch.tensor(0)}, checkpoint["averaging_state"])
+
+    def callbacks() -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if state is None and isinstance(callback, KeptCheckpoint | History):
+                raise ValueError(f"there is none of {type(callback).__name__}")
+            if isinstance(callback, EMA):
+                _check_alike(callback.state_dict(), state or callback.state_dict())
+            elif state is not None:
+                callback.load_state_dict(copy.deepcopy(state))
+
+    def optimiser() -> None:
+        """A step without gradients, of a copy."""
+        network = copy.deepcopy(task.network)
+        built = build_optimizer(network, task.optimizer_options, 1)
+        scheduler = LambdaLR(built, lambda step: task.schedule.factor(step, 1000))
+        built.load_state_dict(copy.deepcopy(checkpoint["optimizer_states"][0]))
+        scheduler.load_state_dict(copy.deepcopy(checkpoint["lr_schedulers"][0]))
+        rates = [*scheduler.base_lrs, *scheduler.get_last_lr()]
+        if len(rates) != 2 * len(built.param_groups) or not all(0 <= rate < LARGEST for rate in rates):
+            raise ValueError(f"the learning rates are {rates}")
+        if scheduler.last_epoch != checkpoint["global_step"]:
+            raise ValueError(f"the schedule is at step {scheduler.last_epoch}, not {checkpoint['global_step']}")
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        built.step()
+        scheduler.step()
+        for name, parameter in network.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"after a step {name} is not finite")
+
+    for name, attempt in (
+        ("loops", loops), ("weights", weights), ("callbacks' states", callbacks), ("optimiser's state", optimiser)
+    ):  # fmt: skip
+        try:
+            attempt()
+        except Exception as error:  # what odd values end in
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise InputError(
+                f"'{path}' is damaged: its {name} cannot be taken up ({reason}). Resume from another checkpoint."
+            ) from error
+
+
+def _check_alike(own: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -> None:
+    """Raises KeyError, TypeError or ValueError where `given` lacks what `own` has, or has it as another type."""
+    for name, value in own.items():
+        if isinstance(value, Mapping):
+            _check_alike(value, given[name], f"{where}{name}.")
+        elif type(given[name]) is not type(value) or given[name] < 0:
+            raise ValueError(f"{where}{name} is {given[name]!r}")
 
 
 def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:

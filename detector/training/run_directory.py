@@ -64,16 +64,15 @@ def check_free(options: RunOptions) -> None:
 
 @contextmanager
 def run_directory(options: RunOptions, above: Path) -> Iterator[Path]:
-    """Given, or the resumed run's, or <above>/<recipe>/<backbone>/<time>. Rank 0 alone writes to it, beginning here.
+    """Given, or the resumed run's, or <above>/<recipe>/<backbone>/<time>. Rank 0 alone writes to it, from `settle` on.
 
     Raises:
         InputError: it cannot be written to, or another process is writing a run there.
     """
-    old = Path(str(options.ckpt)).parent  # of a resumed run
     if options.run_dir:
         run_dir = Path(options.run_dir)
     elif options.resume:
-        run_dir = old
+        run_dir = Path(str(options.ckpt)).parent
     else:
         folder = above / options.recipe_name / options.backbone_name
         name = os.environ.get(RUN_NAME_VARIABLE)
@@ -85,19 +84,26 @@ def run_directory(options: RunOptions, above: Path) -> Iterator[Path]:
     check_writable(run_dir, "run_dir")
     with alone(run_dir):
         check_free(options)  # a run that has ended meanwhile
-        for partial in run_dir.glob(".*.partial*"):  # what a run that was killed left half written
-            partial.unlink()
-        if options.resume:
-            for name in CONTINUED:
-                if (old / name).is_file() and not (run_dir / name).exists():
-                    with replacing(run_dir / name) as partial:
-                        shutil.copy2(old / name, partial)
-        else:
-            _clear(run_dir)
-        with replacing(run_dir / "config.yaml") as partial:
-            partial.write_text(yaml.safe_dump(options.to_dict(), sort_keys=False))
-        log.info("run directory: %s", run_dir)
         yield run_dir
+
+
+def settle(options: RunOptions, run_dir: Path) -> None:
+    """Remove what does not belong to this run, bring what it goes on with, and write its options down."""
+    if not is_first_process():
+        return
+    for partial in run_dir.glob(".*.partial*"):  # what a run that was killed left half written
+        partial.unlink()
+    if options.resume:
+        old = Path(str(options.ckpt)).parent
+        for name in CONTINUED:
+            if (old / name).is_file() and not (run_dir / name).exists():
+                with replacing(run_dir / name) as partial:
+                    shutil.copy2(old / name, partial)
+    else:
+        _clear(run_dir)
+    with replacing(run_dir / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(options.to_dict(), sort_keys=False))
+    log.info("run directory: %s", run_dir)
 
 
 @contextmanager

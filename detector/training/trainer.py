@@ -24,8 +24,8 @@ from detector.training import callbacks as parts
 from detector.training.checkpoints import CheckpointFiles, KeptCheckpoint
 from detector.training.device_options import DeviceOptions
 from detector.training.processes import devices, ranks_end_together
-from detector.training.resume import check_can_go_on, read_resumable, resumed_options
-from detector.training.run_directory import WRITTEN, check_free, run_directory
+from detector.training.resume import check_can_go_on, check_state, read_resumable, resumed_options
+from detector.training.run_directory import WRITTEN, check_free, run_directory, settle
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
 
 if TYPE_CHECKING:
@@ -162,7 +162,10 @@ def fit(
     if checkpoint:
         check_can_go_on(str(options.ckpt), checkpoint[task.entry], checkpoint["epoch"], task.describe(), epochs)
     with run_directory(options, above) as run_dir:  # last: a mistake above leaves no empty folder
-        trainer = _trainer(options, task, run_dir, epochs, weights)
+        trainer = _trainer(options, task, data, run_dir, epochs, weights)
+        if checkpoint:
+            check_state(str(options.ckpt), checkpoint, trainer, task)
+        settle(options, run_dir)
         with ranks_end_together(trainer), logging_redirect_tqdm():
             trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
     if trainer.interrupted:
@@ -173,7 +176,9 @@ def fit(
     return run_dir
 
 
-def _trainer(options: RunOptions, task: Task, run_dir: Path, epochs: int, weights: Weights | None) -> lightning.Trainer:
+def _trainer(
+    options: RunOptions, task: Task, data: SplitData, run_dir: Path, epochs: int, weights: Weights | None
+) -> lightning.Trainer:
     callbacks: list[lightning.Callback] = [
         KeptCheckpoint(run_dir, task.columns.monitor),
         KeptCheckpoint(run_dir),
@@ -182,7 +187,7 @@ def _trainer(options: RunOptions, task: Task, run_dir: Path, epochs: int, weight
         *([parts.FirstBatchImage(run_dir)] if not options.resume else []),  # a resumed run has its image already
         *([parts.EMA(options.ema)] if options.ema else []),
         parts.LastEpochScored(),
-        parts.RandomStates(),
+        parts.RandomStates(getattr(data, "transform", None)),
     ]
     return lightning.Trainer(
         **devices(options.trainer),
