@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,16 @@ def check_writable(place: str | Path, option: str = "out", *, file: bool = False
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
         raise InputError(f"Cannot write to '{place}': {error.strerror or error}. Choose another {option}=.") from error
+
+
+def check_sums(archive: zipfile.ZipFile) -> None:
+    """
+    Raises:
+        zipfile.BadZipFile: an entry has other bytes than were written, which torch does not see.
+    """
+    # torch can leave out the sums of all entries (torch.serialization.set_crc32_options).
+    if any(entry.CRC for entry in archive.infolist()) and (name := archive.testzip()):
+        raise zipfile.BadZipFile(f"its entry {name} has other bytes than were written")
 
 
 def write_json(path: str | Path, data: Any) -> None:

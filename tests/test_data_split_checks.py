@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from detector.data.annotations import read_annotations
@@ -143,6 +144,26 @@ def test_images_of_one_name_in_two_folders_are_not_shared(tmp_path: Path) -> Non
     (tmp_path / "other").mkdir()
     splits["val"] = read_annotations(tmp_path / "val.json", tmp_path / "other")
     assert {f.check for f in check_splits(splits)} == {"empty_images"}
+
+
+def test_copies_under_other_names_are_said_before_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    splits = load(tmp_path)
+    rng = np.random.default_rng(0)
+    noise = {i: rng.bytes(9000) for i in range(1, 21)}
+    for i, content in noise.items():
+        (tmp_path / f"train_{i}.png").write_bytes(content)
+        (tmp_path / f"val_{i}.png").write_bytes(rng.bytes(9000 + i % 2))
+    refuse_pointless(splits)
+    assert caplog.messages == []
+    (tmp_path / "val_3.png").write_bytes(noise[7])
+    (tmp_path / "val_4.png").unlink()
+    (tmp_path / "val_5.png").write_bytes(noise[8][:-1] + b"x")  # the same size, and the same bytes in the middle
+    (tmp_path / "val_6.png").write_bytes(b"")
+    (tmp_path / "train_6.png").write_bytes(b"")
+    refuse_pointless(splits)
+    (message,) = caplog.messages
+    assert message.startswith("1 image files that are scored have a copy in the training split")
+    assert f"train: {tmp_path / 'train_7.png'} and val: {tmp_path / 'val_3.png'}" in message
 
 
 def test_one_split_is_looked_at_by_itself(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import threading
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +23,7 @@ import numpy as np
 
 from detector.data.preprocess import Prepared, pad
 from detector.errors import InputError, require
+from detector.files import check_sums
 from detector.inference.detections import Found
 from detector.inference.export_info import KEYS, SECTION, ExportInfo
 from detector.inference.predictor import Predictor
@@ -204,12 +206,14 @@ def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInf
     torch = require("torchvision", "torch", package="torch torchvision", what=f"'{path}'")
     if device != "cpu":
         raise InputError(f"device={device!r}: a .pt2 runs on the CPU; load the checkpoint itself for another device.")
-    extra: dict[str, Any] = {f"{SECTION}.json": ""}
+    with _reading(path, "a torch.export file"), zipfile.ZipFile(path) as archive:
+        check_sums(archive)
+        about = [name for name in archive.namelist() if name.endswith(f"/extra/{SECTION}.json")]
+        properties = dict(json.loads(archive.read(about[0]))) if about else {}
+    info = ExportInfo.from_properties(properties, path)  # before torch, which evaluates expressions of the file
     with _reading(path, "a torch.export file"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own file format
-        module = torch.export.load(str(path), extra_files=extra).module()
-        properties = json.loads(extra[f"{SECTION}.json"] or "{}")
-    info = ExportInfo.from_properties(properties, path)
+        module = torch.export.load(str(path)).module()
     if threads:
         torch.set_num_threads(threads)
 

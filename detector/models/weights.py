@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from detector.errors import InputError, require
+from detector.files import check_sums
 
 # The largest value of a weight: its square must be a number in float32.
 LARGEST = 1e18
@@ -33,8 +34,9 @@ def read_tensors(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > path.stat().st_size:  # torch.save does not compress
-                raise DamagedFileError(f"an archive that unpacks to {unpacked} bytes, which torch.save does not write")
+                if unpacked > path.stat().st_size:  # torch.save does not compress
+                    raise DamagedFileError(f"it unpacks to {unpacked} bytes, more than torch.save would have written")
+                check_sums(archive)
         return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise

@@ -121,6 +121,10 @@ def check_state(path: str, checkpoint: Mapping[str, Any], trainer: lightning.Tra
         InputError: a part of it is not what this run writes.
     """
 
+    options, schedule = task.optimizer_options, task.schedule
+    assert options is not None
+    assert schedule is not None
+
     def loops() -> None:
         _check_alike(trainer.fit_loop.state_dict(), loop := checkpoint["loops"]["fit_loop"])
         steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
@@ -149,8 +153,8 @@ def check_state(path: str, checkpoint: Mapping[str, Any], trainer: lightning.Tra
     def optimiser() -> None:
         """A step without gradients, of a copy."""
         network = copy.deepcopy(task.network)
-        built = build_optimizer(network, task.optimizer_options, 1)
-        scheduler = LambdaLR(built, lambda step: task.schedule.factor(step, 1000))
+        built = build_optimizer(network, options, 1)
+        scheduler = LambdaLR(built, lambda step: schedule.factor(step, 1000))
         built.load_state_dict(copy.deepcopy(checkpoint["optimizer_states"][0]))
         scheduler.load_state_dict(copy.deepcopy(checkpoint["lr_schedulers"][0]))
         rates = [*scheduler.base_lrs, *scheduler.get_last_lr()]
@@ -166,15 +170,14 @@ def check_state(path: str, checkpoint: Mapping[str, Any], trainer: lightning.Tra
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"after a step {name} is not finite")
 
-    for name, attempt in (
-        ("loops", loops), ("weights", weights), ("callbacks' states", callbacks), ("optimiser's state", optimiser)
-    ):  # fmt: skip
+    for attempt in (loops, weights, callbacks, optimiser):
         try:
             attempt()
         except Exception as error:  # what odd values end in
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(
-                f"'{path}' is damaged: its {name} cannot be taken up ({reason}). Resume from another checkpoint."
+                f"'{path}' is damaged: its {attempt.__name__} cannot be taken up ({reason}). Resume from another "
+                "checkpoint."
             ) from error
 
 
