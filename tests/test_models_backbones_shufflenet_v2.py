@@ -21,6 +21,7 @@ from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import interleave
 
+STAGES = ("stage2", "stage3", "stage4")
 V2 = {"0.5x": "x0_5", "1x": "x1_0", "1.5x": "x1_5", "2x": "x2_0"}  # our file name -> torchvision's
 
 
@@ -128,6 +129,19 @@ def test_extra_depthwise_learns_and_stays_what_it_is_when_saved() -> None:
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(restored(images)["c5"], star.eval()(images)["c5"])
+
+
+def test_extra_depthwise_in_some_units_of_each_stage() -> None:
+    """Counted from the last unit of a stage on; the same network as V2* where all are."""
+    some = build("v2_1x", extra_depthwise=[0, 4, 4])
+    found = {stage: [len(unit.extra.state_dict()) > 0 for unit in getattr(some, stage)] for stage in STAGES}
+    assert found == {"stage2": [False] * 4, "stage3": [False] * 4 + [True] * 4, "stage4": [True] * 4}
+    every, star = build("v2_1x", extra_depthwise=[4, 8, 4]), build("v2star_1x")
+    assert every.state_dict().keys() == star.state_dict().keys()
+    assert build("v2_1x", extra_depthwise=[0, 0, 0]).state_dict().keys() == build("v2_1x").state_dict().keys()
+    for wrong in ([0, 4], [0, 9, 0]):
+        with pytest.raises(InputError, match="extra_depthwise"):
+            build("v2_1x", extra_depthwise=wrong)
 
 
 def test_v2star_starts_as_v2_with_real_weights(shared: Path) -> None:

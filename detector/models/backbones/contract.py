@@ -75,6 +75,7 @@ class Place(NamedTuple):
         inputs, outputs: channels.
         stride: 2 where the map shrinks: in the first unit of a stage, but not in a dilated stage nor in stage1.
         dilation: of 3x3 convolutions: 2 in a dilated stage, from its second unit on.
+        after: how many units of the stage follow.
     """
 
     stage: str
@@ -83,6 +84,7 @@ class Place(NamedTuple):
     outputs: int
     stride: int
     dilation: int
+    after: int = 0
 
 
 class Backbone(nn.Module):
@@ -123,9 +125,11 @@ class Backbone(nn.Module):
         for name, inputs, outputs, count in zip(names, widths, widths[1:], repeats, strict=False):
             dilated = name == "stage4" and self.strides["c5"] == 16
             stride = 1 if dilated or name == "stage1" else 2
-            first = unit(Place(name, True, inputs, outputs, stride, 1))
-            later = Place(name, False, outputs, outputs, 1, 2 if dilated else 1)
-            self.add_module(name, self.chain(first, *(unit(later) for _ in range(count - 1))))
+            first = unit(Place(name, True, inputs, outputs, stride, 1, count - 1))
+            later = (
+                Place(name, False, outputs, outputs, 1, 1 + dilated, after) for after in reversed(range(count - 1))
+            )
+            self.add_module(name, self.chain(first, *map(unit, later)))
         self.channels = dict(zip(FEATURES, widths[-3:], strict=True))
         self.stages = ((*stem, *names[:-3]), *((name,) for name in names[-3:]))
 

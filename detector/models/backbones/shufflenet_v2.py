@@ -5,6 +5,7 @@ Module names are torchvision's, so that its ImageNet weights load by key; conv5 
 
 from __future__ import annotations
 
+import operator
 from itertools import pairwise, zip_longest
 from typing import Annotated, Any, Literal, Self
 
@@ -25,7 +26,7 @@ from detector.models.backbones.contract import (
 )
 from detector.models.backbones.unshuffled import UnshuffledStage, reorder_inputs
 from detector.models.layers import Activation, Channels, activation_layer, conv_bn, depthwise
-from detector.options import Flag
+from detector.options import Flag, Natural
 
 Pair = tuple[Tensor, Tensor]
 
@@ -102,7 +103,7 @@ class Unit(nn.Module):
     def __init__(self, place: Place, options: ShuffleNetV2Options) -> None:
         super().__init__()
         half, activation = place.outputs // 2, options.activation
-        self.extra = ExtraDepthwise(half, dilation=place.dilation) if options.extra_depthwise else nn.Identity()
+        self.extra = ExtraDepthwise(half, dilation=place.dilation) if options.extra_in(place) else nn.Identity()
         self.branch2 = main_branch(half, half, place, options, None if options.residual else activation)
         self.last = activation_layer(activation) if options.residual else None
         self.shuffle = options.shuffle
@@ -136,7 +137,7 @@ class DownsamplingUnit(nn.Module):
         self.branch1 = nn.Sequential(
             *depthwise(inputs, stride=place.stride), *conv_bn(inputs, projected, activation=activation)
         )
-        self.extra = ExtraDepthwise(inputs, dilation=1) if options.extra_depthwise else nn.Identity()
+        self.extra = ExtraDepthwise(inputs, dilation=1) if options.extra_in(place) else nn.Identity()
         self.branch2 = main_branch(inputs, self.outputs - projected, place, options, activation)
         # Kept in checkpoints: weights trained with another order of the channels must not load in silence.
         uneven = self.shuffle and 2 * projected != self.outputs
@@ -171,8 +172,9 @@ class ShuffleNetV2Options(BackboneOptions):
     """Outputs of the last three stages, c3, c4 and c5 (table 5), or of four, the first at stride 4 (appendix)."""
     repeats: Repeats = (4, 8, 4)
     """Units in each stage, the one of stride 2 included (table 5)."""
-    extra_depthwise: Flag = False
-    """V2*: one more depthwise 3x3 at the start of every main branch (section 4)."""
+    extra_depthwise: Flag | tuple[Natural, ...] = False
+    """V2*: one more depthwise 3x3 at the start of every main branch (section 4), or of so many of each stage, from its
+    last unit on: [0,4,2]."""
     layout: Literal["torchvision", "paper"] = "torchvision"
     """Form of the downsampling units: torchvision, even branches, for public weights; paper, as the authors' code."""
     se: Flag = False
@@ -194,6 +196,14 @@ class ShuffleNetV2Options(BackboneOptions):
                 f"backbone: channels={list(self.channels)}, repeats={list(self.repeats)}; give three of each (or "
                 "four), channels as multiples of 4."
             )
+        extra = self.extra_depthwise
+        if not isinstance(extra, bool) and (
+            len(extra) != len(self.repeats) or any(map(operator.gt, extra, self.repeats))
+        ):
+            raise InputError(
+                f"backbone: extra_depthwise={list(extra)}, repeats={list(self.repeats)}; give true, false, or for each "
+                "stage a number of units that it has."
+            )
         stem = self.stem_channels if isinstance(self.stem_channels, int) else self.stem_channels[-1]
         if self.layout == "paper" and any(after <= before for before, after in pairwise((stem, *self.channels))):
             raise InputError(
@@ -201,6 +211,11 @@ class ShuffleNetV2Options(BackboneOptions):
                 f"before it, the first wider than the stem of {stem}."
             )
         return self
+
+    def extra_in(self, place: Place) -> bool:
+        """Whether the unit of this place is one of V2*."""
+        extra = self.extra_depthwise
+        return extra if isinstance(extra, bool) else place.after < extra[int(place.stage[-1]) - 5]
 
 
 class ShuffleNetV2(Backbone):
