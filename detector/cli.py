@@ -41,6 +41,7 @@ COMMANDS = {
     "benchmark": ("detector.lab.benchmark", "BenchmarkOptions", "benchmark"),
     "guidelines": ("detector.lab.guidelines", "GuidelinesOptions", "guidelines"),
     "ablations": ("detector.lab.ablations", "AblationsOptions", "ablations"),
+    "search": ("detector.lab.search", "SearchOptions", "search"),
     "pretrain": ("detector.training.pretrain", "PretrainOptions", "pretrain"),
     "import_weights": ("detector.apps.import_weights", "ImportOptions", "import_weights"),
 }

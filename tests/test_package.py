@@ -35,7 +35,7 @@ EXTRAS = {
     "detector/inference/drawing.py": {"train"},
     "detector/inference/runtime.py": {"onnx", "openvino"},
     "detector/inference/video.py": {"video"},
-    "detector/lab/": {"onnx", "openvino", "train"},
+    "detector/lab/": {"onnx", "openvino", "search", "train"},
     "detector/models/backbones/": {"timm"},
     "detector/models/weights.py": {"timm"},  # safetensors
     "detector/training/": {"train"},
