@@ -71,19 +71,13 @@ def shufflenet(width: int, groups: int, shuffle: bool = True) -> Backbone:
     return ShuffleNetV1(ShuffleNetV1Options(shuffle=shuffle, **shape))
 
 
-RESNET = partial(bottleneck_unit, groups=1, base_width=64)
-RESNEXT = partial(bottleneck_unit, groups=16, base_width=8)
+GROUPS = {1: 82, 2: 112, 3: 135, 4: 156, 8: 216}  # and the width of ShuffleNet with so many
 # Name -> network of a first stage's width, and the width with which its cost comes nearest to COST.
 NETWORKS: Mapping[str, tuple[Callable[[int], Backbone], int]] = {
-    "g=1": (partial(shufflenet, groups=1), 82),
-    "g=2": (partial(shufflenet, groups=2), 112),
-    "g=3": (partial(shufflenet, groups=3), 135),
-    "g=3, no shuffle": (partial(shufflenet, groups=3, shuffle=False), 135),
-    "g=4": (partial(shufflenet, groups=4), 156),
-    "g=8": (partial(shufflenet, groups=8), 216),
-    "g=8, no shuffle": (partial(shufflenet, groups=8, shuffle=False), 216),
-    "ResNet": (partial(Trunk, RESNET), 52),
-    "ResNeXt": (partial(Trunk, RESNEXT), 52),
+    **{f"g={g}": (partial(shufflenet, groups=g), width) for g, width in GROUPS.items()},
+    **{f"g={g}, no shuffle": (partial(shufflenet, groups=g, shuffle=False), GROUPS[g]) for g in (3, 8)},
+    "ResNet": (partial(Trunk, partial(bottleneck_unit, groups=1, base_width=64)), 52),
+    "ResNeXt": (partial(Trunk, partial(bottleneck_unit, groups=16, base_width=8)), 52),
     "VGG-like": (partial(Trunk, vgg_unit), 14),
 }
 

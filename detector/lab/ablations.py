@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -33,7 +32,7 @@ from detector.files import CONF, check_writable, replacing, write_json
 from detector.lab.ablation_networks import COST, SIDE, TABLES, What, build
 from detector.lab.ablation_report import plot, section, to_dict
 from detector.lab.latency import machine
-from detector.lab.reuse import Reuse, plot_reuse, read_reuse, reuse_section
+from detector.lab.reuse import plot_reuse, read_reuse, reuse_section
 from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
 from detector.options import Count, Options
@@ -43,15 +42,15 @@ log = logging.getLogger(__name__)
 
 DENSENET, V2 = "DenseNet", "ShuffleNet V2 0.5x"
 GROWTH, BLOCKS, FIRST = 16, (4, 8, 4), 32  # of the DenseNet: as many layers as V2 has units
-WEIGHTS = "best.pth"
 Runs: TypeAlias = dict[str, list[float]]
 
 ABOUT = """# ShuffleNet's ablations in small
 
 Classifiers of {cost:.1f} M multiply-adds at {side} x {side} pixels, {epochs} epochs on the crops of {scenes} drawn
-scenes, {seeds} seeds, on {machine}. Errors are means with a 95% interval (Student's t over the
-seeds). Differences are to the network that the row is compared with, paired by seed: the order of the images and their
-changes are the same. Beside them the paper's own errors on ImageNet."""
+scenes, {seeds} seeds, on {machine}.
+Errors are means with a 95% interval (Student's t over the seeds). Differences are to the network that the row is
+compared with, paired by seed: the order of the images and their changes are the same. Beside them the paper's own
+errors on ImageNet."""
 
 
 class AblationsOptions(Options):
@@ -81,6 +80,7 @@ def ablations(options: AblationsOptions) -> None:
     """
     out, tables = Path(options.out), [name for name in dict.fromkeys(options.what) if name != "reuse"]
     check_writable(out)
+    logging.getLogger("detector.training").setLevel(logging.WARNING)  # a line for each training is said here
     given = {Path(options.ckpt).name: read_reuse(options.ckpt)} if options.ckpt and "reuse" in options.what else {}
     networks = {row.network: options.seeds for name in tables for row in TABLES[name].rows}
     if "reuse" in options.what:
@@ -94,18 +94,15 @@ def ablations(options: AblationsOptions) -> None:
         parts.append("![Top-1 error](ablations.png)")
         write_json(out / "tables.json", {"machine": machine(), "options": options.to_dict()} | to_dict(tables, errors))
     if "reuse" in options.what:
-        here = given or {V2: read_reuse(run_dir(out, V2, 0) / WEIGHTS)}
-        parts += _reuse({DENSENET: read_reuse(run_dir(out, DENSENET, 0) / WEIGHTS)} | here, out)
+        trained = {name: read_reuse(run_dir(out, name, 0) / "best.pth") for name in networks if name in (DENSENET, V2)}
+        parts += [reuse_section(trained | given), "![Feature reuse](reuse.png)"]
+        plot_reuse(trained | given, out / "reuse.png")
+        shown = {name: [one.to_dict() for one in stages] for name, stages in (trained | given).items()}
+        write_json(out / "reuse.json", shown)
     text = "\n\n".join(parts)
     log.info("%s", text)
     with replacing(out / "ablations.md") as partial_file:
         partial_file.write_text(f"{text}\n", encoding="utf-8")
-
-
-def _reuse(networks: Mapping[str, list[Reuse]], out: Path) -> list[str]:
-    plot_reuse(networks, out / "reuse.png")
-    write_json(out / "reuse.json", {name: [one.to_dict() for one in stages] for name, stages in networks.items()})
-    return [reuse_section(networks), "![Feature reuse](reuse.png)"]
 
 
 def train_all(networks: Mapping[str, int], options: AblationsOptions) -> Runs:
@@ -150,8 +147,7 @@ def train(name: str, seed: int, options: AblationsOptions) -> float:
         "trainer": {"devices": 1},
     }
     about = {"recipe_name": "ablations", "backbone_name": name, "run_dir": str(folder), "overwrite": True}
-    with quiet():
-        pretrain(PretrainOptions.parse(values | changed | about | {"seed": seed}), maker(name))
+    pretrain(PretrainOptions.parse(values | changed | about | {"seed": seed}), maker(name))
     return 100 * (1 - float(json.loads((folder / "metrics.json").read_text())["last"]["top1"]))
 
 
@@ -168,15 +164,3 @@ def maker(name: str) -> Callable[[int], nn.Module]:
 def run_dir(out: Path, name: str, seed: int) -> Path:
     """Where a training writes."""
     return out / "runs" / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Of each training only what is wrong with it is logged."""
-    training = logging.getLogger("detector.training")
-    level = training.level
-    training.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        training.setLevel(level)

@@ -21,6 +21,7 @@ from detector.inference.detector import read_torch_file
 from detector.models.backbones.channel_order import reads_here
 
 V2 = re.compile(r"(?:^|\.)(stage\d)\.(\d+)\.branch2\.0\.weight$")
+MEASURES = {"average": "mean absolute weight", "share": "share of a unit's weights (L1)"}
 DENSENET = re.compile(r"(?:^|\.)(denseblock\d)\.denselayer(\d+)\.conv1\.weight$")
 
 
@@ -146,7 +147,7 @@ def plot_reuse(networks: Mapping[str, Sequence[Reuse]], path: Path) -> None:
     figure = Figure(figsize=(5.2 * len(networks), 9), layout="constrained")
     panels = figure.subplots(2, len(networks), squeeze=False)
     for column, (name, stages) in zip(panels.T, networks.items(), strict=True):
-        for axes, kind in zip(column, ("average", "share"), strict=True):
+        for axes, (kind, title) in zip(column, MEASURES.items(), strict=True):
             side = sum(len(one.channels) for one in stages)
             shown, at = np.full((side, side), np.nan), 0
             for one in stages:
@@ -155,6 +156,6 @@ def plot_reuse(networks: Mapping[str, Sequence[Reuse]], path: Path) -> None:
                 at += len(values)
             image = axes.imshow(np.where(shown > 0, shown, np.nan), vmin=0)
             figure.colorbar(image, shrink=0.7)
-            axes.set(title=f"{name}: {kind} of weights", xlabel="from unit, stage after stage", ylabel="to unit")
+            axes.set(title=f"{name}\n{title}", xlabel="from unit, stage after stage", ylabel="to unit")
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120)
