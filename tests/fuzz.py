@@ -1,6 +1,6 @@
 """Malformed inputs by the thousand: each mutant of a valid file or command line is refused in words, or used rightly.
 
-python tests/fuzz.py --count 10000 --seed 0 [--only annotations,images,checkpoints,command,results,exports]
+python tests/fuzz.py --count 10000 --seed 0 [--only annotations,images,videos]
 python tests/fuzz.py --replay 4711          one mutant again, with its traceback
 
 A mutant passes where it ends in InputError, of one or two lines, or in a result that an oracle accepts: pycocotools'
@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,12 +37,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 
+from detector.apps import export as export_app
 from detector.apps.doctor.examine import examine
 from detector.apps.evaluate import EvalOptions
 from detector.apps.evaluate import evaluate as evaluate_command
 from detector.apps.predict import PredictCommandOptions
 from detector.apps.predict import predict as predict_command
+from detector.apps.serve import Limits, ServerOptions
+from detector.apps.serve.app import build_app
 from detector.cli import compose, explain
 from detector.data.annotations import load_annotations, read_annotations
 from detector.data.collate import collate
@@ -55,10 +60,12 @@ from detector.errors import InputError
 from detector.evaluation.compare import compare
 from detector.evaluation.diagnosis import diagnose
 from detector.evaluation.metrics import compute_metrics
-from detector.export.formats import export_onnx, export_openvino
+from detector.export.formats import export_onnx, export_openvino, export_torch
 from detector.files import write_json
 from detector.inference.detector import Detector
 from detector.inference.loading import load
+from detector.models.backbones import build_backbone
+from detector.models.backbones.pretrained import load_weights
 from detector.models.build import NetworkOptions, build_network
 
 LIMIT = 10.0  # seconds for a mutant
@@ -120,7 +127,7 @@ class Outcome:
 
 
 class Workshop:
-    """Valid inputs, made once: a data set of six images, results on it, a checkpoint, its exports."""
+    """Valid inputs, made once: a data set of six images, results on it, a checkpoint, its exports, two videos."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -155,10 +162,13 @@ class Workshop:
         self.checkpoint = torch.load(folder / "d.ckpt", weights_only=True)
         export_onnx(self.detector, folder / "d.onnx")
         export_openvino(self.detector, folder / "d.xml", batch=1, canvas=(64, 64))
+        export_torch(self.detector, folder / "d.pt2", batch=1, canvas=(64, 64))
+        torch.save(self.detector.network.backbone.state_dict(), folder / "w.pth")
+        self.videos = [make_video(folder / f"v.{kind}") for kind in ("mp4", "avi")]
         self.good = self.root / "images" / "0.png"
         self.expected = {
             name: load(folder / name).predict(self.good, score_threshold=0)[0].to_dict()
-            for name in ("d.ckpt", "d.onnx", "d.xml")
+            for name in ("d.ckpt", "d.onnx", "d.xml", "d.pt2")
         }
         demand(self.expected["d.ckpt"]["boxes"], "the valid checkpoint finds nothing, so nothing would be compared")
 
@@ -191,6 +201,21 @@ class Workshop:
                     rows.append({"image_id": index.image_ids[i], "category_id": index.category_ids[label], "bbox": row,
                                  "score": round(float(rng.random()), 3)})  # fmt: skip
         return rows
+
+
+def make_video(path: Path) -> Path:
+    """Six frames of 64 x 48."""
+    import av
+
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(6):
+            pixels = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((64, 48)))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
 
 
 # Mutations of what JSON can say.
@@ -526,6 +551,8 @@ def check_equal(row: dict[str, Any], expected: dict[str, Any]) -> None:
 def fuzz_checkpoints(shop: Workshop, rng: np.random.Generator, folder: Path) -> None:
     path = folder / "d.ckpt"
     untouched = False
+    if rng.random() < 0.2:
+        return import_mutant(shop, rng, folder)
     if rng.random() < 0.15:
         path.write_bytes(damaged((shop.folder / "d.ckpt").read_bytes(), rng))
     else:
@@ -543,6 +570,23 @@ def fuzz_checkpoints(shop: Workshop, rng: np.random.Generator, folder: Path) -> 
             mutate(checkpoint["detector"][part] if part != "detector" else checkpoint["detector"], rng)
         torch.save(checkpoint, path)
     predict_with(shop, path, "d.ckpt" if untouched else None)
+
+
+def import_mutant(shop: Workshop, rng: np.random.Generator, folder: Path) -> None:
+    """Weights of a backbone, some of them odd: what is written is read again, and finite."""
+    content = torch.load(shop.folder / "w.pth", weights_only=True)
+    if rng.random() < 0.2:
+        (folder / "w.pth").write_bytes(damaged((shop.folder / "w.pth").read_bytes(), rng))
+    else:
+        mutate_weights(content, rng)
+        torch.save(content, folder / "w.pth")
+    words = [word.replace("OUT", "out") for word in WORDS["import_weights"]]
+    composed = compose("import_weights", words[: -1 if rng.random() < 0.5 else None])
+    shop.reached = True
+    composed.run(composed.options())
+    backbone = build_backbone(NetworkOptions.parse(SPEC).backbone)
+    load_weights(backbone, folder / "out/w.pth")
+    demand(all(value.isfinite().all() for value in backbone.state_dict().values()), "weights that are not finite")
 
 
 def mutate_weights(weights: dict[str, Any], rng: np.random.Generator) -> None:
@@ -575,13 +619,15 @@ def predict_with(shop: Workshop, path: Path, expected: str | None) -> None:
 
 
 def fuzz_exports(shop: Workshop, rng: np.random.Generator, folder: Path) -> None:
-    name = pick(rng, ["d.onnx", "d.onnx", "d.xml"])
+    name = pick(rng, ["d.onnx", "d.onnx", "d.xml", "d.pt2"])
     path = folder / name
     content = (shop.folder / name).read_bytes()
     if name == "d.xml":
         shutil.copy(shop.folder / "d.bin", folder / "d.bin")
     if rng.random() < 0.5:
         content = mutate_metadata(content, name, rng)
+    elif rng.random() < 0.5 and name == "d.pt2":
+        content = mutate_entry(content, rng)
     elif rng.random() < 0.3 and name == "d.xml":
         (folder / "d.bin").write_bytes(damaged((folder / "d.bin").read_bytes(), rng))
     else:
@@ -601,6 +647,17 @@ def mutate_metadata(content: bytes, name: str, rng: np.random.Generator) -> byte
         if rng.random() < 0.1:
             model.metadata_props.remove(entry)
         return bytes(model.SerializeToString())
+    if name == "d.pt2":
+        about = next(entry for entry in zipfile.ZipFile(io.BytesIO(content)).namelist() if "light_head" in entry)
+
+        def odd(text: bytes) -> bytes:
+            properties = json.loads(text)
+            key = pick(rng, list(properties))
+            properties[key] = odd_text(properties[key], rng)
+            whole = rng.random() < 0.1
+            return json.dumps(pick(rng, ODD[:2] + ODD[-6:]) if whole else properties).encode("utf-8", "replace")
+
+        return rezipped(content, about, odd)
     from xml.etree import ElementTree
 
     tree = ElementTree.fromstring(content)
@@ -608,6 +665,99 @@ def mutate_metadata(content: bytes, name: str, rng: np.random.Generator) -> byte
     node = pick(rng, list(section))
     node.set("value", odd_text(node.get("value") or "", rng).encode("utf-8", "replace").decode().replace("\x00", ""))
     return ElementTree.tostring(tree)
+
+
+def rezipped(content: bytes, name: str, change: Callable[[bytes], bytes]) -> bytes:
+    """An archive with another entry, and right sums."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(written, "w") as target:
+        for entry in source.infolist():
+            data = source.read(entry)
+            target.writestr(entry.filename, change(data) if entry.filename == name else data)
+    return written.getvalue()
+
+
+def mutate_entry(content: bytes, rng: np.random.Generator) -> bytes:
+    """Change what an archive of torch.export says, or its numbers, under right sums."""
+    entries = zipfile.ZipFile(io.BytesIO(content)).namelist()
+
+    def change(data: bytes) -> bytes:
+        try:
+            tree = json.loads(data)
+        except ValueError:
+            return damaged(data, rng)
+        mutate(tree, rng)
+        return json.dumps(tree).encode("utf-8", "replace")
+
+    likely = [entry for entry in entries if entry.endswith(".json") and "light_head" not in entry]
+    return rezipped(content, pick(rng, likely if rng.random() < 0.7 else entries), change)
+
+
+def fuzz_videos(shop: Workshop, rng: np.random.Generator, folder: Path) -> None:
+    """Predict on a damaged video: frames in order, boxes inside them; sometimes by the command, with a good image."""
+    valid = pick(rng, shop.videos)
+    path = folder / f"odd{pick(rng, [valid.suffix, valid.suffix, '.mp4', '.avi', '.mkv'])}"
+    content = valid.read_bytes()
+    for _ in range(int(pick(rng, [1, 1, 3]))):
+        content = damaged(content, rng)
+    path.write_bytes(content)
+    if rng.random() < 0.8:
+        last = -1
+        for found in shop.detector.stream(path, score_threshold=0, every=int(pick(rng, [1, 1, 2]))):
+            shop.reached = True
+            check_detections(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+            demand(found.frame is not None and found.frame > last, f"frame {found.frame} after {last}")
+            last = found.frame or 0
+        return
+    options = {"ckpt": str(shop.folder / "d.ckpt"), "source": [str(shop.good), str(path)], "out": str(folder / "out"),
+               "save": ["jsonl", "images"], "score_threshold": 0, "device": "cpu"}  # fmt: skip
+    try:
+        predict_command(PredictCommandOptions.parse(options))
+    except SystemExit as stop:
+        demand(stop.code == 1, f"exit code {stop.code}")
+    rows = [json.loads(line) for line in (folder / "out/detections.jsonl").read_text().splitlines()]
+    shop.reached = len(rows) > 1
+    check_equal(rows[0], shop.expected["d.ckpt"])
+
+
+def fuzz_service(shop: Workshop, rng: np.random.Generator, _: Path) -> None:
+    """A request with something odd in it: an answer, or a message and the client's fault."""
+    _, image = image_file(rng) if rng.random() < 0.5 else ("", shop.good.read_bytes())
+    fields = {name: str(pick(rng, TEXTS + NUMBERS)) for name in ("score_threshold", "max_proposals", "classes", "x")}
+    fields = {name: value for name, value in fields.items() if rng.random() < 0.15}
+    query = "&".join(f"{name}={value}" for name, value in fields.items() if rng.random() < 0.3)
+    boundary = "b0undary"
+    parts = [f'name="{name}"\r\n\r\n{value}'.encode() for name, value in fields.items() if name not in query]
+    parts.insert(0, b'name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n' + image)
+    start = f"--{boundary}\r\nContent-Disposition: form-data; ".encode()
+    body = b"\r\n".join([*(start + part for part in parts), f"--{boundary}--\r\n".encode()])
+    headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+    action = rng.integers(6)
+    if action == 0:
+        body, headers = image, {"content-type": pick(rng, ["image/png", "", "application/octet-stream", "text/plain"])}
+    elif action == 1:  # what stands before the image
+        body = damaged(body[:120], rng) + body[120:]
+    elif action == 2:
+        body = damaged(body, rng)
+    elif action == 3:
+        odd = ["", "; boundary=", f"; boundary={'b' * 9000}", "; boundary=other", "x" * 70_000]
+        odd = [f"multipart/form-data{one}" for one in odd] + [headers["content-type"] + "; charset=utf-16"]
+        headers = {"content-type": pick(rng, odd)}
+    elif action == 4:
+        names = ["x-odd", "accept", "cookie", "expect", "content-length", "origin", "host", "range", "content-encoding"]
+        headers[pick(rng, names)] = pick(rng, ["", "0", "-1", "9" * 30, "x" * 100_000, "*/*", "null", "gzip", "\x7f"])
+    path = f"/predict?{query}" if rng.random() < 0.95 else f"/{pick(rng, ['', 'predict/', '%00', '../x', 'health'])}"
+    method = "POST" if rng.random() < 0.95 else pick(rng, ["GET", "PUT", "DELETE", "HEAD"])
+    options = ServerOptions(limits=Limits(max_upload_mb=1, max_megapixels=1, queue=4, timeout=5))
+    app = build_app(shop.detector, options)  # one that has ended does not begin again
+    with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as client:
+        response = client.request(method, path, content=body, headers=headers)
+    shop.reached = response.status_code in (200, 413, 422)
+    demand(response.status_code < 500, f"{response.status_code}: {response.text[:200]}")
+    if response.status_code == 200 and method == "POST":
+        check_detections(response.json())
+    elif method == "POST":
+        demand(response.json()["error"].strip(), f"{response.status_code} without a message")
 
 
 def odd_text(text: str, rng: np.random.Generator) -> str:
@@ -680,9 +830,14 @@ WORDS = {
               "input.long_side=64", "light_head.thin_channels=2", "rpn.channels=16", "rpn.scales=[16,32]",
               "optimizer.lr=0.01", "augment.flip=0.5", "schedule.epochs=1", "backbone.weights=null", "neck.name=cem",
               "light_head.mid_channels=8", "augment.scale=[0.9,1.1]", "train.batch_size=2", "freeze.stages=0"),
+    "export": ("ckpt=d.ckpt", "data.root=data", "check.images=2", "out=OUT", "format=onnx", "calibration_images=2",
+               "size=64x64", "batch=1", "check.max_drop.float32=0.5", "accuracy_control=false", "check.threads=1",
+               "calibration=data/images", "check=null"),
+    "import_weights": ("source=w.pth", "out=OUT/w.pth", "backbone.stem_channels=8", "backbone.channels=[16,32,64]",
+                       "backbone.repeats=[1,1,1]", "input=bgr255", "partial=true"),
 }  # fmt: skip
 # Without these a command has nothing to do; the first ones of each line.
-NEEDED = {"predict": 3, "eval": 4, "compare": 5, "doctor": 5, "train": 6}
+NEEDED = {"predict": 3, "eval": 4, "compare": 5, "doctor": 5, "train": 6, "export": 4, "import_weights": 5}
 TEXTS = (
     "", "null", "nan", "inf", "-1", "0", "1", "2", "0.5", "1e308", "true", "[]", "[1]", "{}", "[1,2]", "{a: 1}", "text",
     "é", "a b", "'a", '"a"', "[a", "it's.jpg", 'q"uo.jpg', "$x", "a=b", "1_000", "1e3", "99999999999999999999", "???",
@@ -713,7 +868,7 @@ def fuzz_command(shop: Workshop, rng: np.random.Generator, folder: Path) -> None
         else:
             words[at] = words[at].replace(pick(rng, list(words[at])), pick(rng, ["", "é", " ", "\x01", "'"]), 1)
     words = [word.replace("OUT", "out") for word in words]
-    for name in ("data", "d.ckpt", "results.json"):
+    for name in ("data", "d.ckpt", "results.json", "w.pth"):
         (folder / name).symlink_to(shop.folder / name)
     composed = compose(command, words)
     options: Any = composed.options()
@@ -729,9 +884,10 @@ def fuzz_command(shop: Workshop, rng: np.random.Generator, folder: Path) -> None
         demand(all(torch.isfinite(loss) for loss in losses.values()), f"losses {losses}")
         return
     try:
-        composed.run(options)
+        with written_before(shop):
+            composed.run(options)
     except SystemExit as stop:
-        demand(stop.code in (0, 1), f"exit code {stop.code}")
+        demand(stop.code in (0, 1) or str(stop.code).startswith("failed: "), f"exit code {stop.code}")
     for path in folder.glob("**/*.json"):
         if not path.is_symlink() and path.is_relative_to(folder) and "data" not in path.parts:
             tree = json.loads(path.read_text("utf-8"))
@@ -742,6 +898,23 @@ def fuzz_command(shop: Workshop, rng: np.random.Generator, folder: Path) -> None
                 demand(all(v is None or isinstance(v, dict) or 0 <= v <= 1 for v in tree.values()), f"metrics {tree}")
 
 
+@contextmanager
+def written_before(shop: Workshop) -> Iterator[None]:
+    """Exports are copies of what was written once: a writer takes seconds."""
+
+    def write(_: Any, path: Path, **__: Any) -> None:
+        path.parent.mkdir(exist_ok=True)
+        for suffix in (".xml", ".bin") if path.suffix == ".xml" else (path.suffix,):
+            shutil.copy(shop.folder / f"d{suffix}", path.with_suffix(suffix))
+
+    before = dict(export_app.FORMATS)
+    export_app.FORMATS.update({name: one._replace(write=write) for name, one in before.items()})
+    try:
+        yield
+    finally:
+        export_app.FORMATS.update(before)
+
+
 KINDS: dict[str, Callable[[Workshop, np.random.Generator, Path], None]] = {
     "annotations": fuzz_annotations,
     "images": fuzz_images,
@@ -749,6 +922,8 @@ KINDS: dict[str, Callable[[Workshop, np.random.Generator, Path], None]] = {
     "command": fuzz_command,
     "results": fuzz_results,
     "exports": fuzz_exports,
+    "videos": fuzz_videos,
+    "service": fuzz_service,
 }
 
 
