@@ -180,6 +180,7 @@ def test_places_that_cannot_hold_files(
         ("benchmark", {"what": "peers"}, "detector.lab.benchmark.benchmark_peers"),
         ("benchmark", {"what": "backbones"}, "detector.lab.benchmark.benchmark_backbones"),
         ("benchmark", {"what": "predict"}, "detector.lab.benchmark.benchmark_predict"),
+        ("benchmark", {"what": "speed"}, "detector.lab.benchmark.benchmark_speed"),
         ("guidelines", {}, "detector.lab.guidelines.measure"),
         ("import_weights", {"source": "x.pth"}, "detector.apps.import_weights.load_weights"),
         ("export", {"ckpt": "x.ckpt"}, "detector.apps.export.validation_images"),

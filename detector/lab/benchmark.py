@@ -4,6 +4,9 @@ python tools/benchmark.py peers                       parts of this package and 
 python tools/benchmark.py peers out=peers.json        and write the results down
 python tools/benchmark.py backbones                   cost, receptive field and speed of every file of conf/backbone/
 python tools/benchmark.py backbones only=[v2_1x,v2star_1x] out=DIR    a table, JSON and a plot in DIR
+python tools/benchmark.py speed out=DIR               the paper's speed tables: table8, units, appendix and table7; a
+                                                      run that was stopped goes on
+python tools/benchmark.py speed tables=table8 only=[v2_1x,v1_1x]      one of them, these backbones alone
 python tools/benchmark.py predict ckpt=best.ckpt exports=[best.onnx,best.xml]   one image to its boxes, part by part,
                                                       beside torchvision's detectors, with 1 .. all threads
 python tools/benchmark.py cost out=DIR                what predicts the time of every backbone: multiply-adds, memory
@@ -19,13 +22,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 import torchvision
 import yaml
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 from detector.data.annotations import load_annotations
 from detector.data.images import read_image
@@ -55,14 +58,16 @@ from detector.lab.prediction import (
     peer_multiply_adds,
 )
 from detector.lab.receptive_field import plot_receptive_fields
-from detector.models.backbones import parse_backbone
+from detector.lab.speed import speed_tables
+from detector.lab.speed_tables import SpeedTable
+from detector.models.backbones import BackboneOptions, parse_backbone
 from detector.models.backbones.classifier import build_classifier
 from detector.models.build import NetworkOptions
 from detector.options import Count, Flag
 
 log = logging.getLogger(__name__)
 # Turns of each contestant where the command line does not say: a 99th percentile needs a hundred.
-TURNS = {"peers": 15, "backbones": 15, "predict": 100, "cost": 15}
+TURNS = {"peers": 15, "backbones": 15, "predict": 100, "cost": 15, "speed": 15}
 RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
 # Shown in receptive_fields.png: the backbones of table 7 at 140 M, and what they are compared with.
 PLOTTED = (
@@ -78,20 +83,27 @@ PLOTTED = (
 EXPLAINED = 0.005  # a larger deviation from the published multiply-adds is listed below the table, with its reason
 
 
+def _listed(value: Any) -> Any:
+    """A list of one may come without brackets."""
+    return (value,) if isinstance(value, int | str) else value
+
+
 class BenchmarkOptions(NetworkOptions):
     """What to measure. The training step of `peers` is that of a network and a recipe; what else a recipe says is not
     used here."""
 
     model_config = ConfigDict(extra="ignore")
 
-    what: Literal["peers", "backbones", "predict", "cost"] = "peers"
-    """Peers, backbones, predict or cost; the word alone will do."""
+    what: Literal["peers", "backbones", "predict", "cost", "speed"] = "peers"
+    """Peers, backbones, predict, cost or speed; the word alone will do."""
     turns: Count | None = None
-    """Turns of each contestant, after three that are not counted; null: 15, for predict 100."""
+    """Turns of each contestant, after three that are not counted; null: 15, for predict 100. Speed: at most."""
     out: str | None = None
-    """Peers, predict: a JSON file; backbones: a folder; cost: a folder, null: cost."""
+    """Peers, predict: a JSON file; backbones: a folder; cost, speed: a folder, null: cost, speed."""
     only: tuple[str, ...] | None = None
-    """Backbones, cost: their names, [v2_1x,v2star_1x]; null: every file of conf/backbone/."""
+    """Backbones, cost, speed: their names, [v2_1x,v2star_1x]; null: every file of conf/backbone/."""
+    tables: Annotated[tuple[SpeedTable, ...], BeforeValidator(_listed)] = get_args(SpeedTable)
+    """Speed: which of the paper's tables."""
     receptive_field: Flag = True
     """Backbones: measure it too, minutes for all of them."""
     ckpt: str | None = None
@@ -100,8 +112,8 @@ class BenchmarkOptions(NetworkOptions):
     """Predict: an image; null: a drawn one of 640 x 480."""
     exports: tuple[str, ...] = ()
     """Predict: files of tools/export.py to run beside the checkpoint."""
-    threads: tuple[Count, ...] | None = None
-    """Predict: numbers of threads, [1,2]; null: 1 to all cores. Cost: [2]; null: one."""
+    threads: Annotated[tuple[Count, ...], BeforeValidator(_listed)] | None = None
+    """Predict: numbers of threads, [1,2]; null: 1 to all cores. Cost, speed: one number; null: 1."""
     budgets: tuple[Count, ...] = (50, 100)
     """Predict: numbers of proposals that the checkpoint is run with too."""
     peers_exported: Flag = False
@@ -117,9 +129,11 @@ def benchmark(options: BenchmarkOptions) -> None:
         InputError: an option, or a file that it names, is wrong; a contestant fails.
     """
     if options.out:
-        check_writable(options.out, file=options.what not in ("backbones", "cost"))
+        check_writable(options.out, file=options.what in ("peers", "predict"))
     commands = {"peers": benchmark_peers, "backbones": benchmark_backbones, "predict": benchmark_predict}
-    (commands | {"cost": benchmark_cost})[options.what](options, options.turns or TURNS[options.what])
+    (commands | {"cost": benchmark_cost, "speed": benchmark_speed})[options.what](
+        options, options.turns or TURNS[options.what]
+    )
 
 
 def benchmark_peers(options: BenchmarkOptions, turns: int) -> None:
@@ -147,10 +161,7 @@ def _peer_contests(options: BenchmarkOptions, turns: int) -> Iterator[dict[str, 
 
 def benchmark_backbones(options: BenchmarkOptions, turns: int) -> None:
     """Every backbone: its cost, what it sees, its speed as a classifier."""
-    entries = {
-        name: parse_backbone(yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text()))
-        for name in chosen(options.only)
-    }
+    entries = _entries(options)
     profiles = [
         profile(name, entry, with_field=options.receptive_field)
         for name, entry in progress(entries.items(), "cost and receptive field", unit="backbone")
@@ -167,6 +178,13 @@ def benchmark_backbones(options: BenchmarkOptions, turns: int) -> None:
     log.info("%s\n%s\n%s", machine(), backbone_table(profiles), deviations(profiles))
     if options.out:
         write_survey(profiles, Path(options.out))
+
+
+def _entries(options: BenchmarkOptions) -> dict[str, BackboneOptions]:
+    folder = CONF / "backbone"
+    return {
+        name: parse_backbone(yaml.safe_load((folder / f"{name}.yaml").read_text())) for name in chosen(options.only)
+    }
 
 
 def chosen(only: Sequence[str] | None) -> list[str]:
@@ -278,10 +296,20 @@ def benchmark_predict(options: BenchmarkOptions, turns: int) -> None:
 
 def benchmark_cost(options: BenchmarkOptions, turns: int) -> None:
     """What predicts the time of the backbones."""
+    cost_survey(chosen(options.only), _threads(options), turns, options.out or "cost")
+
+
+def benchmark_speed(options: BenchmarkOptions, turns: int) -> None:
+    """The paper's speed tables."""
+    out, threads = options.out or "speed", _threads(options)
+    speed_tables(options.tables, _entries(options), out, threads=threads, turns=turns)
+
+
+def _threads(options: BenchmarkOptions) -> int:
     threads = options.threads or (1,)
     if len(threads) > 1 or threads[0] > (os.cpu_count() or 1):
-        raise InputError(f"threads={list(threads)}: one number for cost, of at most {os.cpu_count()} cores.")
-    cost_survey(chosen(options.only), threads[0], turns, options.out or "cost")
+        raise InputError(f"threads={list(threads)}: one number for {options.what}, of at most {os.cpu_count()} cores.")
+    return threads[0]
 
 
 def by_name(paths: Iterable[str]) -> dict[str, Path]:

@@ -31,8 +31,8 @@ Maker: TypeAlias = Callable[[], Call]
 WARM_UP = 3
 
 
-def take_turns(calls: Mapping[str, Call], turns: int, title: str) -> dict[str, list[float]]:
-    """Seconds of each callable in each of `turns` turns, after WARM_UP that are not counted.
+def take_turns(calls: Mapping[str, Call], turns: int, title: str, warm_up: int = WARM_UP) -> dict[str, list[float]]:
+    """Seconds of each callable in each of `turns` turns, after `warm_up` that are not counted.
 
     A turn calls them all, one after the other.
 
@@ -40,7 +40,7 @@ def take_turns(calls: Mapping[str, Call], turns: int, title: str) -> dict[str, l
         calls: by name.
         title: before the progress bar.
     """
-    return _alternate({name: partial(_seconds, call) for name, call in calls.items()}, turns, title)
+    return _alternate({name: partial(_seconds, call) for name, call in calls.items()}, turns, title, warm_up)
 
 
 def take_turns_apart(makers: Mapping[str, Maker], turns: int, title: str, *, settle: int) -> dict[str, list[float]]:
@@ -74,9 +74,11 @@ def take_turns_apart(makers: Mapping[str, Maker], turns: int, title: str, *, set
         return _alternate({name: partial(timed, name) for name in makers}, turns, title)
 
 
-def _alternate(timers: Mapping[str, Callable[[], float]], turns: int, title: str) -> dict[str, list[float]]:
-    rows = [[timer() for timer in timers.values()] for _ in progress(range(WARM_UP + turns), title, unit="turn")]
-    return {name: list(column) for name, column in zip(timers, zip(*rows[WARM_UP:], strict=True), strict=True)}
+def _alternate(
+    timers: Mapping[str, Callable[[], float]], turns: int, title: str, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    rows = [[timer() for timer in timers.values()] for _ in progress(range(warm_up + turns), title, unit="turn")]
+    return {name: list(column) for name, column in zip(timers, zip(*rows[warm_up:], strict=True), strict=True)}
 
 
 def _seconds(call: Call) -> float:
