@@ -26,6 +26,7 @@ from detector.errors import InputError
 # What most options are. Strict: true is no number, and "3" is none either.
 Natural = Annotated[int, Strict(), Field(ge=0)]
 Count = Annotated[int, Strict(), Field(ge=1)]
+Threads = Annotated[int, Strict(), Field(ge=1), Field(le=4096)]  # torch ends in an overflow beyond 32 bits
 Positive = Annotated[float, Strict(), Field(gt=0)]
 NotNegative = Annotated[float, Strict(), Field(ge=0)]
 Share = Annotated[float, Strict(), Field(ge=0), Field(le=1)]

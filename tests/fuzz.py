@@ -60,7 +60,7 @@ from detector.errors import InputError
 from detector.evaluation.compare import compare
 from detector.evaluation.diagnosis import diagnose
 from detector.evaluation.metrics import compute_metrics
-from detector.export.formats import export_onnx, export_openvino, export_torch
+from detector.export.formats import export_info, export_onnx, export_openvino, export_torch
 from detector.files import write_json
 from detector.inference.detector import Detector
 from detector.inference.loading import load
@@ -902,7 +902,8 @@ def fuzz_command(shop: Workshop, rng: np.random.Generator, folder: Path) -> None
 def written_before(shop: Workshop) -> Iterator[None]:
     """Exports are copies of what was written once: a writer takes seconds."""
 
-    def write(_: Any, path: Path, **__: Any) -> None:
+    def write(detector: Detector, path: Path, *, batch: int | None, canvas: tuple[int, int] | None, **_: Any) -> None:
+        export_info(detector, batch=batch, canvas=canvas)  # refuses sizes
         path.parent.mkdir(exist_ok=True)
         for suffix in (".xml", ".bin") if path.suffix == ".xml" else (path.suffix,):
             shutil.copy(shop.folder / f"d{suffix}", path.with_suffix(suffix))

@@ -127,6 +127,8 @@ def test_all_formats_in_a_folder(checkpoint: Path, tmp_path: Path) -> None:
         (["format=tflite"], "format=tflite: expected onnx, openvino, torch_export, int8, int8_onnx or all"),
         (["size=256"], "size=256: expected dynamic, or height x width"),
         (["size=100x96"], "multiples of 32"),
+        (["format=[]"], "format=[]: expected onnx, openvino"),
+        (["check.threads=99999999999999999999"], "expected a whole number from 1 to 4096"),
         (["batch=4"], "batch=4: expected dynamic or 1"),
         (["out=model.pt2"], "ends in .onnx"),
         (["data.root=nowhere"], "nowhere"),

@@ -43,7 +43,7 @@ from detector.files import check_writable, write_json
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector
-from detector.options import Count, Flag, Options
+from detector.options import Count, Flag, Options, Threads
 
 log = logging.getLogger(__name__)
 # Beside an export of a fixed size: what that size itself costs.
@@ -94,7 +94,7 @@ class CheckOptions(Options):
     """images of the validation split that are compared"""
     max_drop: MaxDropOptions = MaxDropOptions()
     """points of AP that an export may lose"""
-    threads: Count | None = 1
+    threads: Threads | None = 1
     """threads of every contestant, so that latencies compare; null: as many as each likes"""
 
 
@@ -103,7 +103,7 @@ class ExportOptions(Options):
 
     ckpt: str
     """best.ckpt or last.ckpt of a run"""
-    format: Annotated[FormatName | list[FormatName], _FORMAT] = "onnx"
+    format: Annotated[FormatName | Annotated[list[FormatName], Field(min_length=1)], _FORMAT] = "onnx"
     """onnx, openvino, torch_export, int8 (OpenVINO), int8_onnx; several: [onnx,int8]; all"""
     out: str | None = None
     """a file for one format, else a folder; null: beside the checkpoint, under its name"""

@@ -26,7 +26,7 @@ from detector.inference.loading import load
 from detector.inference.predictor import PredictOptions, SearchOptions
 from detector.inference.sources import count_images, is_live, leave_out
 from detector.inference.writers import LIVE_WRITERS, WRITERS, Places, Results
-from detector.options import Count
+from detector.options import Threads
 
 log = logging.getLogger(__name__)
 Kind = Literal["images", "crops", "json", "jsonl", "csv", "coco"]
@@ -46,7 +46,7 @@ class PredictCommandOptions(SearchOptions):
     """Images (for a video: a video), crops, json, jsonl, csv, coco; null: [images,json], streams [images,jsonl]."""
     device: str | None = None
     """Null: the GPU if there is one."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """Threads of the processor that one prediction may use; null: as many as the runtime likes."""
 
 

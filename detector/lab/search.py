@@ -3,7 +3,7 @@
 python tools/search.py                                the most capable detector that takes as long as the v2_1x one
 python tools/search.py target_ms=8 threads=2          ... that takes 8 ms with two threads
 python tools/search.py target_ms=3 device=cuda        ... on a GPU
-python tools/search.py proxy=multiply_adds            heads and the input too, by a proxy that counts them
+python tools/search.py proxy=naswot                   heads and input stay: this proxy sees the backbone alone
 python tools/search.py recipe=finetune trials=2000    with that recipe's heads and input as the hand-made ones
 python tools/search.py out=DIR                        again with the same DIR: go on where it stopped
 python tools/search.py conf=true                      write the result into conf/ too: recipe=searched_8ms trains it
@@ -69,8 +69,8 @@ class SearchOptions(DetectorOptions):
     """Of the CPU."""
     trials: Count = 1000
     """Detectors that are looked at, about four a second."""
-    proxy: Proxy = "naswot"
-    """Of capacity, the better one in docs/search.md. It sees neither heads nor input, which then stay as they are."""
+    proxy: Proxy = "multiply_adds"
+    """Of capacity; what it found learnt more (docs/search.md). With naswot heads and input stay as they are."""
     seed: Natural = 0
     """Of all draws."""
     turns: Count = 30

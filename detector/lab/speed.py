@@ -21,7 +21,7 @@ from detector.lab.cost import detection_multiply_adds, multiply_adds
 from detector.lab.cost_survey import rank_correlation
 from detector.lab.latency import WARM_UP, Call, machine, median_ratio, milliseconds, take_cores, take_turns
 from detector.lab.networks import folded_classifier
-from detector.lab.speed_tables import SECTIONS, Section, SpeedTable, build_units
+from detector.lab.speed_tables import SECTIONS, WIDTHS, Section, SpeedTable, build_units
 from detector.models.backbones import BackboneOptions
 from detector.models.build import NetworkOptions, build_network
 from detector.models.fuse import fuse
@@ -203,6 +203,7 @@ def _correlation(found: Sequence[tuple[str, float, float]]) -> float:
 def plot(found: Mapping[Section, Sequence[Row]], path: str | Path) -> None:
     """A panel for each column of the paper: speed here against speed there, a line for each family."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     panels = [(one, at, points(one, at, rows)) for one, rows in found.items() for at in range(len(one.columns()))]
     panels = [panel for panel in panels if panel[2]]
@@ -210,10 +211,14 @@ def plot(found: Mapping[Section, Sequence[Row]], path: str | Path) -> None:
     figure = Figure(figsize=(16, 3.8 * down), layout="constrained")
     for place, (section, at, shown) in enumerate(panels, 1):
         axes, column = figure.add_subplot(down, 4, place), section.columns()[at]
-        for family in section.published:
+        for colour, family in enumerate(WIDTHS):
             line = [(there, here) for name, here, there in shown if name.rpartition("_")[0] == family]
             if line:
-                axes.loglog(*zip(*sorted(line), strict=True), "o-", label=family)
+                axes.loglog(*zip(*sorted(line), strict=True), "o-", color=f"C{colour}", label=family)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         axes.set_title(section.title.replace(": ", ":\n"), fontsize="small")
         axes.set(xlabel=f"{column.device}, batch {column.batch}, {column.unit}", ylabel="batches/s here")
         axes.legend(fontsize="x-small")

@@ -21,7 +21,7 @@ from pydantic.types import Strict
 
 from detector.errors import require
 from detector.inference import loading
-from detector.options import Count, Options, Positive, Share
+from detector.options import Count, Options, Positive, Share, Threads
 
 
 class Limits(Options):
@@ -88,7 +88,7 @@ class ServeOptions(ServerOptions):
     """best.ckpt or last.ckpt of a run, or an export."""
     device: str | None = None
     """Null: the GPU if there is one."""
-    threads: Count | None = None
+    threads: Threads | None = None
     """Threads of the processor that one prediction may use; null: as many as the runtime likes."""
 
 
