@@ -61,9 +61,13 @@ def test_every_recipe_with_every_detector_builds(recipe: str, detector: str) -> 
 def test_every_data_set_composes(data: str) -> None:
     assert set(compose(f"data={data}")["data"]) == {
         "root",
+        "format",
         "generate",
         "train",
         "val",
+        "val_share",
+        "split_seed",
+        "difficult",
         "keep_empty",
         "cache",
         "exif_boxes",
