@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scored_data import SIZES, overrides_of, write_scored_data
-from tool_runner import ROOT, Outcome, run_process, run_tool
+from tool_runner import ROOT, Outcome, run_process, run_tool, tool_environment
 
 from detector.evaluation.metrics import METRICS
 from detector.inference.detector import Detector
@@ -134,6 +138,40 @@ def test_a_picture_that_one_rank_cannot_read_ends_both(tmp_path: Path, small_det
     assert outcome.code != 0
     assert "error (rank 1): image id 97: " in outcome.err
     assert not (tmp_path / "eval/metrics.json").exists()
+
+
+@pytest.mark.parametrize(("launcher", "told"), [("lightning", "one"), ("lightning", "all"), ("torchrun", "one")])
+def test_sigterm_ends_both_and_leaves_a_whole_checkpoint(
+    tmp_path: Path, small_detector: Detector, launcher: str, told: str
+) -> None:
+    """Sent to the first process, as `kill` does, or to all, as a scheduler does."""
+    root = write_scored_data(tmp_path / "data", small_detector)
+    path, arguments = str(ROOT / "tools/train.py"), (*training(root, small_detector), "schedule.epochs=500")
+    start = TORCHRUN if launcher == "torchrun" else (sys.executable,)
+    command = [*start, path, *arguments, "run_dir=run", "trainer.accelerator=cpu", "trainer.devices=2"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=tool_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if "after epoch 2 of 500" in line:
+                    break
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            (os.killpg if told == "all" else os.kill)(process.pid, signal.SIGTERM)
+            rest = process.communicate(timeout=60)[1]
+            left = [file for child in children for file in Path("/proc").glob(f"{child}/cmdline") if file.read_bytes()]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert len(children) >= 1
+    assert left == []
+    if launcher == "lightning":
+        assert process.returncode == 143, rest
+        assert "Traceback" not in rest
+    assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] >= 3
+    Detector.load(tmp_path / "run/last.ckpt")
 
 
 def test_too_few_pictures_for_the_processes(tmp_path: Path, small_detector: Detector) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import partial
 from typing import Any
@@ -93,6 +94,7 @@ class SplitData(lightning.LightningDataModule):
 
     def _loader(self, samples: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
         workers = self.options.workers
+        multiprocessing.set_forkserver_preload(["__main__", "detector.training.end_with_rank"])
         return DataLoader(
             samples,
             num_workers=workers,

@@ -59,12 +59,30 @@ def devices(options: DeviceOptions) -> dict[str, Any]:
     }
 
 
+class EndAtOnce(lightning.Callback):
+    """Of several processes, one that gets SIGTERM ends where it is: files are written whole or not at all.
+
+    Lightning's handler broadcasts, in the middle of whatever the ranks tell each other, and they wait for ever.
+    """
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.world_size > 1:
+            signal.signal(signal.SIGTERM, self._end)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
+    @staticmethod
+    def _end(*_: object) -> None:
+        raise SIGTERMException
+
+
 @contextmanager
 def ranks_end_together(trainer: lightning.Trainer) -> Iterator[None]:
     """Ranks that Lightning started end when this one, the first, fails: on GPUs they would wait half an hour for it.
 
     Raises:
-        SystemExit: 143 after SIGTERM, which Lightning answers after the batch, with 0.
+        SystemExit: 143 after SIGTERM, which Lightning answers with 0.
     """
     try:
         yield
@@ -72,7 +90,7 @@ def ranks_end_together(trainer: lightning.Trainer) -> Iterator[None]:
         for process in getattr(trainer.strategy.launcher, "procs", []):
             process.kill()
         if isinstance(error, SIGTERMException):
-            log.warning("terminated")
+            log.info("terminated")
             raise SystemExit(128 + signal.SIGTERM) from error
         raise
 

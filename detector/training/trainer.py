@@ -23,7 +23,7 @@ from detector.options import BelowOne, Count, Flag, Natural, Options
 from detector.training import callbacks as parts
 from detector.training.checkpoints import CheckpointFiles, KeptCheckpoint
 from detector.training.device_options import DeviceOptions
-from detector.training.processes import devices, ranks_end_together
+from detector.training.processes import EndAtOnce, devices, ranks_end_together
 from detector.training.resume import check_can_go_on, check_state, read_resumable, resumed_options
 from detector.training.run_directory import WRITTEN, check_free, run_directory, settle
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
@@ -112,7 +112,7 @@ def progress(options: DeviceOptions, callbacks: list[lightning.Callback]) -> dic
         warnings.filterwarnings("ignore", message)
     terminal = sys.stdout.isatty()
     shown = parts.ProgressBar(refresh_rate=options.progress_every) if terminal else parts.ProgressLines()
-    return {"callbacks": [*callbacks, shown], "enable_progress_bar": terminal}
+    return {"callbacks": [*callbacks, EndAtOnce(), shown], "enable_progress_bar": terminal}
 
 
 def begin(options: T, *, entry: str, read: Callable[[str], dict[str, Any]], group: str) -> tuple[T, Checkpoint]:
