@@ -19,6 +19,9 @@ import pytest
 from tool_runner import ROOT
 
 from detector import cli
+from detector.cli import composition
+from detector.cli.failures import GRACE
+from detector.cli.words import as_typed
 from detector.errors import InputError
 from detector.inference.predictor import PredictOptions
 from detector.options import sets_in, type_of, typed
@@ -88,7 +91,8 @@ def run(options):
 TOOL = """
 from pathlib import Path
 from detector import cli
-cli.CONF = Path(__file__).parent / "conf"
+from detector.cli import composition
+composition.CONF = Path(__file__).parent / "conf"
 cli.COMMANDS["train"] = ("job", "ToolOptions", "run")
 cli.main("train")
 """
@@ -131,7 +135,7 @@ def call(tool: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.delenv("LOCAL_RANK", raising=False)
         patch.syspath_prepend(str(tool.parent))
-        patch.setattr(cli, "CONF", tool.parent / "conf")
+        patch.setattr(composition, "CONF", tool.parent / "conf")
         patch.setitem(cli.COMMANDS, "train", ("job", "ToolOptions", "run"))
         patch.setattr(sys, "argv", [tool.name, *arguments])
         try:
@@ -219,8 +223,8 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_path_is_the_text_as_typed(text: str) -> None:
-    assert cli.as_typed(str, text) == text
-    assert cli.as_typed(str | None, text) == text
+    assert as_typed(str, text) == text
+    assert as_typed(str | None, text) == text
 
 
 @pytest.mark.parametrize(
@@ -246,7 +250,7 @@ def test_a_path_is_the_text_as_typed(text: str) -> None:
     ],
 )
 def test_texts_that_mean_more_than_themselves(kind: Any, text: str, value: Any) -> None:
-    assert cli.as_typed(kind, text) == value
+    assert as_typed(kind, text) == value
 
 
 def through_bash(line: str) -> list[str]:
@@ -280,7 +284,7 @@ def test_what_is_printed_for_the_command_line_works_in_a_shell(kind: Any) -> Non
     words = through_bash(" ".join(typed("data.root", value) for value in values))
     keys, _, texts = zip(*(word.partition("=") for word in words), strict=True)
     assert {*keys} == {"data.root"}
-    assert [cli.as_typed(kind, text) for text in texts] == values
+    assert [as_typed(kind, text) for text in texts] == values
 
 
 @pytest.mark.parametrize(
@@ -359,7 +363,7 @@ def test_help_explains_each_key_behind_its_line(tool: Path) -> None:
 
 def test_from_python(tool: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(tool.parent))
-    monkeypatch.setattr(cli, "CONF", tool.parent / "conf")
+    monkeypatch.setattr(composition, "CONF", tool.parent / "conf")
     monkeypatch.setitem(cli.COMMANDS, "train", ("job", "ToolOptions", "run"))
     options: Any = cli.train(
         "paper", data_root=tmp_path, ckpt="1e3", backbone="v2_2x", optimizer={"lr": 2, "scales": {"a.b": 1}}, rate=5
@@ -476,4 +480,4 @@ def test_an_error_of_one_rank_alone_is_told_after_a_grace(
     assert capsys.readouterr().err == "error (rank 3): picture 7 is broken.\n"
     cli.report("the data set is missing.", rank=3, parent=-1)  # the launcher has gone: it has said so
     assert capsys.readouterr().err == ""
-    assert waited == [cli.GRACE, cli.GRACE]
+    assert waited == [GRACE, GRACE]

@@ -132,6 +132,15 @@ def test_a_jpeg_comes_at_a_fraction(tmp_path: Path) -> None:
     assert large_index(tmp_path, "a.png", 1, 64, 48).read(0, reduce=2).shape[:2] == (48, 64)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_a_file_of_another_size_does_not_pass_for_a_reduced_one(tmp_path: Path, name: str) -> None:
+    index = large_index(tmp_path, name, 1, 1200, 904)
+    with Image.open(tmp_path / name) as image:
+        image.resize((300, 226)).save(tmp_path / name)
+    with pytest.raises(InputError, match=r"300 x 226 pixels, but a\.json says width 1200 and height 904"):
+        DetectionDataset(index, unchanged(150, 400))[0]
+
+
 def test_a_transform_cannot_spoil_the_cache(index: AnnotationIndex) -> None:
     class Careless(TrainTransform):
         def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:

@@ -14,14 +14,17 @@ import torch
 from tool_runner import run_tool
 
 from detector import cli
+from detector.cli import composition
 from detector.errors import InputError
+from detector.files import CONF
 from detector.lab import search
 from detector.lab.capacity import PROXIES, canvas, capacity
 from detector.lab.cost import detection_multiply_adds, multiply_adds
-from detector.lab.layer_times import fit_costs, held_out_errors
+from detector.lab.layer_times import held_out_errors
+from detector.lab.roofline import fit_costs
 from detector.lab.search import (
-    Measured,
     SearchOptions,
+    Timed,
     command_line,
     finalists,
     hand_made,
@@ -146,14 +149,14 @@ def test_proxies_grow_with_width_and_come_out_alike() -> None:
 
 def test_what_is_written_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of conf/, and the command line, lead to the detector that was found; without pre-trained weights."""
-    conf = shutil.copytree(cli.CONF, tmp_path / "conf")
-    monkeypatch.setattr(cli, "CONF", conf)
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr(composition, "CONF", conf)
     base = cli.compose("search", ["recipe=finetune"]).options()
     assert isinstance(base, SearchOptions)
     names = choices(base, everything=True)
     point = point_of(base, names) | {"c4": 160, "units_c4": 3, "star_c4": 1.0, "input": 0.75, "thin": 7}
     wanted = detector_options(point, base)
-    write_conf("searched_8ms", base, Measured("7", point, 8.0, 8.0, 8.0, 1.0), conf)
+    write_conf("searched_8ms", base, Timed("7", point, 8.0, 8.0, 8.0, 1.0), conf)
     words = shlex.split(command_line(point, base))[2:]
     for command in (["recipe=searched_8ms"], words):
         found = cli.compose("train", command).options()

@@ -242,3 +242,11 @@ def test_command(tmp_path: Path) -> None:
     again = run_tool("benchmark", *words, cwd=tmp_path).ok()
     assert json.loads((tmp_path / "found/speed.json").read_text()) == found
     assert "anew" not in again.err
+
+
+def test_classifiers_of_every_backbone_are_measured_and_published_networks_of_the_other_tables() -> None:
+    names = ["resnet50", "v2_1x", "v2star_1x"]
+    wanted = {"table8": names, "appendix": names, "table7": ["v2_1x", "v2star_1x"]}
+    for section in SECTIONS:
+        if section.table in wanted:
+            assert sorted(speed._chosen(section, names)) == wanted[section.table], section.title

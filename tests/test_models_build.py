@@ -10,8 +10,10 @@ import torch
 import yaml
 
 from detector import cli
+from detector.cli.composition import options_of
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
+from detector.files import CONF
 from detector.models.build import NECKS, NetworkOptions, build_network
 from detector.models.light_head_rcnn import LightHeadRCNN
 
@@ -30,12 +32,9 @@ def build(config: dict[str, Any], num_classes: int = 3) -> LightHeadRCNN:
 
 @pytest.mark.parametrize(
     "backbone",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "densenet121" else [])
-        for name in cli.options_of("backbone")
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "densenet121" else []) for name in options_of("backbone")],
 )
-@pytest.mark.parametrize("neck", cli.options_of("neck"))
+@pytest.mark.parametrize("neck", options_of("neck"))
 def test_every_backbone_with_every_neck_builds(backbone: str, neck: str) -> None:
     if backbone == "timm":
         pytest.importorskip("timm")
@@ -44,11 +43,11 @@ def test_every_backbone_with_every_neck_builds(backbone: str, neck: str) -> None
         network = build(config)
     assert network.neck.head_channels == (network.backbone.channels["c5"] if neck == "none" else 128)
     assert (network.rpn.anchors.stride, network.head.scale) == ((16, 1 / 32) if neck == "none" else (16, 1 / 16))
-    assert set(cli.options_of("neck")) == set(NECKS)
+    assert set(options_of("neck")) == set(NECKS)
 
 
-@pytest.mark.parametrize("recipe", cli.options_of("recipe"))
-@pytest.mark.parametrize("detector", cli.options_of("detector"))
+@pytest.mark.parametrize("recipe", options_of("recipe"))
+@pytest.mark.parametrize("detector", options_of("detector"))
 def test_every_recipe_with_every_detector_builds(recipe: str, detector: str) -> None:
     config = compose(f"recipe={recipe}", f"detector={detector}", "backbone=v2_0.5x")
     network = build(config, 80)
@@ -57,7 +56,7 @@ def test_every_recipe_with_every_detector_builds(recipe: str, detector: str) -> 
     assert Preprocessing(**config["input"]).to_dict() == config["input"]
 
 
-@pytest.mark.parametrize("data", cli.options_of("data"))
+@pytest.mark.parametrize("data", options_of("data"))
 def test_every_data_set_composes(data: str) -> None:
     assert set(compose(f"data={data}")["data"]) == {
         "root",
@@ -108,7 +107,7 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
 
 
 def commands_of_table_7() -> list[str]:
-    page = (cli.CONF.parent / "docs/table7.md").read_text()
+    page = (CONF.parent / "docs/table7.md").read_text()
     return re.findall(r"\| `python tools/train\.py (recipe=paper backbone=\S+(?: backbone\.weights=\S+)?)` \|", page)
 
 
@@ -128,7 +127,7 @@ def test_table_7_has_its_twenty_cells() -> None:
     costs = []
     for command in commands:
         name = command.split()[1].removeprefix("backbone=")
-        entry = yaml.safe_load((cli.CONF / "backbone" / f"{name.replace('v2star', 'v2')}.yaml").read_text())
+        entry = yaml.safe_load((CONF / "backbone" / f"{name.replace('v2star', 'v2')}.yaml").read_text())
         assert entry["published"]["image_size"] == 224
         costs.append(entry["published"]["multiply_adds"])
     for place, cost in enumerate(costs):

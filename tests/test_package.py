@@ -27,7 +27,7 @@ EXTRAS = {
     "detector/apps/doctor/": {"train"},
     "detector/apps/evaluate": {"train"},
     "detector/apps/serve/": {"serve"},
-    "detector/cli.py": {"train"},
+    "detector/cli/": {"train"},
     "detector/data/": {"train"},
     "detector/evaluation/": {"train"},
     "detector/export/": {"int8", "onnx", "openvino"},

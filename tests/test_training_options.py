@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from detector import cli
+from detector.cli.composition import options_of
 from detector.errors import InputError
 from detector.training.pretrain import PretrainOptions
 from detector.training.run import TrainOptions
@@ -17,15 +18,15 @@ from detector.training.run import TrainOptions
 NETWORK: dict[str, Any] = {"backbone": {}, "neck": {}, "rpn": {}, "light_head": {}}
 
 
-@pytest.mark.parametrize("recipe", cli.options_of("recipe"))
-@pytest.mark.parametrize("detector", cli.options_of("detector"))
+@pytest.mark.parametrize("recipe", options_of("recipe"))
+@pytest.mark.parametrize("detector", options_of("detector"))
 def test_what_is_shipped_is_accepted(recipe: str, detector: str) -> None:
     options = cli.compose("train", [f"recipe={recipe}", f"detector={detector}"]).options()
     assert isinstance(options, TrainOptions)
     assert options.recipe_name == recipe
 
 
-@pytest.mark.parametrize("recipe", cli.options_of("pretrain"))
+@pytest.mark.parametrize("recipe", options_of("pretrain"))
 def test_what_is_shipped_for_pretraining_is_accepted(recipe: str) -> None:
     options = cli.compose("pretrain", [f"pretrain={recipe}"]).options()
     assert isinstance(options, PretrainOptions)

@@ -65,18 +65,19 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     def _read(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         """An image, shrunk where that is worth it; and its own height and width."""
         height, width = self.index.sizes[i].tolist()
-        if self.transform is None or not height * width:
+        if self.transform is None or not height * width:  # not known before it is decoded
             image = self.index.read(i)
             height, width = image.shape[:2]
+            if self.transform is None:
+                return image, (height, width)
+            target = self.transform.largest_size(height, width)
         else:
-            # Whole blocks of pixels only: where the last of a row were parts, boxes would not fit by as much.
             target = self.transform.largest_size(height, width)
             most = min(height // target[0], width // target[1])
+            # Whole blocks of pixels only: where the last of a row were parts, boxes would not fit by as much.
             image = self.index.read(i, next((n for n in (8, 4, 2) if n <= most and height % n == width % n == 0), 1))
-        if self.transform is not None:
-            target = self.transform.largest_size(height, width)
-            if image.shape[0] * image.shape[1] >= _WORTH_SHRINKING * target[0] * target[1]:
-                image = resize(image, *target)
+        if image.shape[0] * image.shape[1] >= _WORTH_SHRINKING * target[0] * target[1]:
+            image = resize(image, *target)
         return image, (height, width)
 
     def _decode(self) -> list[tuple[np.ndarray, tuple[int, int]]]:

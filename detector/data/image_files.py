@@ -23,7 +23,7 @@ from detector.data.rules import brief, fault
 ExifBoxes = Literal["stored", "turned"]
 """Before an EXIF rotation, or after it, as people see the image."""
 
-THREADS = 16
+THREADS = 16  # that open files: on a network disk it is the waiting that takes time
 # Boxes that stick out of one frame by more pixels belong to another: annotators' hands are a pixel off.
 _HAND = 1.0
 

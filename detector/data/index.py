@@ -15,7 +15,7 @@ import numpy as np
 
 from detector.data.boxes import corners
 from detector.data.finding import ERROR, EXAMPLES, Finding
-from detector.data.images import read_image
+from detector.data.images import exif_orientation, read_image
 from detector.data.rules import RULES, fault
 from detector.errors import InputError
 
@@ -151,12 +151,14 @@ class AnnotationIndex:
             InputError: the file cannot be read, or has another size than the annotation file says.
         """
         path, name, upright = self.path(i), f"image id {self.image_ids[i]!r}", bool(self.upright[i])
+        declared = tuple(self.sizes[i].tolist())
+        if reduce > 1 and exif_orientation(path)[1] not in (declared, declared[::-1]):
+            reduce = 1  # a file of another size must not pass for a reduced one
+        right = (declared, tuple(-(-side // reduce) for side in declared))
         try:
             image = read_image(path, exif=upright, reduce=reduce)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-        declared = tuple(self.sizes[i].tolist())
-        right = (declared, tuple(-(-side // reduce) for side in declared))
         if 0 in declared or image.shape[:2] in right:
             return image
         other = read_image(path, exif=not upright, reduce=reduce)

@@ -15,6 +15,7 @@ import numpy as np
 
 from detector.data.boxes import box_iou
 from detector.data.finding import ERROR, INFO, WARNING, Finding, found
+from detector.data.image_files import THREADS
 from detector.data.index import AnnotationIndex, Splits
 from detector.errors import InputError
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 NEARLY_ALL, WHOLE_SIDE = 0.9, 0.99
 MOSTLY_EMPTY = 0.5
 DUPLICATE_IOU = 0.95
-SAMPLE, THREADS = 4096, 16  # bytes; on a network disk it is the waiting that takes time
+SAMPLE = 4096  # bytes
 
 
 def refuse_pointless(splits: Splits) -> None:

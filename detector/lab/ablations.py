@@ -26,14 +26,15 @@ from pydantic.types import Strict
 from torch import nn
 from torchvision.models import DenseNet
 
+from detector.data.json_file import read_json
 from detector.data.progress import progress
 from detector.errors import InputError
 from detector.files import CONF, check_writable, replacing, write_json
 from detector.lab.ablation_networks import COST, SIDE, TABLES, What, build
 from detector.lab.ablation_report import plot, section, to_dict
 from detector.lab.latency import machine
+from detector.lab.networks import backbone_options
 from detector.lab.reuse import plot_reuse, read_reuse, reuse_section
-from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
 from detector.options import Count, Options
 from detector.training.pretrain import PretrainOptions, pretrain
@@ -66,7 +67,7 @@ class AblationsOptions(Options):
     """Drawn for training, five crops each; a sixth as many more for validation."""
     data: str = Field(default="data/crops", min_length=1)
     """The folder of the crops; they are made where it is empty."""
-    ckpt: str | None = Field(default=None, coerce_numbers_to_str=True)
+    ckpt: str | None = None
     """For reuse: a checkpoint, or a .pth file, of ShuffleNet V2; null: v2_0.5x, trained as the others."""
     out: str = "ablations"
     """A folder for ablations.{json,md,png}, reuse.{json,png}, and the runs."""
@@ -116,7 +117,11 @@ def train_all(networks: Mapping[str, int], options: AblationsOptions) -> Runs:
     """
     path = Path(options.out) / "ablations.json"
     settings = {"multiply_adds": COST, "epochs": options.epochs, "scenes": options.scenes}
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
+    kept = read_json(path, "file of results") if path.exists() else {"settings": settings, "runs": {}}
+    if not isinstance(kept, dict) or not (
+        isinstance(kept.get("settings"), dict) and isinstance(kept.get("runs"), dict)
+    ):
+        raise InputError(f"'{path}' holds no results of this command; choose another out=.")
     if kept["settings"] != settings:
         was = " ".join(f"{name}={value}" for name, value in kept["settings"].items())
         raise InputError(f"'{path}' has results of {was}. Choose another out=, or train on with these settings.")
@@ -156,8 +161,7 @@ def maker(name: str) -> Callable[[int], nn.Module]:
     if name == DENSENET:
         return partial(DenseNet, GROWTH, BLOCKS, FIRST, 4, 0.0)  # bottlenecks of 4, no dropout: torchvision's defaults
     if name == V2:
-        backbone = yaml.safe_load((CONF / "backbone" / "v2_0.5x.yaml").read_text())
-        return partial(build_classifier, parse_backbone(backbone))
+        return partial(build_classifier, backbone_options("v2_0.5x"))
     return partial(build, name)
 
 

@@ -27,7 +27,6 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 import torchvision
-import yaml
 from pydantic import BeforeValidator, ConfigDict
 
 from detector.data.annotations import load_annotations
@@ -39,12 +38,13 @@ from detector.data.transforms import AugmentOptions
 from detector.errors import InputError
 from detector.evaluation.tables import markdown_table
 from detector.export.formats import import_packages
-from detector.files import CONF, check_writable, replacing, write_json
+from detector.files import check_writable, replacing, write_json
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector
 from detector.lab.backbones import CLASSES, BackboneProfile, alexnet_profile, profile, time_classifiers
 from detector.lab.cost_survey import cost_survey
 from detector.lab.latency import machine, milliseconds
+from detector.lab.networks import backbone_names, backbone_options
 from detector.lab.peers import align_contests, backbone_contests, training_contest
 from detector.lab.prediction import (
     PEERS,
@@ -60,7 +60,7 @@ from detector.lab.prediction import (
 from detector.lab.receptive_field import plot_receptive_fields
 from detector.lab.speed import speed_tables
 from detector.lab.speed_tables import SpeedTable
-from detector.models.backbones import BackboneOptions, parse_backbone
+from detector.models.backbones import BackboneOptions
 from detector.models.backbones.classifier import build_classifier
 from detector.models.build import NetworkOptions
 from detector.options import Count, Flag
@@ -181,15 +181,12 @@ def benchmark_backbones(options: BenchmarkOptions, turns: int) -> None:
 
 
 def _entries(options: BenchmarkOptions) -> dict[str, BackboneOptions]:
-    folder = CONF / "backbone"
-    return {
-        name: parse_backbone(yaml.safe_load((folder / f"{name}.yaml").read_text())) for name in chosen(options.only)
-    }
+    return {name: backbone_options(name) for name in chosen(options.only)}
 
 
 def chosen(only: Sequence[str] | None) -> list[str]:
     """Names of files of conf/backbone/; all where none are given, but those that only take a model's name."""
-    known = sorted(path.stem for path in (CONF / "backbone").glob("*.yaml"))
+    known = backbone_names()
     if unknown := [name for name in only or () if name not in known]:
         raise InputError(f"only={unknown}: no such backbone; there is {', '.join(known)}.")
     return list(only) if only else [name for name in known if name not in ("timm", "torchvision")]

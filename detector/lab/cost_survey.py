@@ -18,18 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from detector.data.progress import progress
 from detector.errors import InputError
 from detector.evaluation.tables import markdown_table
-from detector.files import CONF, check_writable, replacing, write_json
+from detector.files import check_writable, replacing, write_json
 from detector.lab.cost import KINDS, Operation, operations
 from detector.lab.latency import machine, take_cores, take_turns
-from detector.lab.networks import CLASSES, FAMILIES
+from detector.lab.networks import CLASSES, FAMILIES, backbone_options
 from detector.lab.roofline import LatencyModel, Measured, fit, left_out, sample_layers
-from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
 from detector.models.fuse import fuse
 
@@ -110,8 +108,7 @@ def measure(names: Sequence[str], threads: int, turns: int, seed: int) -> tuple[
 def _classifiers(names: Sequence[str]) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
     images = torch.randn(1, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
     for name in names:
-        values = yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text())
-        yield name, family_of(name), fuse(build_classifier(parse_backbone(values), CLASSES)), images
+        yield name, family_of(name), fuse(build_classifier(backbone_options(name), CLASSES)), images
 
 
 def _timed(made: Iterable[tuple[str, str, nn.Module, Tensor]], turns: int) -> list[Measured]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from detector.lab.capacity import detection_operations
-from detector.lab.roofline import features
+from detector.lab.roofline import features, fit_costs
 from detector.lab.space import DetectorOptions
 
 
@@ -18,20 +18,6 @@ def terms(options: DetectorOptions) -> np.ndarray:
     """(T,) What the latency of a detection is a sum of: `roofline.features` of its operations, and 1 for what is always
     done (the image's resizing, decoding, suppression). What each costs is learned."""
     return np.append(features(detection_operations(options)), 1.0)
-
-
-def fit_costs(known: ArrayLike, seconds: ArrayLike) -> np.ndarray:
-    """Seconds (T,) that each term costs: least squares of the relative error, no cost below zero.
-
-    Args:
-        known: (N, T), `terms` of detectors.
-        seconds: (N,), how long each takes.
-    """
-    from scipy.optimize import nnls
-
-    relative = np.array(known) / np.array(seconds)[:, None]
-    scale = np.maximum(relative.max(axis=0), 1e-30)
-    return nnls(relative / scale, np.ones(len(relative)))[0] / scale
 
 
 def held_out_errors(known: ArrayLike, seconds: ArrayLike, folds: int = 5) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -63,9 +64,24 @@ class Network:
         return FAMILIES[self.name.rpartition("_")[0]]
 
 
+def backbone_names() -> list[str]:
+    """The files of conf/backbone/, without their suffix, in alphabetical order."""
+    return sorted(path.stem for path in (CONF / "backbone").glob("*.yaml"))
+
+
+def backbone_values(name: str) -> dict[str, Any]:
+    """What a file of conf/backbone/ holds: differences from the defaults of its options."""
+    return yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text())
+
+
+def backbone_options(name: str) -> BackboneOptions:
+    """The options that a file of conf/backbone/ gives."""
+    return parse_backbone(backbone_values(name))
+
+
 def published_networks() -> dict[str, BackboneOptions]:
     """The files of conf/backbone/ whose error table 8 gives, smallest first."""
-    found = {path.stem: parse_backbone(yaml.safe_load(path.read_text())) for path in (CONF / "backbone").glob("*.yaml")}
+    found = {name: backbone_options(name) for name in backbone_names()}
     shown = {name: one for name, one in found.items() if one.published and one.published.top1_error}
     return dict(sorted(shown.items(), key=lambda item: item[1].published.multiply_adds))  # type: ignore[union-attr]
 
@@ -111,7 +127,7 @@ def decompose(name: str, batch: int, device: str, turns: int) -> dict[str, float
         name: of a file of conf/backbone/.
         batch, device, turns: as for `measure_networks`.
     """
-    values = yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text())
+    values = backbone_values(name)
     forms = {"whole": values}
     if name.startswith("v"):  # a ShuffleNet
         forms["unshuffled"] = values | {"shuffle": False}

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from detector.errors import InputError
@@ -135,7 +136,7 @@ def fit(samples: Sequence[Measured], networks: Sequence[Measured], *, machine: s
         networks: for the factor and the errors; of at least two families.
         machine, threads: where they were measured.
     """
-    rates = _least_squares(np.array([features(one.operations) for one in samples]), _seconds(samples))
+    rates = fit_costs(np.array([features(one.operations) for one in samples]), _seconds(samples))
     by_kind = {kind: Rates(*row) for kind, row in zip(KINDS, rates.reshape(-1, 3).tolist(), strict=True)}
     model = LatencyModel(machine, threads, by_kind, 1.0, 0.0, 0.0)
     alone, measured = np.array([model.seconds(one.operations) for one in networks]), _seconds(networks)
@@ -155,13 +156,21 @@ def left_out(model: LatencyModel, networks: Sequence[Measured]) -> np.ndarray:
 
 
 def _factor(alone: np.ndarray, measured: np.ndarray) -> float:
-    return float(_least_squares(alone[:, None], measured)[0])
+    return float(fit_costs(alone[:, None], measured)[0])
 
 
-def _least_squares(design: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+def fit_costs(design: ArrayLike, seconds: ArrayLike) -> np.ndarray:
+    """Seconds (T,) that each term costs: least squares of the relative error, no cost below zero.
+
+    Args:
+        design: (N, T), how much of each term every one of N has.
+        seconds: (N,), how long each takes.
+    """
     from scipy.optimize import nnls
 
-    return nnls(design / seconds[:, None], np.ones(len(seconds)))[0]
+    relative = np.array(design) / np.array(seconds)[:, None]
+    scale = np.maximum(relative.max(axis=0), 1e-30)  # counts of multiply-adds beside numbers of operations
+    return nnls(relative / scale, np.ones(len(relative)))[0] / scale
 
 
 def _seconds(rows: Sequence[Measured]) -> np.ndarray:

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from detector.data.progress import progress
 from detector.data.scenes import CLASS_NAMES
@@ -39,9 +39,10 @@ from detector.inference.detector import Detector
 from detector.lab.capacity import COUNTED, Proxy, capacity
 from detector.lab.controlled import Device
 from detector.lab.latency import Call, machine, median_ratio, milliseconds, take_cores, take_turns
-from detector.lab.layer_times import fit_costs, held_out_errors, terms
+from detector.lab.layer_times import held_out_errors, terms
+from detector.lab.networks import backbone_options
+from detector.lab.roofline import fit_costs
 from detector.lab.space import DetectorOptions, Point, changes, choices, detector_options, point_of
-from detector.models.backbones import parse_backbone
 from detector.models.fuse import fuse, multiply_pointwise
 from detector.options import Count, Flag, Natural, Positive, shown
 
@@ -75,7 +76,7 @@ class SearchOptions(DetectorOptions):
     """Of all draws."""
     turns: Count = 30
     """Of each detector that is measured, after three that are not counted."""
-    out: str = Field(default="search", coerce_numbers_to_str=True)
+    out: str = "search"
     """A folder for search.{json,md,png,log} and the result as files of conf/."""
     conf: Flag = False
     """Write these files into conf/ too."""
@@ -88,7 +89,7 @@ class SearchOptions(DetectorOptions):
 
 
 @dataclass
-class Measured:
+class Timed:
     """A detector that was measured.
 
     Attributes:
@@ -202,8 +203,7 @@ def finalists(study: Any, target: float) -> dict[str, Point]:
 
 def hand_made(base: DetectorOptions, name: str) -> tuple[str, DetectorOptions]:
     """A backbone of conf/backbone/ with the heads and the input of the hand-made detector."""
-    backbone = parse_backbone(yaml.safe_load((CONF / "backbone" / f"{name}.yaml").read_text()))
-    return name, base.model_copy(update={"backbone": backbone})
+    return name, base.model_copy(update={"backbone": backbone_options(name)})
 
 
 def calibrate(options: SearchOptions) -> dict[str, Any]:
@@ -238,14 +238,14 @@ def time_detectors(
     return take_turns(calls, options.turns, title)
 
 
-def measure(options: SearchOptions, points: Mapping[str, Point], predict: Predict) -> list[Measured]:
+def measure(options: SearchOptions, points: Mapping[str, Point], predict: Predict) -> list[Timed]:
     """Detectors in turns: the hand-made one first, then it with other backbones, then those at points of the space."""
     detectors = {"hand-made": options} | dict(hand_made(options, name) for name in HAND_MADE)
     detectors.pop(options.backbone_name, None)
     detectors |= {name: detector_options(point, options) for name, point in points.items()}
     seconds = time_detectors(options, detectors, "in turns")
     return [
-        Measured(
+        Timed(
             name,
             points.get(name),
             capacity(one, options.proxy),
@@ -257,7 +257,7 @@ def measure(options: SearchOptions, points: Mapping[str, Point], predict: Predic
     ]
 
 
-def write(options: SearchOptions, study: Any, measured: Sequence[Measured], found: Measured, limit: float) -> None:
+def write(options: SearchOptions, study: Any, measured: Sequence[Timed], found: Timed, limit: float) -> None:
     """search.{json,md,png}, and the result as files of conf/; limit: milliseconds that it keeps."""
     latency, point, out = study.user_attrs["latency"], found.point, Path(options.out)
     assert point is not None
@@ -293,7 +293,7 @@ def write(options: SearchOptions, study: Any, measured: Sequence[Measured], foun
     log.info("%s\n\n%s", text, out / "search.md")
 
 
-def write_conf(name: str, options: SearchOptions, found: Measured, folder: Path) -> None:
+def write_conf(name: str, options: SearchOptions, found: Timed, folder: Path) -> None:
     """backbone/NAME.yaml, and recipe/NAME.yaml with the heads and the input."""
     assert found.point is not None
     detector = detector_options(found.point, options)
@@ -318,7 +318,7 @@ def command_line(point: Point, options: SearchOptions) -> str:
     return f"{start} {shlex.join(f'{key}={value}' for key, value in words.items())}"
 
 
-def plot(study: Any, measured: Sequence[Measured], found: Measured, options: SearchOptions, limit: float) -> None:
+def plot(study: Any, measured: Sequence[Timed], found: Timed, options: SearchOptions, limit: float) -> None:
     """Capacity against latency: all trials and their front as predicted, what was measured as measured."""
     from matplotlib.figure import Figure
 

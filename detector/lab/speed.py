@@ -32,6 +32,7 @@ Backbones: TypeAlias = Mapping[str, BackboneOptions]  # by the names of their fi
 Row: TypeAlias = dict[str, Any]
 BUDGET, LEAST = 45.0, 3  # seconds of a contest; the turns that it has in any case
 COCO = 80  # classes of table 7's detectors
+CLASSIFIERS = ("table8", "appendix")  # tables that any backbone has a place in, also where the paper has no speed of it
 
 ABOUT = """# The paper's speed tables on this machine
 
@@ -45,7 +46,7 @@ def speed_tables(tables: Sequence[SpeedTable], backbones: Backbones, out: str, *
 
     Args:
         tables: which.
-        backbones: to measure, in so far as a table has them; table 8 takes all.
+        backbones: to measure; of table 7 in so far as it has them.
         out: a folder.
         threads: of the CPU; the process is pinned to as many cores.
         turns: of each network at most; a slow contest has fewer.
@@ -81,7 +82,7 @@ def speed_tables(tables: Sequence[SpeedTable], backbones: Backbones, out: str, *
 
 
 def _chosen(section: Section, names: Sequence[str]) -> list[str]:
-    if section.table == "table8":
+    if section.table in CLASSIFIERS:
         return [*names]
     return [name for name in section.levels() if section.table == "units" or name in names]
 
@@ -143,7 +144,7 @@ def rows_of(section: Section, contests: Mapping[str, Row]) -> list[Row]:
     batches = {batch: contests.get(f"{section.title}, batch {batch}") for batch in section.batches}
     measured = {batch: contest for batch, contest in batches.items() if contest}
     costs = {name: cost for contest in measured.values() for name, cost in contest["multiply_adds"].items()}
-    levels, rows = section.levels() if section.table != "table8" else {}, []
+    levels, rows = section.levels() if section.table not in CLASSIFIERS else {}, []
     for name in sorted(costs, key=lambda name: (levels.get(name, 0), costs[name])):
         base, here = f"v2_{name.rpartition('_')[2]}" if section.table == "units" else "v2_1x", {}
         for batch, contest in measured.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from detector.errors import InputError
@@ -120,65 +121,70 @@ def check_state(path: str, checkpoint: Mapping[str, Any], trainer: lightning.Tra
     Raises:
         InputError: a part of it is not what this run writes.
     """
-
-    options, schedule = task.optimizer_options, task.schedule
-    assert options is not None
-    assert schedule is not None
-
-    def loops() -> None:
-        _check_alike(trainer.fit_loop.state_dict(), loop := checkpoint["loops"]["fit_loop"])
-        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
-        at = loop["epoch_progress"]["current"]["processed"] - 1, steps
-        if at != (checkpoint["epoch"], checkpoint["global_step"]):
-            raise ValueError(
-                f"epoch {at[0]} and step {at[1]}, not {checkpoint['epoch']} and {checkpoint['global_step']}"
-            )
-
-    def weights() -> None:
-        check_weights(task.state_dict(), checkpoint["state_dict"])
-        if "current_model_state" in checkpoint or "averaging_state" in checkpoint:
-            check_weights(task.state_dict(), checkpoint["current_model_state"])
-            check_weights({"n_averaged": torch.tensor(0)}, checkpoint["averaging_state"])
-
-    def callbacks() -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            state = checkpoint["callbacks"].get(callback.state_key)
-            if state is None and isinstance(callback, KeptCheckpoint | History):
-                raise ValueError(f"there is none of {type(callback).__name__}")
-            if isinstance(callback, EMA):
-                _check_alike(callback.state_dict(), state or callback.state_dict())
-            elif state is not None:
-                callback.load_state_dict(copy.deepcopy(state))
-
-    def optimiser() -> None:
-        """A step without gradients, of a copy."""
-        network = copy.deepcopy(task.network)
-        built = build_optimizer(network, options, 1)
-        scheduler = LambdaLR(built, lambda step: schedule.factor(step, 1000))
-        built.load_state_dict(copy.deepcopy(checkpoint["optimizer_states"][0]))
-        scheduler.load_state_dict(copy.deepcopy(checkpoint["lr_schedulers"][0]))
-        rates = [*scheduler.base_lrs, *scheduler.get_last_lr()]
-        if len(rates) != 2 * len(built.param_groups) or not all(0 <= rate < LARGEST for rate in rates):
-            raise ValueError(f"the learning rates are {rates}")
-        if scheduler.last_epoch != checkpoint["global_step"]:
-            raise ValueError(f"the schedule is at step {scheduler.last_epoch}, not {checkpoint['global_step']}")
-        for parameter in network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        built.step()
-        scheduler.step()
-        for name, parameter in network.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ValueError(f"after a step {name} is not finite")
-
-    for attempt in (loops, weights, callbacks, optimiser):
+    attempts: dict[str, Callable[[], None]] = {
+        "loops": lambda: _try_loops(checkpoint, trainer.fit_loop.state_dict()),
+        "weights": lambda: _try_weights(checkpoint, task.state_dict()),
+        "callbacks": lambda: _try_callbacks(checkpoint["callbacks"], trainer.callbacks),  # type: ignore[attr-defined]
+        "optimiser": lambda: _try_optimiser(checkpoint, task),
+    }
+    for part, attempt in attempts.items():
         try:
             attempt()
         except Exception as error:  # what odd values end in
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(
-                f"'{path}' is damaged: its {attempt.__name__} cannot be taken up ({reason}). Resume from another "
-                "checkpoint."
+                f"'{path}' is damaged: its {part} cannot be taken up ({reason}). Resume from another checkpoint."
             ) from error
+
+
+def _try_loops(checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    _check_alike(own, loop := checkpoint["loops"]["fit_loop"])
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    at = loop["epoch_progress"]["current"]["processed"] - 1, steps
+    if at != (checkpoint["epoch"], checkpoint["global_step"]):
+        raise ValueError(f"epoch {at[0]} and step {at[1]}, not {checkpoint['epoch']} and {checkpoint['global_step']}")
+
+
+def _try_weights(checkpoint: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    check_weights(own, checkpoint["state_dict"])
+    if "current_model_state" in checkpoint or "averaging_state" in checkpoint:
+        check_weights(own, checkpoint["current_model_state"])
+        check_weights({"n_averaged": torch.tensor(0)}, checkpoint["averaging_state"])
+
+
+def _try_callbacks(states: Mapping[str, Any], callbacks: Sequence[lightning.Callback]) -> None:
+    for callback in callbacks:
+        state = states.get(callback.state_key)
+        if state is None and isinstance(callback, KeptCheckpoint | History):
+            raise ValueError(f"there is none of {type(callback).__name__}")
+        if isinstance(callback, EMA):
+            _check_alike(callback.state_dict(), state or callback.state_dict())
+        elif state is not None:
+            callback.load_state_dict(copy.deepcopy(state))
+
+
+def _try_optimiser(checkpoint: Mapping[str, Any], task: Task) -> None:
+    """A step without gradients, of a copy."""
+    options, schedule = task.optimizer_options, task.schedule
+    assert options is not None
+    assert schedule is not None
+    network = copy.deepcopy(task.network)
+    built = build_optimizer(network, options, 1)
+    scheduler = LambdaLR(built, lambda step: schedule.factor(step, 1000))
+    built.load_state_dict(copy.deepcopy(checkpoint["optimizer_states"][0]))
+    scheduler.load_state_dict(copy.deepcopy(checkpoint["lr_schedulers"][0]))
+    rates = [*scheduler.base_lrs, *scheduler.get_last_lr()]
+    if len(rates) != 2 * len(built.param_groups) or not all(0 <= rate < LARGEST for rate in rates):
+        raise ValueError(f"the learning rates are {rates}")
+    if scheduler.last_epoch != checkpoint["global_step"]:
+        raise ValueError(f"the schedule is at step {scheduler.last_epoch}, not {checkpoint['global_step']}")
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    built.step()
+    scheduler.step()
+    for name, parameter in network.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"after a step {name} is not finite")
 
 
 def _check_alike(own: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -> None:
