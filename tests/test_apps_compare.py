@@ -121,6 +121,10 @@ def test_mistakes_of_the_command_line(tmp_path: Path, tiny_coco: Path, results: 
         ((*files, "annotations=nowhere.json"), "nowhere.json"),
         ((files[0], "b=empty", truth), "no best.ckpt"),
         ((files[0], "b=nowhere.ckpt", truth), "No checkpoint at 'nowhere.ckpt'"),
+        (
+            (*files, truth, "draws=99999999999999999999"),
+            "draws=99999999999999999999: expected a whole number from 1 to 100000",
+        ),
     ):
         assert part in run_tool("compare", *overrides, cwd=tmp_path).error()
 

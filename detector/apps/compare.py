@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from detector.apps.evaluate import score
 from detector.apps.scoring import EvalOptions, ScoringOptions, evaluation_data
@@ -46,7 +48,7 @@ class CompareOptions(ScoringOptions):
     """COCO annotation file of results files; null: that of the other side's run"""
     out: str = "compare"
     """a folder; compare.json goes there, and the detections of checkpoints to a/ and b/ in it"""
-    draws: Count = 1000
+    draws: Annotated[Count, Field(le=100_000)] = 1000  # 2 GB for 5,000 images
     """draws of the bootstrap over images"""
     seed: Natural = 0
     """seed of the draws"""
