@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference.detector import Detector
 from detector.models.build import NetworkOptions
+from detector.models.fuse import fuse
 from detector.training.schedule import OptimizerOptions, build_optimizer
 from detector.training.task import DetectionTask, FreezeOptions, load_pretrained
 
@@ -124,3 +126,34 @@ def test_a_checkpoint_says_what_it_is(small_detector: Detector) -> None:
     assert about["provenance"] == {"epoch": 0, "step": 0, "metrics": {"AP": 0.25, "APl": None}}
     assert about["class_names"] == ["cat", "dog", "bird"]
     assert "config" not in small_detector.provenance
+
+
+def test_frozen_normalisation_is_computed_with_its_convolution(small_spec: dict[str, Any]) -> None:
+    """In float64: the maps and gradients of layer by layer, the same checkpoint; and it can be fused."""
+    folded = other(small_spec).network.backbone.double().train()
+    norms = [module for module in folded.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        for value in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            value.uniform_(0.5, 1.5)
+    plain = copy.deepcopy(folded)
+    assert folded.freeze(0, batch_norm=True) == set(norms)
+    folded = copy.deepcopy(folded)  # as an average of the weights has it
+    calls = []
+    for network in (folded, plain):
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
+            if type(module) is torch.nn.BatchNorm2d:
+                module.register_forward_hook(lambda *_, network=network: calls.append(network))
+    images, results = torch.rand(2, 3, 64, 64, dtype=torch.float64), []
+    for network in (folded, plain):
+        maps = network(images)
+        torch.stack([value.square().mean() for value in maps.values()]).sum().backward()
+        results.append(maps | {name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert calls == [plain] * len(norms)
+    results += [fuse(network)(images) for network in (folded, plain)]
+    for one, another in (results[:2], results[2:]):
+        assert one.keys() == another.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, another[name], msg=name)
+    assert list(folded.state_dict()) == list(plain.state_dict())

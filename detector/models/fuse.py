@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from detector.models.layers import unfold_frozen
+
 Module = TypeVar("Module", bound=nn.Module)
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -24,6 +26,7 @@ def fuse(module: Module) -> Module:
     it is.
     """
     fused = copy.deepcopy(module).eval().requires_grad_(False)
+    unfold_frozen(fused)
     for part in fused.modules():
         if isinstance(part, nn.Sequential):
             _fold(part)

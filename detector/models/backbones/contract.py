@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.types import Strict
 from torch import Tensor, nn
 
-from detector.models.layers import Activation, Channels
+from detector.models.layers import Activation, Channels, fold_frozen
 from detector.options import BelowOne, Count, Flag, Options, Positive
 
 Widths = tuple[Channels, ...]
@@ -179,4 +179,6 @@ class Backbone(nn.Module):
         for layer in frozen:
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad_(False)
-        return {layer for layer in frozen if isinstance(layer, nn.BatchNorm2d)}
+        norms: set[nn.Module] = {layer for layer in frozen if isinstance(layer, nn.BatchNorm2d)}
+        fold_frozen(self, norms)
+        return norms
