@@ -426,7 +426,7 @@ def test_every_command_has_a_tool_and_says_what_its_keys_are(command: str) -> No
     [
         ("train", "run_dir", {}),
         ("predict", "out", {"ckpt": "a.ckpt", "source": "a.jpg"}),
-        ("predict", "source", {"ckpt": "a.ckpt"}),
+        ("predict", "source", {}),
         ("serve", "ckpt", {}),
         ("doctor", "out", {}),
         ("eval", "results", {}),

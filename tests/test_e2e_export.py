@@ -113,18 +113,18 @@ def test_all_formats_in_a_folder(checkpoint: Path, tmp_path: Path) -> None:
     run_tool("export", f"ckpt={checkpoint}", *overrides, "calibration_images=6", cwd=tmp_path, timeout=600).ok()
     names = sorted(path.name for path in (tmp_path / "exports").iterdir())
     assert names == [
-        "best.bin", "best.check.json", "best.int8.bin", "best.int8.onnx", "best.int8.xml", "best.onnx", "best.pt2",
-        "best.xml",
+        "best.bin", "best.check.json", "best.half.ckpt", "best.int8.bin", "best.int8.onnx", "best.int8.xml",
+        "best.onnx", "best.pt2", "best.xml",
     ]  # fmt: skip
     rows = json.loads((tmp_path / "exports" / "best.check.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["torch", "onnx", "openvino", "torch_export", "int8", "int8_onnx"]
+    assert [row["name"] for row in rows][1:] == ["onnx", "openvino", "torch_export", "int8", "int8_onnx", "checkpoint"]
     assert all(row["passed"] for row in rows)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["format=tflite"], "format=tflite: expected onnx, openvino, torch_export, int8, int8_onnx or all"),
+        (["format=tflite"], "format=tflite: expected onnx, openvino, torch_export, int8, int8_onnx, checkpoint or all"),
         (["size=256"], "size=256: expected dynamic, or height x width"),
         (["size=100x96"], "multiples of 32"),
         (["format=[]"], "format=[]: expected onnx, openvino"),

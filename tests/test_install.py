@@ -29,11 +29,13 @@ for name in {TRAINING_ONLY!r}:
     sys.modules[name] = None
 
 import detector
+from detector.inference import shipped
 
 assert detector.__file__.startswith(sys.argv[1]), detector.__file__
 by_path = detector.predict("street.jpg", ckpt="best.ckpt", score_threshold=0.0)
 held = detector.load("best.ckpt")
 again = held.predict(["street.jpg"], score_threshold=0.0)
+assert shipped.names() == ["named"]
 assert len(by_path) == 1 and len(again) == 1
 assert len(by_path[0]) > 0
 assert by_path[0].to_dict() == again[0].to_dict()
@@ -65,6 +67,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
+    shutil.rmtree(sources / "detector" / "weights", ignore_errors=True)
+    (sources / "detector" / "weights").mkdir()
+    (sources / "detector" / "weights" / "named.ckpt").write_bytes(b"trained")
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(sources)]
     subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=300)
     [path] = out.glob("*.whl")

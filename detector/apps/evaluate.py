@@ -28,6 +28,7 @@ from detector.evaluation.clock import Clock
 from detector.evaluation.metrics import compute_metrics, format_table, save_metrics
 from detector.files import check_writable
 from detector.inference.runtime import ExportedDetector, is_export
+from detector.inference.shipped import folder_for
 
 if TYPE_CHECKING:
     from detector.inference.detector import Detector
@@ -103,7 +104,7 @@ def score(
     """
     # With fewer proposals, not where other tools look for the detector's metrics.
     name = f"eval_{options.max_proposals}_proposals" if options.max_proposals else "eval"
-    out = Path(options.out or Path(str(options.ckpt or options.results)).parent / name)
+    out = Path(options.out or _folder(options) / name)
     coco: dict[str, Any] | None = None
     seconds_per_image: Sequence[float] = ()
     if detector is None:
@@ -130,6 +131,10 @@ def score(
     if options.report:
         write_evaluation_report(out, Scored(options, clock, index, results, metrics, detector, seconds_per_image))
     return coco if coco is not None else metrics
+
+
+def _folder(options: EvalOptions) -> Path:
+    return folder_for(options.ckpt) if options.ckpt else Path(str(options.results)).parent
 
 
 def _validate(

@@ -9,12 +9,16 @@ python tools/export.py ckpt=PATH format=int8 calibration=FOLDER    images like t
     torch_export   best.pt2                     torch without this package's network code
     int8           best.int8.xml, best.int8.bin OpenVINO in int8, by NNCF: the fastest, with size=HxW
     int8_onnx      best.int8.onnx               ONNX Runtime in int8, for where there is no OpenVINO
+    checkpoint     best.half.ckpt               torch: a small checkpoint to pass on, half precision, without a path
+
+Without ckpt: a detector that comes with the package, into runs/NAME/.
 
 Exit code 1 when an export is worse than `check.max_drop` allows, or differs from torch.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +46,9 @@ from detector.export.quantize import AccuracyControl, export_int8, export_int8_o
 from detector.files import check_writable, write_json
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
+from detector.inference.loading import load
 from detector.inference.runtime import ExportedDetector
+from detector.inference.shipped import DEFAULT, find, folder_for, published
 from detector.options import Count, Flag, Options, Threads
 
 log = logging.getLogger(__name__)
@@ -66,17 +72,25 @@ class Format(NamedTuple):
     precision: Literal["float32", "int8"] = "float32"
 
 
+def write_checkpoint(detector: Detector, path: Path, **_: object) -> None:
+    """A checkpoint to pass on: weights and description, in half precision, without places on this machine."""
+    passed_on = copy.copy(detector)
+    passed_on.provenance = published(detector.provenance)
+    passed_on.save(path, half=True)
+
+
 FORMATS = {
     "onnx": Format(".onnx", export_onnx, ("onnx", "onnxscript")),
     "openvino": Format(".xml", export_openvino, ("onnx", "onnxscript", "openvino")),
     "torch_export": Format(".pt2", export_torch, ()),
     "int8": Format(".int8.xml", export_int8, ("onnx", "onnxscript", "openvino", "nncf"), "int8"),
     "int8_onnx": Format(".int8.onnx", export_int8_onnx, ("onnx", "onnxscript", "onnxruntime.quantization"), "int8"),
+    "checkpoint": Format(".half.ckpt", write_checkpoint, ()),
 }
 
 
-FormatName = Literal["onnx", "openvino", "torch_export", "int8", "int8_onnx", "all"]
-_FORMAT = "onnx, openvino, torch_export, int8, int8_onnx or all, or a list of them"
+FormatName = Literal["onnx", "openvino", "torch_export", "int8", "int8_onnx", "checkpoint", "all"]
+_FORMAT = "onnx, openvino, torch_export, int8, int8_onnx, checkpoint or all, or a list of them"
 _SIZE = "^(dynamic|[0-9]{1,6}x[0-9]{1,6})$"
 
 
@@ -101,10 +115,10 @@ class CheckOptions(Options):
 class ExportOptions(Options):
     """What to write, how it is calibrated, and how it is compared."""
 
-    ckpt: str
-    """best.ckpt or last.ckpt of a run"""
+    ckpt: str = DEFAULT
+    """best.ckpt or last.ckpt of a run, or the name of a detector of this package"""
     format: Annotated[FormatName | Annotated[list[FormatName], Field(min_length=1)], _FORMAT] = "onnx"
-    """onnx, openvino, torch_export, int8 (OpenVINO), int8_onnx; several: [onnx,int8]; all"""
+    """onnx, openvino, torch_export, int8 (OpenVINO), int8_onnx, checkpoint; several: [onnx,int8]; all"""
     out: str | None = None
     """a file for one format, else a folder; null: beside the checkpoint, under its name"""
     batch: Literal["dynamic", 1] = "dynamic"
@@ -132,9 +146,9 @@ class ExportOptions(Options):
         """Where each format is written: keys of FORMATS, each once."""
         names = [self.format] if isinstance(self.format, str) else self.format
         formats = list(FORMATS) if "all" in names else list(dict.fromkeys(names))
-        checkpoint, out = Path(self.ckpt), Path(self.out or "")
+        checkpoint, out = find(self.ckpt), Path(self.out or "")
         if len(formats) > 1 or out.is_dir() or not out.suffix:
-            folder = out if self.out else checkpoint.parent
+            folder = out if self.out else folder_for(checkpoint)
             return {name: folder / f"{checkpoint.stem}{FORMATS[name].suffix}" for name in formats}
         ending = "." + FORMATS[formats[0]].suffix.rpartition(".")[2]
         if out.suffix != ending:
@@ -155,7 +169,7 @@ def export(options: ExportOptions) -> None:
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
     if needs := [module for name in files for module in FORMATS[name].needs]:
         import_packages(*needs)
-    index = validation_images(options, detector) if options.check else None
+    index = validation_images(options, detector)
     int8 = [name for name in files if FORMATS[name].precision == "int8"]
     read, items = calibration_images(options, detector) if int8 else (None, [])
     control = accuracy_control(options, detector) if "int8" in files else None
@@ -166,7 +180,9 @@ def export(options: ExportOptions) -> None:
             arguments["images"] = map(read, items)  # one by one: some hundreds of a camera's would fill the memory
         if name == "int8":
             arguments["accuracy"] = control
-        FORMATS[name].write(detector, path, **arguments)
+        # The others take the form for inference, which cannot be saved.
+        given = Detector.load(options.ckpt, "cpu", fused=False) if name == "checkpoint" else detector
+        FORMATS[name].write(given, path, **arguments)
     if options.check is None or index is None:
         return
     rows = check(options, options.check, detector, index)
@@ -204,9 +220,13 @@ def average_precision(found: Sequence[Found], index: AnnotationIndex) -> float |
     return ap
 
 
-def validation_images(options: ExportOptions, detector: Detector) -> AnnotationIndex:
-    """The first of the validation split."""
-    assert options.check is not None
+def validation_images(options: ExportOptions, detector: Detector) -> AnnotationIndex | None:
+    """The first of the validation split; None where nothing is to be compared, or nothing is known to compare on."""
+    if options.check is None:
+        return None
+    if recorded_data(detector) is None and not options.data.root:
+        log.info("Nothing is compared: this checkpoint does not say what it was trained on; data.root=DIR compares.")
+        return None
     with way_out("Or give check=null: nothing is compared then."):
         data = evaluation_data(options.data, detector)
         val = data.val.model_copy(update={"limit": options.check.images})
@@ -253,8 +273,8 @@ def check(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     in_torch = {REFERENCE: detector.on_canvas(canvas), ANY_SIZE: detector} if canvas else {REFERENCE: detector}
-    exports = {name: ExportedDetector.load(path, threads=settings.threads) for name, path in files.items()}
-    sizes = dict.fromkeys(in_torch, Path(options.ckpt).stat().st_size)
+    exports = {name: load(path, "cpu", threads=settings.threads).on_canvas(canvas) for name, path in files.items()}
+    sizes = dict.fromkeys(in_torch, find(options.ckpt).stat().st_size)
     for name, path in files.items():
         parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
         sizes[name] = sum(part.stat().st_size for part in parts)

@@ -1,5 +1,6 @@
 """Find objects in images, videos and streams: annotated copies and one JSON file, or other forms.
 
+python tools/predict.py source=street.jpg                         # a detector that comes with the package
 python tools/predict.py ckpt=RUN_DIR/best.ckpt source=street.jpg
 python tools/predict.py ckpt=RUN_DIR/best.ckpt source=FOLDER out=DIR score_threshold=0.5 'classes=[car,person]'
 python tools/predict.py ckpt=RUN_DIR/best.ckpt source=drive.mp4 every=5 'save=[images,jsonl]'
@@ -24,6 +25,7 @@ from detector.data.progress import progress
 from detector.errors import InputError
 from detector.inference.loading import load
 from detector.inference.predictor import PredictOptions, SearchOptions
+from detector.inference.shipped import DEFAULT
 from detector.inference.sources import count_images, is_live, leave_out
 from detector.inference.writers import LIVE_WRITERS, WRITERS, Places, Results
 from detector.options import Threads
@@ -36,10 +38,10 @@ _NAMED = 5  # of what could not be written for one reason
 class PredictCommandOptions(SearchOptions):
     """What to search, with what, and which results to write."""
 
-    ckpt: str
-    """best.ckpt or last.ckpt of a run, or an export."""
     source: str | list[str | list[str]]
     """Image, folder, "*.jpg", https://..., video, rtsp://..., webcam:0, or a list [a.jpg,b.jpg]."""
+    ckpt: str = DEFAULT
+    """best.ckpt or last.ckpt of a run, an export, or the name of a detector of this package."""
     out: str = "predictions"
     """What `save` names goes here."""
     save: Annotated[Kind | list[Kind] | None, "some of images, crops, json, jsonl, csv, coco"] = None

@@ -77,7 +77,7 @@ class EvalOptions(ScoringOptions):
     """What to score, against what, and what to write."""
 
     ckpt: str | None = None
-    """best.ckpt or last.ckpt of a run, or an export"""
+    """best.ckpt or last.ckpt of a run, an export, or the name of a detector of this package"""
     results: str | None = None
     """or anybody's detections in COCO's results format, scored without a model ..."""
     annotations: str | None = None
@@ -85,7 +85,7 @@ class EvalOptions(ScoringOptions):
     images: str | None = None
     """... this folder; null: the report shows none"""
     out: str | None = None
-    """null: eval/ beside the checkpoint (eval_N_proposals/ with max_proposals=N), or the results"""
+    """null: eval/ beside the checkpoint or the results, or in runs/NAME (eval_N_proposals/ with max_proposals=N)"""
     metrics: Literal["coco", "pycocotools", "lvis", "voc"] = "coco"
     """pycocotools: the same numbers as coco, slowly"""
     report: Literal[False] | ReportOptions = ReportOptions()

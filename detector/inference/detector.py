@@ -16,6 +16,7 @@ from detector.files import replacing
 from detector.inference.detections import Found
 from detector.inference.memory import keep_freed_memory
 from detector.inference.predictor import Predictor
+from detector.inference.shipped import find
 from detector.models.build import NetworkOptions, build_network, check_fit
 from detector.models.fuse import fuse, multiply_pointwise
 from detector.models.light_head_rcnn import LightHeadRCNN
@@ -65,7 +66,8 @@ class Detector(Predictor):
         """Read a checkpoint; data only, no code is run.
 
         Args:
-            path: `best.ckpt` or `last.ckpt` of a run, or what `save` wrote.
+            path: `best.ckpt` or `last.ckpt` of a run, what `save` wrote, or the name of a detector of this package
+                (`shipped.names`).
             device: "cpu", "cuda", ...; None takes the GPU if there is one.
             fused: made for prediction (`models.fuse`): normalisation folded into the convolutions, no shuffles. The
                 same boxes and scores up to rounding, sooner; but its maps c3, c4 and c5 have their channels in another
@@ -74,7 +76,7 @@ class Detector(Predictor):
         Raises:
             InputError: no such file, not a checkpoint of this project, or weights that do not fit its description.
         """
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path := find(path))
         about = checkpoint["detector"]
         weights = {
             key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
@@ -118,8 +120,13 @@ class Detector(Predictor):
             "provenance": self.provenance,
         }
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, half: bool = False) -> None:
         """Write a checkpoint that `load` reads. Written beside, then renamed: a broken write leaves the old file.
+
+        Args:
+            path: of the file.
+            half: kernels and matrices in half precision, half the bytes; `load` gives float32 again. What belongs to a
+                channel (normalisation, biases) stays float32, as does what half precision would make infinite.
 
         Raises:
             InputError: the detector is fused: its folded weights fit no description.
@@ -127,6 +134,8 @@ class Detector(Predictor):
         if self.fused:
             raise InputError("A fused detector cannot be saved: load it with Detector.load(path, fused=False).")
         state = {PREFIX + key: value.cpu() for key, value in self.network.state_dict().items()}
+        if half:
+            state = {key: _halved(value) for key, value in state.items()}
         with replacing(path) as partial:
             torch.save({"detector": self.describe(), "state_dict": state}, partial)
 
@@ -157,6 +166,13 @@ class Detector(Predictor):
     def inputs(self, prepared: Prepared) -> tuple[Tensor, Tensor]:
         """What the network takes, images and their sizes, on its device."""
         return torch.from_numpy(prepared.images).to(self.device), torch.from_numpy(prepared.image_sizes).to(self.device)
+
+
+def _halved(weights: Tensor) -> Tensor:
+    """In half precision, where rounding costs nothing: its steps are fine beside the largest weights of a kernel, but
+    the variances of normalisation span more powers of ten than it has, and a channel's scale has nothing beside it."""
+    small = weights.half()
+    return small if weights.is_floating_point() and weights.ndim > 1 and torch.isfinite(small).all() else weights
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Open any file that holds a detector: a checkpoint, or an export, which needs no torch."""
+"""Open any file that holds a detector: a checkpoint, also one of the package's, or an export, which needs no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from detector.inference.detections import Detections
 from detector.inference.runtime import ExportedDetector, check_threads, is_export
+from detector.inference.shipped import DEFAULT
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | Path, device: str | torch.device | None = None, *, threads: int | None = None
+    path: str | Path = DEFAULT, device: str | torch.device | None = None, *, threads: int | None = None
 ) -> Detector | ExportedDetector:
     """Open a detector by the kind of its file; both kinds predict alike.
 
     Args:
-        path: a checkpoint (.ckpt, .pt), or an export: .onnx, .xml (OpenVINO) or .pt2 (torch.export).
+        path: a checkpoint (.ckpt, .pt), an export: .onnx, .xml (OpenVINO) or .pt2 (torch.export), or the name of a
+            detector of this package (`shipped.names`).
         device: "cpu", "cuda", ...; None takes the GPU for a checkpoint if there is one, the CPU for an export.
         threads: that one prediction may use; None leaves it to the runtime. torch has one number for the process.
 
@@ -42,7 +44,7 @@ def load(
 def predict(
     source: Any,
     *,
-    ckpt: str | Path,
+    ckpt: str | Path = DEFAULT,
     device: str | torch.device | None = None,
     threads: int | None = None,
     **options: Any,

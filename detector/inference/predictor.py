@@ -145,7 +145,7 @@ class Predictor(ABC):
                 f"leave the option out, or predict with the checkpoint."
             )
 
-    def on_canvas(self, canvas: tuple[int, int]) -> Self:
+    def on_canvas(self, canvas: tuple[int, int] | None) -> Self:
         """The same network, every input padded to this height and width: what an export of a fixed size does."""
         other = copy.copy(self)
         other.canvas = canvas

@@ -21,6 +21,7 @@ from pydantic.types import Strict
 
 from detector.errors import require
 from detector.inference import loading
+from detector.inference.shipped import DEFAULT
 from detector.options import Count, Options, Positive, Share, Threads
 
 
@@ -84,8 +85,8 @@ class ServerOptions(Options):
 class ServeOptions(ServerOptions):
     """What to serve, and where."""
 
-    ckpt: str
-    """best.ckpt or last.ckpt of a run, or an export."""
+    ckpt: str = DEFAULT
+    """best.ckpt or last.ckpt of a run, an export, or the name of a detector of this package."""
     device: str | None = None
     """Null: the GPU if there is one."""
     threads: Threads | None = None
