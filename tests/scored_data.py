@@ -55,6 +55,15 @@ def _moved(found: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def renumber_classes(path: Path, ids: dict[int, int]) -> None:
+    """Give the categories of a COCO file other ids: another order of the classes."""
+    content = json.loads(path.read_text())
+    for entries, key in ((content["categories"], "id"), (content["annotations"], "category_id")):
+        for entry in entries:
+            entry[key] = ids[entry[key]]
+    path.write_text(json.dumps(content))
+
+
 def overrides_of(spec: dict[str, Any]) -> list[str]:
     """The command line that builds a network of this description."""
 

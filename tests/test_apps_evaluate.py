@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scored_data import write_scored_data
+from scored_data import renumber_classes, write_scored_data
 
+from detector.apps.compare import CompareOptions, compare
 from detector.apps.evaluate import EvalOptions, evaluate
 from detector.cli import explain
 from detector.data import annotations
@@ -95,3 +96,24 @@ def test_a_checkpoint_with_odd_names_of_classes_and_files(small_detector: Detect
     assert "n" * 250 in written["report.html"]
     results = {"results": str(tmp_path / "eval/detections.json"), "annotations": str(path), "out": str(tmp_path / "b")}
     assert evaluate(EvalOptions.parse(results))["AP"] == metrics["AP"]
+
+
+def test_a_data_set_with_the_classes_in_another_order(small_detector: Detector, tmp_path: Path) -> None:
+    """Scored by name: the same AP of each class, detections with the ids of the file; and compared on a copy of it."""
+    root = write_scored_data(tmp_path / "data", small_detector)
+    small_detector.save(tmp_path / "small.ckpt")
+    base = {"ckpt": str(tmp_path / "small.ckpt"), "data": {"root": str(root)}, "workers": 0, "report": False}
+    before = evaluate(EvalOptions.parse(base | {"out": str(tmp_path / "a"), "trainer": {"accelerator": "cpu"}}))
+    path, ids = root / "annotations/val.json", {3: 90, 17: 3, 90: 17}
+    renumber_classes(path, ids)
+    after = evaluate(EvalOptions.parse(base | {"out": str(tmp_path / "b"), "trainer": {"accelerator": "cpu"}}))
+    assert after["per_class"] == before["per_class"]
+    assert len({*before["per_class"].values()}) == 3
+    found = [json.loads((tmp_path / out / "detections.json").read_text()) for out in "ab"]
+    assert [ids[row["category_id"]] for row in found[0]] == [row["category_id"] for row in found[1]]
+    copy = tmp_path / "copy.json"
+    copy.write_text(path.read_text())
+    sides = {"a": base["ckpt"], "b": str(tmp_path / "b/detections.json"), "annotations": str(copy), "draws": 2}
+    compare(CompareOptions.parse(sides | {"data": base["data"], "out": str(tmp_path / "c"), "workers": 0}))
+    row = json.loads((tmp_path / "c/compare.json").read_text())["figures"]["AP"]
+    assert row["a"] == row["b"] == pytest.approx(before["AP"], abs=1e-12)

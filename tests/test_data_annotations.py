@@ -289,8 +289,24 @@ def test_nothing_left(tiny_coco: Path) -> None:
 
 def test_class_names_of_a_checkpoint(tiny_coco: Path) -> None:
     assert load(tiny_coco, class_names=["car", "cat", "kite"]).class_names == ("car", "cat", "kite")
-    for other, first in ((["car", "dog", "kite"], 1), (["car", "kite", "cat"], 1), (["car", "cat"], 2)):
+    data, detector = "only the data set has", "only the detector has"
+    for other, more in (
+        (["car", "dog", "kite"], f"; {data} 'cat' and {detector} 'dog'."),
+        (["car", "cat"], f"; {data} 'kite'."),
+        (["Car", "kite", "cat", "dog"], f"; {data} 'car' and {detector} 'Car', 'dog'."),
+    ):
         with pytest.raises(InputError) as caught:
             load(tiny_coco, class_names=other)
-        for part in ("3 classes ('car', 'cat', 'kite')", repr(other)[1:-1], f"class {first}", "or train a detector"):
+        for part in ("3 classes ('car', 'cat', 'kite')", repr(other)[1:-1], more, "or train a detector"):
             assert part in str(caught.value)
+
+
+def test_classes_in_the_order_of_a_detector(tiny_coco: Path) -> None:
+    """Every box keeps the name that the file gives it, and its class the id there."""
+    index = load(tiny_coco, class_names=["kite", "car", "cat"])
+    assert (index.class_names, index.category_ids) == (("kite", "car", "cat"), (90, 3, 17))
+    content = json.loads((tiny_coco / "annotations" / "train.json").read_text())
+    names = {one["id"]: one["name"] for one in content["categories"]}
+    written = {one["id"]: names[one["category_id"]] for one in content["annotations"]}
+    labels = zip(index.annotation_ids.tolist(), index.labels.tolist(), strict=True)
+    assert {number: index.class_names[label] for number, label in labels} == written

@@ -160,8 +160,9 @@ def _common_index(sides: Mapping[str, Side], given: str | None) -> AnnotationInd
 
 
 def _content(index: AnnotationIndex) -> list[object]:
-    """Ids and names of images and classes, and the objects, in an order that does not depend on that of the file."""
+    """Ids and names of images and classes, and the objects, in an order that is not the file's or the detector's."""
     index = index.select(sorted(range(len(index)), key=lambda i: repr(index.image_ids[i])))
+    index = index.in_order(sorted(index.class_names))
     objects = np.column_stack((index.images, index.labels, index.xywh, index.crowd))
     images = list(zip(map(repr, index.image_ids), index.file_names, strict=True))
     return [images, index.class_names, index.category_ids, sorted(map(tuple, objects.tolist()))]

@@ -51,7 +51,8 @@ def load_annotations(
         annotation_file: JSON with `images`, `annotations` and `categories`.
         image_dir: the folder that each `file_name` is relative to.
         keep_empty: keep images without a box: what a detector must stay silent on is worth training on.
-        class_names: the classes that the file must declare, in this order (those of a checkpoint); None takes any.
+        class_names: the classes that the file must declare, in any order (those of a checkpoint): labels count them in
+            this one; None takes any.
         limit: keep only this many images, the first ones.
         exif_boxes: which frame the boxes of images with an EXIF rotation are in; see `match_files`.
 
@@ -79,7 +80,9 @@ def usable(
     if keep_empty and limit is not None:
         index = index.select(np.arange(len(index))[:limit])
     index = match_files(index, exif_boxes).check()
-    _check_class_names(path, index.class_names, class_names)
+    if class_names is not None:
+        _check_class_names(path, index.class_names, class_names)
+        index = index.in_order(class_names)
     logger.info(index.summary())
     if not keep_empty:
         index = index.select(np.flatnonzero(~index.empty)[:limit])
@@ -127,16 +130,15 @@ def index_of(file: Path, folder: Path, content: Mapping[str, Any], faults: Seque
     return reader.read(content)
 
 
-def _check_class_names(path: Path, names: tuple[str, ...], expected: Sequence[str] | None) -> None:
-    if expected is None or names == tuple(expected):
-        return
-    pairs = zip(names, expected, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(names), len(expected)))
-    raise InputError(
-        f"{path} declares {len(names)} classes ({show(names)}), but the detector knows {len(expected)} "
-        f"({show(tuple(expected))}); the first difference is class {at}. Give `categories` these names in the order of "
-        f"their ids, or train a detector on this data set."
-    )
+def _check_class_names(path: Path, names: Sequence[str], expected: Sequence[str]) -> None:
+    if sorted(names) != sorted(expected):
+        sides = {"data set": set(names) - set(expected), "detector": set(expected) - set(names)}
+        more = " and ".join(f"only the {side} has {show(sorted(own))}" for side, own in sides.items() if own)
+        raise InputError(
+            f"{path} declares {len(names)} classes ({show(names)}), but the detector knows {len(expected)} "
+            f"({show(tuple(expected))}); {more}. Give `categories` these names, in any order, or train a detector on "
+            "this data set."
+        )
 
 
 def _without_segmentation(item: _Row) -> _Row:

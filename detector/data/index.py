@@ -190,6 +190,17 @@ class AnnotationIndex:
             **{name: getattr(self, name)[rows] for name in names},
         )
 
+    def in_order(self, class_names: Sequence[str]) -> AnnotationIndex:
+        """With labels that count its classes in this order: the same names, each once."""
+        order = [self.class_names.index(name) for name in class_names]
+        return replace(
+            self,
+            labels=np.argsort(order)[self.labels],
+            class_names=tuple(class_names),
+            category_ids=tuple(self.category_ids[label] for label in order),
+            frequencies=tuple(self.frequencies[label] for label in order) if self.frequencies else (),
+        )
+
     def check(self) -> AnnotationIndex:
         """This index, if its file has no error; warnings are logged.
 

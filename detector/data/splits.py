@@ -105,7 +105,7 @@ def load_splits(
         data: what data set; plain values are parsed.
         names: "train" or "val". `keep_empty` leaves images out of the training split only: metrics need all. Of that
             alone, too, difficult objects become crowd regions, which the losses ignore.
-        class_names: of a checkpoint; the data set's must be the same.
+        class_names: of a checkpoint; the data set's must be the same, in any order: labels count in this one.
 
     Raises:
         InputError: data.root is not set, or as detector.data.annotations.load_annotations.

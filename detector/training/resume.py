@@ -80,6 +80,13 @@ def resumed_options(options: T, recorded: Mapping[str, Any], group: str) -> T:
     return type(options).parse_recorded(merged)
 
 
+def classes_of_run(recorded: object, own: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of a data set in the order in which a run counts them (`recorded`), where they are the same ones."""
+    if isinstance(recorded, list) and len(recorded) == len(own) and all(name in recorded for name in own):
+        return tuple(recorded)
+    return own
+
+
 def check_can_go_on(
     path: str, about: Mapping[str, Any], epoch: int, description: Mapping[str, Any], epochs: int
 ) -> None:

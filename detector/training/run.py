@@ -23,6 +23,7 @@ from detector.inference.detector import Detector, read_checkpoint
 from detector.models.backbones.pretrained import load_weights
 from detector.models.build import NetworkOptions
 from detector.training.data_module import DetectionData
+from detector.training.resume import classes_of_run
 from detector.training.task import DetectionTask, FreezeOptions, load_pretrained
 from detector.training.trainer import RunOptions, begin, fit, provenance, without_traces
 
@@ -48,6 +49,9 @@ def train(options: TrainOptions) -> Path:
     options, checkpoint = begin(options, entry=DetectionTask.entry, read=read_checkpoint, group="recipe")
     refuse_pointless(splits := load_splits(options.data))
     train_index, val_index = splits["train"], splits["val"]
+    if checkpoint:
+        names = classes_of_run(checkpoint["detector"].get("class_names"), train_index.class_names)
+        train_index, val_index = train_index.in_order(names), val_index.in_order(names)
     task = DetectionTask(
         _new_detector(options, train_index.class_names),
         val_index,
