@@ -12,9 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-from detector.data.preprocess import Preprocessing, resize
+from detector.data.preprocess import PADDING, Preprocessing, resize
 from detector.data.transforms import AugmentOptions, TrainTransform, Transformed, process_rank
+from detector.data.windows import crop_by_iou
 from detector.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -26,6 +31,9 @@ STILL: dict[str, Any] = {
     "photometric": 0.0,
     "crop": 0.0,
     "rotate90": 0.0,
+    "iou_crop": 0.0,
+    "zoom_out": 0.0,
+    "stretch": (1.0, 1.0),
 }
 ALL: dict[str, Any] = {
     "flip": 0.5,
@@ -34,6 +42,9 @@ ALL: dict[str, Any] = {
     "photometric": 1.0,
     "crop": 0.5,
     "rotate90": 0.5,
+    "iou_crop": 0.5,
+    "zoom_out": 0.3,
+    "stretch": (0.7, 1.5),
 }
 
 
@@ -139,7 +150,7 @@ def test_zooming_in_keeps_the_size_and_what_can_be_seen() -> None:
         assert all(
             (label in result.labels) == (shown[label] >= 0.3) for label in (0, 1) if abs(shown[label] - 0.3) > 0.03
         )
-        assert (2 in result.labels) == (shown[2] > 0.01)  # a crowd region stays, however little of it is in sight
+        assert (2 in result.labels) == (shown[2] > 0)  # a crowd region stays, however little of it is in sight
         kept.update(result.labels.tolist())
         for label, box in zip(result.labels, result.boxes, strict=True):
             np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1.5)
@@ -168,6 +179,125 @@ def test_crop_keeps_every_object_whole_even_thin_ones() -> None:
         if (sides > 1.001).all():
             assert result.labels.tolist() == [5]
             np.testing.assert_allclose(result.boxes[0, 2:] - result.boxes[0, :2], sides, atol=0.01)
+
+
+CUTTING: dict[str, Any] = {
+    "iou_crop": {"iou_crop": 1.0},
+    "zoom_out": {"zoom_out": 1.0},
+    "stretch": {"stretch": (0.5, 2.0)},
+    "all": ALL | {"photometric": 0.0, "iou_crop": 1.0, "zoom_out": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", CUTTING)
+def test_boxes_end_where_the_pixels_do(name: str) -> None:
+    """Of objects that are cut off as well; and what is left out has little or nothing in sight."""
+    transform = train_transform(120, 160, **CUTTING[name])
+    image, *objects = scene()
+    kept: Counter[int] = Counter()
+    for _ in range(100):
+        result = transform(image, *objects)
+        assert is_valid(result)
+        assert min(result.image.shape[:2]) <= 120
+        assert max(result.image.shape[:2]) <= 160
+        np.testing.assert_array_equal(result.crowd, result.labels == 2)
+        kept.update(result.labels.tolist())
+        for label, box in zip(result.labels, result.boxes, strict=True):
+            if (box[2:] - box[:2] >= 3).all():  # else hardly a pixel is bright enough
+                np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1.5)
+        if 2 not in result.labels:  # a crowd region
+            assert (result.image[..., 2] > 200).sum() < 60
+    assert min(kept[label] for label in range(3)) > (90 if name in ("zoom_out", "stretch") else 20)
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """An image whose pixels say where they are: x in the first channel, y in the second."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([columns, rows, 0 * rows], axis=2).astype(np.uint8)
+
+
+def test_a_crop_by_iou_is_what_torchvision_would_accept_and_return() -> None:
+    generator = np.random.default_rng(0)
+    image = coordinates(120, 160)
+    crowd = np.array([False, False, True])
+    for _ in range(200):
+        view, cut, rows = crop_by_iou(image, BOXES, crowd, generator)
+        left, top = view[0, 0, :2].tolist()
+        height, width = view.shape[:2]
+        window = [left, top, left + width, top + height]
+        assert 36 <= height <= 120
+        assert 48 <= width <= 160
+        assert 0.5 <= width / height <= 2
+        centres = (BOXES[:, :2] + BOXES[:, 2:]) / 2
+        held = ((centres > window[:2]) & (centres < window[2:])).all(axis=1)
+        assert held[:2].any()
+        theirs, _ = F.crop_bounding_boxes(
+            torch.from_numpy(BOXES), tv_tensors.BoundingBoxFormat.XYXY, top, left, height, width
+        )
+        ok = held | (crowd & (theirs[:, 2:] > theirs[:, :2]).all(dim=1).numpy())
+        assert rows.tolist() == np.flatnonzero(ok).tolist()
+        np.testing.assert_allclose(cut, theirs[rows], atol=1e-5)
+
+
+def test_crops_by_iou_are_distributed_as_torchvisions() -> None:
+    generator = np.random.default_rng(0)
+    image = coordinates(120, 160)
+    ours = []
+    for _ in range(200):
+        view, _, rows = crop_by_iou(image, BOXES, np.zeros(3, bool), generator)
+        ours.append((*view.shape[:2], *view[0, 0, :2], len(rows)))
+    theirs = []
+    torch.manual_seed(0)
+    reference = v2.RandomIoUCrop(sampler_options=[0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+    boxes = tv_tensors.BoundingBoxes(BOXES, format="XYXY", canvas_size=(120, 160))  # type: ignore[call-overload]
+    for _ in range(200):
+        found = reference.make_params([torch.zeros(3, 120, 160), boxes])
+        inside = int(found["is_within_crop_area"].sum())
+        theirs.append((found["height"], found["width"], found["left"], found["top"], inside))
+    for mine, their in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        error = ((np.var(mine) + np.var(their)) / 200) ** 0.5
+        assert abs(np.mean(mine) - np.mean(their)) < 3.5 * error + 0.5 * (max(their) > 10)  # they round down
+        assert np.std(mine) == pytest.approx(np.std(their), rel=0.25)
+
+
+def test_a_crop_by_iou_without_objects_and_of_a_long_image() -> None:
+    generator = np.random.default_rng(0)
+    views = {crop_by_iou(coordinates(120, 160), *NONE[::2], generator)[0].shape for _ in range(20)}
+    assert len(views) > 15
+    image = np.zeros((10, 100, 3), np.uint8)  # no window is at most twice as long as wide
+    view, boxes, rows = crop_by_iou(image, BOXES, np.zeros(3, bool), generator)
+    assert view is image
+    np.testing.assert_array_equal(boxes, BOXES)
+    assert rows.tolist() == [0, 1, 2]
+
+
+def test_zooming_out_is_uniform_and_anywhere_on_the_canvas() -> None:
+    """SSD's expansion: 1 to 4 times the sides, and the canvas has the mean colour."""
+    transform = train_transform(120, 160, zoom_out=1.0, zoom_out_factor=3.0)
+    image = np.full((240, 320, 3), 255, np.uint8)
+    whole = np.array([[0, 0, 320, 240]], np.float32), np.array([0]), np.array([False])
+    results = [transform(image, *whole) for _ in range(300)]
+    assert {result.image.shape for result in results} == {(120, 160, 3)}
+    for result in results[:50]:
+        left, top, right, bottom = result.boxes[0].astype(int)
+        assert (result.image[top:bottom, left:right] == 255).all()
+        result.image[top:bottom, left:right] = PADDING
+        assert (result.image == PADDING).all()
+    factors = np.sort([1 / (2 * result.scale[0]) for result in results])
+    assert np.abs(factors - np.linspace(1, 3, 300)).max() < 0.2  # Kolmogorov-Smirnov, 0.1% at 0.11 of the range
+    boxes = np.array([result.boxes[0] for result in results])
+    room = 120 - (boxes[:, 3] - boxes[:, 1])
+    share = np.sort((boxes[:, 1] / room)[room > 20])
+    assert np.abs(share - np.linspace(0, 1, len(share))).max() < 0.13
+
+
+def test_stretching_keeps_the_area_and_is_uniform_in_the_logarithm() -> None:
+    transform = train_transform(120, 160, stretch=(0.5, 2.0))
+    image = np.zeros((240, 320, 3), np.uint8)
+    scales = np.array([transform(image, *NONE).scale for _ in range(300)])
+    np.testing.assert_allclose(scales.prod(axis=1), 0.25, rtol=0.02)
+    ratios = np.sort(np.log(scales[:, 0] / scales[:, 1]))
+    assert np.abs(ratios - np.linspace(-np.log(2), np.log(2), 300)).max() < 0.11 * 2 * np.log(2)
 
 
 def test_boxes_below_a_pixel_and_without_area_are_left_out() -> None:
@@ -236,19 +366,20 @@ def test_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_rank() == 5
 
 
-@pytest.mark.parametrize("name", ["flip", "vertical_flip", "photometric", "crop", "rotate90"])
+@pytest.mark.parametrize("name", ["flip", "vertical_flip", "photometric", "crop", "rotate90", "iou_crop", "zoom_out"])
 def test_a_probability_is_named(name: str) -> None:
     for value in (-0.1, 1.5, float("nan")):
         with pytest.raises(InputError, match=rf"^augment\.{name}=.*: expected "):
             AugmentOptions.parse({name: value}, "augment")
 
 
-def test_a_bad_scale_is_named() -> None:
+@pytest.mark.parametrize("name", ["scale", "stretch"])
+def test_a_bad_range_is_named(name: str) -> None:
     for value in ((0.0, 1.0), (1.0, float("inf")), (1.0,)):
-        with pytest.raises(InputError, match=r"^augment\.scale=?.*: expected |^augment\.scale.* is missing"):
-            AugmentOptions.parse({"scale": value}, "augment")
-    with pytest.raises(InputError, match=r"augment\.scale=\[1\.5, 1\.0\]: expected lowest <= highest"):
-        AugmentOptions.parse({"scale": (1.5, 1.0)})
+        with pytest.raises(InputError, match=rf"^augment\.{name}=?.*: expected |^augment\.{name}.* is missing"):
+            AugmentOptions.parse({name: value}, "augment")
+    with pytest.raises(InputError, match=rf"augment\.{name}=\[1\.5, 1\.0\]: expected lowest <= highest"):
+        AugmentOptions.parse({name: (1.5, 1.0)})
 
 
 def test_albumentations_does_not_ask_the_network() -> None:

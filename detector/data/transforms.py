@@ -1,7 +1,7 @@
 """What happens to a decoded training image before it becomes network input.
 
 Crop, flips and colours in pixels of the image that is given (`dataset.py` has shrunk a large one), then one resize to a
-drawn size: `preprocess.resize`, the only one here.
+drawn size and place: `windows.place`, the only one here.
 
 Draws are made from generators that each loader worker seeds for itself (`dataset.seed_worker`).
 """
@@ -11,21 +11,19 @@ from __future__ import annotations
 import os
 import random
 import sys
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
+from pydantic.types import Strict
 
-from detector.data.preprocess import Preprocessing, resize
+from detector.data.preprocess import Preprocessing
+from detector.data.windows import MIN_SIDE, crop_by_iou, crop_whole, place
 from detector.errors import InputError
 from detector.options import Options, Positive, Share
 
-# Share of an object that the window cuts: with less of it in sight, nobody could tell what it is. Chosen by this
-# project, as all numbers here without another source.
-_MIN_VISIBLE = 0.3
-# A crop keeps at least this share of each side (Liu et al. 2016, SSD, section 2.2, takes 0.1 to 1 of the area).
-_MIN_CROP_SIDE = 0.3
-# Factors on brightness and contrast, and on saturation: what another lamp, hour or camera does to a photograph.
+# Factors on brightness and contrast, and on saturation: what another lamp, hour or camera does to a photograph. Chosen
+# by this project, as all numbers here without another source.
 _BRIGHTNESS, _SATURATION = (0.6, 1.4), (0.5, 1.5)
 # In turns of the colour circle, 14 degrees: colours keep their names.
 _HUE = (-0.04, 0.04)
@@ -68,23 +66,33 @@ class AugmentOptions(Options):
     photometric: Share = 0.0
     """probability that brightness, contrast, saturation and hue change; blur, noise and grey come more rarely"""
     crop: Share = 0.0
-    """probability of a crop that keeps all objects"""
+    """probability of a crop that keeps all objects, where iou_crop made none"""
+    iou_crop: Share = 0.0
+    """probability of a crop that overlaps an object by a drawn IoU (Liu et al. 2016, SSD, section 2.2: 0.86)"""
+    zoom_out: Share = 0.0
+    """probability that the image lies, smaller, on a canvas of the mean colour (SSD's expansion: 0.5)"""
+    zoom_out_factor: Annotated[float, Strict(), Field(ge=1)] = 4.0
+    """how many times the image's sides those of that canvas are at most"""
+    stretch: tuple[Positive, Positive] = (1.0, 1.0)
+    """lowest and highest factor on the ratio of width to height, drawn log-uniformly (NanoDet's configurations)"""
 
     @model_validator(mode="after")
-    def _scale_is_a_range(self) -> Self:
-        if self.scale[0] > self.scale[1]:
-            raise InputError(
-                f"augment.scale={list(self.scale)}: expected lowest <= highest; [1, 1] leaves the size alone."
-            )
+    def _are_ranges(self) -> Self:
+        for name, unchanged in (("scale", "the size"), ("stretch", "the ratio")):
+            low, high = getattr(self, name)
+            if low > high:
+                raise InputError(
+                    f"augment.{name}=[{low}, {high}]: expected lowest <= highest; [1, 1] leaves {unchanged} alone."
+                )
         return self
 
 
 class TrainTransform:
-    """Random crop, flips, colours and size; never larger than the image that evaluation would see.
+    """Random crop, flips, colours, size and place; never larger than the image that evaluation would see.
 
-    Every object stays whole in the crop. A size factor above 1 zooms in: a window as large as the unchanged size is
-    cut out, and objects with less than 30% of their area in it are left out, crowd regions with nothing in it.
-    Objects below one pixel are left out.
+    A size factor above 1 zooms in: a window as large as the unchanged size is cut out, and objects with less than 30%
+    of their area in it are left out, crowd regions with nothing in it. Where the view is zoomed out, the size is
+    divided once more, and the image lies anywhere on its canvas. Objects below one pixel are left out.
     """
 
     def __init__(self, preprocessing: Preprocessing, options: AugmentOptions, *, seed: int) -> None:
@@ -104,10 +112,12 @@ class TrainTransform:
     def largest_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width at which every view of an image of this size is drawn from as many pixels as it has.
 
-        That is its size at factor 1, times the largest factor, over the share of a side that a crop leaves at least;
+        That is its size at factor 1, times the largest factors, over the share of a side that a crop leaves at least;
         the size of the image where that is less.
         """
-        factor = max(1.0, self.options.scale[1]) / (_MIN_CROP_SIDE if self.options.crop else 1)
+        options = self.options
+        factor = max(1.0, options.scale[1]) * max(1.0, options.stretch[1], 1 / options.stretch[0]) ** 0.5
+        factor /= MIN_SIDE if options.crop or options.iou_crop else 1
         target = self.preprocessing.target_size(height, width)
         return min(height, round(target[0] * factor)), min(width, round(target[1] * factor))
 
@@ -144,32 +154,35 @@ class TrainTransform:
         if self._generator is None:
             self.reseed(0)
         assert self._generator is not None
-        if self._generator.random() < self.options.crop:
-            image, boxes = _crop(image, boxes, self._generator)
         # One index comes back for each box that is left; labels and flags need not pass through float32.
         rows = np.arange(len(boxes))
+        if self._generator.random() < self.options.iou_crop:
+            image, boxes, rows = crop_by_iou(image, boxes, crowd, self._generator)
+        elif self._generator.random() < self.options.crop:
+            image, boxes = crop_whole(image, boxes, self._generator)
         out: dict[str, Any] = self._compose(image=image, bboxes=boxes, rows=rows)
         rows = np.asarray(out["rows"], np.int64)
         boxes = np.asarray(out["bboxes"], np.float32).reshape(-1, 4)
         return self._resize(out["image"], boxes, labels[rows], crowd[rows])
 
     def _resize(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
-        """Resize to a drawn size, and cut out a window where that is larger than the size at factor 1."""
+        """Resize to a drawn size, and lay the image on a canvas that is no larger than the size at factor 1."""
         assert self._generator is not None
-        height, width = self.preprocessing.target_size(*image.shape[:2])
-        factor = np.exp(self._generator.uniform(*np.log(self.options.scale)))
-        full = max(1, round(height * factor)), max(1, round(width * factor))
-        scale = np.array([full[1] / image.shape[1], full[0] / image.shape[0]])
-        boxes = _inside((boxes * np.tile(scale, 2)).astype(np.float32), *full)
-        height, width = min(height, full[0]), min(width, full[1])
-        top = int(self._generator.integers(full[0] - height + 1))
-        left = int(self._generator.integers(full[1] - width + 1))
-        cut = _inside(boxes - np.array([left, top, left, top], np.float32), height, width)
-        sides = cut[:, 2:] - cut[:, :2]
-        visible = sides.prod(axis=1) / (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).clip(1e-6)
-        keep = (sides >= 1).all(axis=1) & ((visible >= _MIN_VISIBLE) | crowd)
-        window = np.ascontiguousarray(resize(image, *full)[top : top + height, left : left + width])
-        return Transformed(window, cut[keep], labels[keep], crowd[keep], scale)
+        target = self.preprocessing.target_size(*image.shape[:2])
+        factor, stretch = np.exp(self._generator.uniform(*np.log([self.options.scale, self.options.stretch]).T))
+        sides = np.array(target) * factor * stretch ** np.array([-0.5, 0.5])
+        canvas = _whole(np.minimum(sides, target))
+        if self._generator.random() < self.options.zoom_out:
+            sides /= self._generator.uniform(1, self.options.zoom_out_factor)
+        size = _whole(sides)
+        scale = np.array([size[1] / image.shape[1], size[0] / image.shape[0]])
+        image, boxes, rows = place(image, boxes, crowd, size, canvas, self._generator)
+        return Transformed(image, boxes, labels[rows], crowd[rows], scale)
+
+
+def _whole(sides: np.ndarray) -> tuple[int, int]:
+    height, width = sides.round().astype(int).clip(1).tolist()
+    return height, width
 
 
 def process_rank() -> int:
@@ -216,28 +229,3 @@ def _compose(options: AugmentOptions) -> Any:
             check_each_transform=False,
         ),
     )
-
-
-def _crop(image: np.ndarray, boxes: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Cut out a random part that holds all boxes whole.
-
-    Not albumentations' BBoxSafeRandomCrop: it rounds the far edges down and fails on boxes thinner than a pixel.
-    """
-    height, width = image.shape[:2]
-    # Without a box nothing limits where the part starts and ends.
-    low, high = boxes[:, :2].min(axis=0, initial=np.inf), boxes[:, 2:].max(axis=0, initial=-np.inf)
-    left, right = _crop_side(width, low[0], high[0], generator)
-    top, bottom = _crop_side(height, low[1], high[1], generator)
-    return np.ascontiguousarray(image[top:bottom, left:right]), boxes - np.array([left, top, left, top], np.float32)
-
-
-def _crop_side(size: int, low: float, high: float, generator: np.random.Generator) -> tuple[int, int]:
-    """Start and end of a random part of [0, size] that holds [low, high] and is not too short."""
-    shortest = max(1, round(size * _MIN_CROP_SIDE))
-    start = int(generator.integers(int(np.clip(np.floor(low), 0, size - shortest)) + 1))
-    end = int(generator.integers(int(np.clip(np.ceil(high), start + shortest, size)), size + 1))
-    return start, end
-
-
-def _inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    return boxes.clip(0, np.array([width, height, width, height], np.float32))
