@@ -763,3 +763,18 @@ def test_no_room_for_an_upload(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
         for _ in range(LIMITS.queue + 2):
             assert_refused(post(client), 503, "no room for the upload")
         assert "No space left on device" in caplog.text
+
+
+def test_each_class_is_shown_from_its_own_score_on() -> None:
+    predictor = Ruler()
+    predictor.thresholds = (0.65, 0.35)  # odd ones have 0.9, 0.7, 0.5, 0.3, even ones 0.8, 0.6, 0.4, 0.2
+    with client_of(predictor) as client:
+        about = client.get("/info").json()["options"]["score_threshold"]
+        assert about == {"minimum": 0, "maximum": 1, "default": 0.5, "by_class": [0.65, 0.35]}
+        answer = post(client).json()
+        assert answer["scores"] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.4])
+        assert answer["options"]["score_threshold"] == "auto"
+    with client_of(predictor, score_threshold={"odd": 0.85}) as client:
+        assert post(client).json()["scores"] == pytest.approx([0.9, 0.8, 0.6, 0.4])
+    with pytest.raises(InputError, match="there is no 'cow'"):
+        client_of(predictor, score_threshold={"cow": 0.5})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +184,16 @@ def test_a_failed_write_leaves_the_old_file(
 
 def test_properties_survive_the_round_trip(small_detector: Detector) -> None:
     info = ExportInfo(
-        ('a "b" <&>', "ü"), Preprocessing(short_side=32, long_side=64), 1, (64, 96), "int8", {"x": [1]}, {"y": None}
-    )
+        ('a "b" <&>', "ü"), Preprocessing(short_side=32, long_side=64), 1, (64, 96), "int8", {"x": [1]}, {"y": None},
+        (0.25, 0.5),
+    )  # fmt: skip
     properties = info.to_properties()
     assert ExportInfo.from_properties(properties | {"other": "{"}, "a.onnx") == info
+    earlier = {key: text for key, text in properties.items() if key != "thresholds"}
+    assert ExportInfo.from_properties(earlier, "a.onnx") == replace(info, thresholds=None)
+    for odd in ("[0.5]", "[0.5, 2]", "0.5"):
+        with pytest.raises(InputError, match=r"a\.onnx.*thresholds"):
+            ExportInfo.from_properties(properties | {"thresholds": odd}, "a.onnx")
     for odd in ('{"batch": 1.0, "height": 64, "width": 96}', '{"batch": 1, "height": "64", "width": 96}'):
         with pytest.raises(InputError, match=r"a\.onnx.*(input\.batch=1\.0|input\.height=64): expected a whole number"):
             ExportInfo.from_properties(properties | {"input": odd}, "a.onnx")

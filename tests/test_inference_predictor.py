@@ -47,6 +47,24 @@ def test_classes_by_name_and_number() -> None:
         assert found.class_names == NAMES
 
 
+def test_each_class_has_a_threshold_of_its_own() -> None:
+    image = paint(SIZE, (0, 0, 20, 20, 0, 128), (30, 0, 50, 20, 1, 128), (60, 0, 80, 20, 2, 128))  # scores of 0.502
+    predictor = Painted()
+    for known, given, names in (
+        (None, "auto", ["cat", "dog", "bird"]), ((0.6, 0.5, 0.6), "auto", ["dog"]), ((0.6, 0.5, 0.6), 0.5, list(NAMES)),
+        ((0.6, 0.5, 0.6), 0.51, []), ((0.6, 0.5, 0.6), [0.5, 0.9, 0.1], ["cat", "bird"]),
+        ((0.6, 0.5, 0.6), {"bird": 0.2}, ["dog", "bird"]), (None, {"dog": 0.9}, ["cat", "bird"]),
+    ):  # fmt: skip
+        predictor.thresholds = known
+        for options in ({}, {"tile": (64, 64, 32)}):
+            [found] = predictor.predict(image, score_threshold=given, **options)
+            assert found.names == names, (known, given, options)
+    with pytest.raises(InputError, match=r"score_threshold: 2 numbers.* 3 classes"):
+        predictor.predict(image, score_threshold=(0.1, 0.2))
+    with pytest.raises(InputError, match="score_threshold: there is no 'cow'"):
+        predictor.predict(image, score_threshold={"cow": 0.2})
+
+
 @pytest.mark.parametrize("unknown", ["cow", 3, -1, True, 1.0, None])
 def test_a_class_that_there_is_not(unknown: Any) -> None:
     with pytest.raises(InputError) as error:

@@ -25,11 +25,14 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tool_runner import tool_environment
 
 from detector.cli import explain
+from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference.detector import Detector
+from detector.inference.operating_point import OperatingPoint
+from detector.models.build import NetworkOptions
 from detector.training import run_directory
 from detector.training import task as task_module
-from detector.training.run import TrainOptions, train
+from detector.training.run import TrainOptions, _operating_point, train
 from detector.training.task import DetectionTask
 
 Run = Callable[..., Path]
@@ -89,6 +92,24 @@ def test_the_last_epoch_is_scored_and_can_be_the_best(run: Run, monkeypatch: pyt
     assert [int(row["step"]) for row in rows(run_dir) if row["AP"]] == [4, 6]
     assert (said(run_dir)["last"]["epoch"], said(run_dir)["best"]["epoch"]) == (2, 2)
     assert load(run_dir / "best.ckpt")["global_step"] == 6
+
+
+def test_a_checkpoint_says_from_which_score_on_each_class_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(0.2, 0.3, 0.4), (0.5, 0.6, 0.7)]
+    points = iter([{"thresholds": one} for one in found])
+    monkeypatch.setattr(task_module, "operating_point", lambda *_: next(points))
+    score_in_turn(monkeypatch, 0.2, 0.1, 0.1)
+    run_dir = run(run_dir="run", schedule=epochs(2))
+    assert [Detector.load(run_dir / name).thresholds for name in ("best.ckpt", "last.ckpt")] == found
+    # With that of another checkpoint, where the validation images are trained on; and without.
+    names = ("bird", "cat", "dog")
+    other = Detector(NetworkOptions(), names, Preprocessing(), operating_point=OperatingPoint(thresholds=found[0]))
+    other.save("other.ckpt")
+    own = Detector.load(run(run_dir="like", calibrate="other.ckpt") / "last.ckpt")
+    assert dict(zip(own.class_names, own.thresholds, strict=True)) == dict(zip(names, found[0], strict=True))
+    with pytest.raises(InputError, match=r"calibrate=other\.ckpt: it has no threshold for cow\."):
+        _operating_point("other.ckpt", ["cat", "cow"])
+    assert _operating_point("none", names) == OperatingPoint()
 
 
 def test_two_runs_in_one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,11 +42,12 @@ def curves(outcomes: Outcomes) -> dict[str, Any]:
         "precision_50_per_class": {
             name: table[0, :, place].tolist() if exists[place] else None for place, name in enumerate(names)
         },
-        "f1": _f1(outcomes),
+        "f1": f1_curves(outcomes),
     }
 
 
-def _f1(outcomes: Outcomes) -> dict[str, Any]:
+def f1_curves(outcomes: Outcomes) -> dict[str, Any]:
+    """F1 at each of THRESHOLDS: "f1" of `curves`."""
     records = outcomes.records
     objects = np.bincount(records.index.labels[~records.index.crowd], minlength=len(records.index.class_names))
     counts = [

@@ -61,7 +61,7 @@ def export_info(detector: Detector, batch: int | None = None, canvas: tuple[int,
         raise InputError(f"size={canvas[0]}x{canvas[1]}; height and width must be multiples of {STRIDE}.")
     made = {"export": {"torch": str(torch.__version__), "fused": True}}
     about = "float32", detector.options.spec(), dict(detector.provenance) | made
-    return ExportInfo(detector.class_names, detector.preprocessing, batch, canvas, *about)
+    return ExportInfo(detector.class_names, detector.preprocessing, batch, canvas, *about, detector.thresholds)
 
 
 def trace(detector: Detector, suppress: Suppress, info: ExportInfo) -> torch.export.ExportedProgram:

@@ -15,6 +15,7 @@ from detector.errors import InputError
 from detector.files import replacing
 from detector.inference.detections import Found
 from detector.inference.memory import keep_freed_memory
+from detector.inference.operating_point import OperatingPoint
 from detector.inference.predictor import Predictor
 from detector.inference.shipped import find
 from detector.models.build import NetworkOptions, build_network, check_fit
@@ -39,6 +40,7 @@ class Detector(Predictor):
         class_names: label -> name.
         options: of the network.
         provenance: how it was made: config, epoch, metrics, versions. Plain values.
+        operating_point: what its scores are worth.
         fused: the network is the faster form that cannot be trained or saved.
     """
 
@@ -48,6 +50,7 @@ class Detector(Predictor):
         class_names: Sequence[str],
         preprocessing: Preprocessing,
         provenance: Mapping[str, Any] | None = None,
+        operating_point: OperatingPoint | None = None,
     ) -> None:
         if not class_names:
             raise InputError("A detector needs at least one class name.")
@@ -58,6 +61,8 @@ class Detector(Predictor):
         self.class_names = tuple(class_names)
         self.preprocessing = preprocessing
         self.provenance = dict(provenance or {})
+        self.operating_point = (operating_point or OperatingPoint()).check(len(class_names))
+        self.thresholds = self.operating_point.thresholds
         self.network: LightHeadRCNN = build_network(options, len(self.class_names))
         self.fused = False
 
@@ -94,7 +99,8 @@ class Detector(Predictor):
             if not isinstance(provenance := about.get("provenance") or {}, dict):
                 raise InputError(f"provenance is a {type(provenance).__name__}")
             check_fit(options, len(about["class_names"]), weights)
-            detector = cls(options, about["class_names"], preprocessing, provenance)
+            point = OperatingPoint.parse(about.get("operating_point") or {}, "operating_point")
+            detector = cls(options, about["class_names"], preprocessing, provenance, point)
             check_weights(detector.network.state_dict(), weights)
             detector.network.load_state_dict(weights)
         except (InputError, RuntimeError) as error:  # the latter where there is not enough memory
@@ -118,6 +124,7 @@ class Detector(Predictor):
             "class_names": list(self.class_names),
             "preprocessing": self.preprocessing.to_dict(),
             "provenance": self.provenance,
+            "operating_point": self.operating_point.to_dict(),
         }
 
     def save(self, path: str | Path, *, half: bool = False) -> None:

@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from detector.data.preprocess import PADDING, STRIDE, Preprocessing, Side
 from detector.errors import InputError
+from detector.inference.operating_point import OperatingPoint
 from detector.options import Count, Options
 
 FORMAT = "light-head-detector-export"
@@ -19,7 +20,7 @@ VERSION = 2  # 1 took images as (N, 3, H, W)
 # The folder of these keys in OpenVINO's rt_info, and the file of them inside a .pt2.
 SECTION = "light_head_detector"
 # Beside `format`; each holds JSON.
-KEYS = ("version", "class_names", "preprocessing", "input", "precision", "spec", "provenance")
+KEYS = ("version", "class_names", "preprocessing", "input", "precision", "spec", "provenance", "thresholds")
 
 
 class _Input(Options):
@@ -48,6 +49,7 @@ class ExportInfo:
         precision: "float32" or "int8".
         spec: what `NetworkOptions.parse` reads, for the record.
         provenance: of the checkpoint, and how the file was made.
+        thresholds: of each class, see OperatingPoint.
     """
 
     class_names: tuple[str, ...]
@@ -57,6 +59,7 @@ class ExportInfo:
     precision: str = "float32"
     spec: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    thresholds: tuple[float, ...] | None = None
 
     def to_properties(self) -> dict[str, str]:
         """Text under each key; all but `format` are JSON."""
@@ -78,6 +81,7 @@ class ExportInfo:
             "precision": self.precision,
             "spec": self.spec,
             "provenance": self.provenance,
+            "thresholds": self.thresholds,
         }
         return {"format": FORMAT} | {key: json.dumps(value) for key, value in values.items()}
 
@@ -97,15 +101,18 @@ class ExportInfo:
             version = int(json.loads(properties["version"]))
             if version == VERSION:
                 # Other tools add keys of their own.
-                values = {key: json.loads(properties[key]) for key in KEYS}
+                earlier = {"thresholds": "null"}  # not in files from before there were any
+                values = {key: json.loads((earlier | dict(properties))[key]) for key in KEYS}
                 given = _Input.parse({key: values["input"][key] for key in _Input.model_fields}, "input")
                 sides = {key: values["preprocessing"][key] for key in Preprocessing.model_fields}
+                point = OperatingPoint.parse({"thresholds": values["thresholds"]}).check(len(values["class_names"]))
                 return cls(
                     tuple(map(str, values["class_names"])),
                     Preprocessing.parse(sides),
                     given.batch,
                     None if given.height is None or given.width is None else (given.height, given.width),
-                    *(values[key] for key in ("precision", "spec", "provenance")),
+                    thresholds=point.thresholds,
+                    **{key: values[key] for key in ("precision", "spec", "provenance")},
                 )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"'{path}' is damaged: its metadata cannot be read ({error}). Export it again.") from error

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import numpy as np
 from pydantic import BeforeValidator
@@ -18,6 +18,12 @@ from detector.inference.sources import ReadingOptions, SourceImage, read_images
 from detector.inference.tiles import Tiling, merge_flipped, merge_tiles, mirror_boxes
 from detector.options import Count, Flag, Share
 
+# Where nothing is known of a detector's scores.
+USUAL_THRESHOLD = 0.3
+ScoreThreshold: TypeAlias = Annotated[
+    Literal["auto"] | Share | dict[str, Share] | tuple[Share, ...],
+    "a number from 0 to 1, auto, or a number for each class",
+]
 _NOTHING = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
@@ -30,8 +36,8 @@ def _as_tile(value: Any) -> Any:
 class SearchOptions(ReadingOptions):
     """How a source is read and searched."""
 
-    score_threshold: Share = 0.3
-    """Detections below are left out; 0 keeps all that the network's own threshold leaves."""
+    score_threshold: ScoreThreshold = "auto"
+    """Detections below are left out: a number, one for each class, {car: 0.5}; auto: the checkpoint's own, or 0.3."""
     classes: str | int | tuple[Any, ...] | None = None
     """Names, or numbers, of the classes to keep, [car,2]; null: all."""
     max_proposals: Count | None = None
@@ -64,7 +70,24 @@ class PredictOptions(SearchOptions):
         if self.classes is None:
             return None
         given = (self.classes,) if isinstance(self.classes, str | int) else self.classes
-        return [_label(one, class_names) for one in given]
+        return [_label("classes", one, class_names) for one in given]
+
+    def lowest(self, class_names: Sequence[str], thresholds: Sequence[float] | None) -> np.ndarray:
+        """`score_threshold` of each class, (K,) float32. Raises InputError where it is not for these classes.
+
+        Args:
+            class_names: of the detector.
+            thresholds: of each class, as the detector knows them; what auto is, and what a class has that is not named.
+        """
+        given = self.score_threshold
+        values = np.array(thresholds or [USUAL_THRESHOLD] * len(class_names), np.float32)
+        if isinstance(given, tuple) and len(given) != len(values):
+            raise InputError(f"score_threshold: {len(given)} numbers, but this detector has {len(values)} classes.")
+        if isinstance(given, dict):
+            values[[_label("score_threshold", name, class_names) for name in given]] = list(given.values())
+        elif given != "auto":
+            values[:] = given
+        return values
 
 
 class Predictor(ABC):
@@ -75,12 +98,14 @@ class Predictor(ABC):
         preprocessing: how an image becomes network input.
         canvas: height and width of every input; None: the smallest that holds an image.
         proposal_limit: the most that `max_proposals` can be; None: their number is fixed.
+        thresholds: of each class, what `score_threshold="auto"` is; None: not known.
     """
 
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     canvas: tuple[int, int] | None = None
     proposal_limit: int | None = None
+    thresholds: tuple[float, ...] | None = None
 
     @abstractmethod
     def detect(self, prepared: Prepared, max_proposals: int | None = None) -> list[Found]:
@@ -158,7 +183,7 @@ class Predictor(ABC):
             source: a path, a pattern such as "*.jpg", a folder (its images, sorted, with subfolders), an address, the
                 bytes of a file, a PIL image, a numpy array (h, w, 3) in RGB, a torch tensor (3, h, w), a video, a
                 stream, a camera, or a list or generator of any of them: see detector.inference.sources.
-            options: those of PredictOptions: score_threshold=0.3, classes=None, max_proposals=None, tile=None ...
+            options: those of PredictOptions: score_threshold="auto", classes=None, max_proposals=None, tile=None ...
 
         Raises:
             InputError: an option that cannot be; an image is missing or unreadable, the message names it.
@@ -176,30 +201,33 @@ class Predictor(ABC):
     def search(self, source: Any, options: PredictOptions) -> Iterator[tuple[SourceImage, Detections]]:
         """As `stream`, each with the image itself: to draw on it, or to cut from it."""
         # Not a generator itself: a wrong class is told here, not at the first image.
-        return self._search(source, options, options.labels(self.class_names))
+        lowest = options.lowest(self.class_names, self.thresholds)
+        return self._search(source, options, options.labels(self.class_names), lowest)
 
     def _search(
-        self, source: Any, options: PredictOptions, labels: list[int] | None
+        self, source: Any, options: PredictOptions, labels: list[int] | None, lowest: np.ndarray
     ) -> Iterator[tuple[SourceImage, Detections]]:
         for chunk in _chunks(read_images(source, options, bgr=options.bgr), options.batch_size):
             readable = [item for item in chunk if item.error is None]
-            results = iter(self._detections(readable, options))
+            results = iter(self._detections(readable, options, lowest))
             for item in chunk:
                 if item.error is not None and options.on_error == "raise":
                     raise item.error
                 found = self._of(item, _NOTHING) if item.error is not None else next(results)
                 yield item, found if labels is None else found.of(labels)
 
-    def _detections(self, items: Sequence[SourceImage], options: PredictOptions) -> list[Detections]:
+    def _detections(
+        self, items: Sequence[SourceImage], options: PredictOptions, lowest: np.ndarray
+    ) -> list[Detections]:
         images = [item.image for item in items]
         if options.tile:
-            results = [self._detect_tiles(image, Tiling(*options.tile), options) for image in images]
+            results = [self._detect_tiles(image, Tiling(*options.tile), options, lowest) for image in images]
         else:
             results = self._detect(images, options)
         detections = (self._of(item, found) for found, item in zip(results, items, strict=True))
-        return [found.above(options.score_threshold) for found in detections]
+        return [found.where(found.scores >= lowest[found.labels]) for found in detections]
 
-    def _detect_tiles(self, image: np.ndarray, tiling: Tiling, options: PredictOptions) -> Found:
+    def _detect_tiles(self, image: np.ndarray, tiling: Tiling, options: PredictOptions, lowest: np.ndarray) -> Found:
         """The whole image and its tiles, a batch at a time."""
         size = _size(image)
         whole = np.array([[0, 0, size[1], size[0]]])
@@ -209,7 +237,7 @@ class Predictor(ABC):
             chunk = regions[start : start + options.batch_size]
             found = self._detect([image[y1:y2, x1:x2] for x1, y1, x2, y2 in chunk], options)
             for one, corner in zip(found, np.tile(chunk[:, :2], 2), strict=True):
-                kept = one.where(one.scores >= options.score_threshold)
+                kept = one.where(one.scores >= lowest[one.labels])
                 looks.append(replace(kept, boxes=(kept.boxes + corner).astype(np.float32)))
         return merge_tiles(looks, regions, size) if len(regions) > 1 else looks[0]
 
@@ -244,10 +272,10 @@ def _chunks(items: Iterable[SourceImage], size: int) -> Iterator[list[SourceImag
         yield chunk
 
 
-def _label(given: Any, class_names: Sequence[str]) -> int:
+def _label(option: str, given: Any, class_names: Sequence[str]) -> int:
     if isinstance(given, str) and given in class_names:
         return class_names.index(given)
     if isinstance(given, int | np.integer) and not isinstance(given, bool) and 0 <= given < len(class_names):
         return int(given)
     known = ", ".join(f"{index}: {name}" for index, name in enumerate(class_names))
-    raise InputError(f"classes: there is no {given!r}; this detector knows {known}.")
+    raise InputError(f"{option}: there is no {given!r}; this detector knows {known}.")

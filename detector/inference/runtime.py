@@ -57,7 +57,7 @@ class ExportedDetector(Predictor):
             smallest: height and width below which the runtime cannot go.
         """
         self.info, self.path = info, path
-        self.class_names = info.class_names
+        self.class_names, self.thresholds = info.class_names, info.thresholds
         self.preprocessing, self.canvas = info.preprocessing, info.canvas
         self._run, self._smallest = run, smallest
 

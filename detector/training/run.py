@@ -19,9 +19,13 @@ from detector.data.preprocess import Preprocessing
 from detector.data.split_checks import refuse_pointless
 from detector.data.splits import DataOptions, load_splits
 from detector.data.transforms import AugmentOptions, TrainTransform
+from detector.errors import InputError
 from detector.inference.detector import Detector, read_checkpoint
+from detector.inference.operating_point import OperatingPoint
+from detector.inference.shipped import find
 from detector.models.backbones.pretrained import load_weights
 from detector.models.build import NetworkOptions
+from detector.models.weights import first_three
 from detector.training.data_module import DetectionData
 from detector.training.resume import classes_of_run
 from detector.training.task import DetectionTask, FreezeOptions, load_pretrained
@@ -37,6 +41,8 @@ class TrainOptions(NetworkOptions, RunOptions):
     input: Preprocessing = Preprocessing()
     augment: AugmentOptions = AugmentOptions()
     freeze: FreezeOptions = FreezeOptions()
+    calibrate: str = "auto"
+    """what scores are worth: auto, found on the validation split; none; or as in this checkpoint of the same classes"""
 
 
 @without_traces()
@@ -58,6 +64,7 @@ def train(options: TrainOptions) -> Path:
         optimizer=options.optimizer,
         schedule=options.schedule,
         freeze=options.freeze,
+        calibrate=options.calibrate == "auto",
     )
     transform = TrainTransform(options.input, options.augment, seed=options.seed)
     data = DetectionData(
@@ -67,7 +74,8 @@ def train(options: TrainOptions) -> Path:
 
 
 def _new_detector(options: TrainOptions, class_names: Sequence[str]) -> Detector:
-    detector = Detector(options, class_names, options.input, provenance(options))
+    point = _operating_point(options.calibrate, class_names)
+    detector = Detector(options, class_names, options.input, provenance(options), point)
     if options.ckpt and not options.resume:
         random = load_pretrained(detector, read_checkpoint(options.ckpt))
         log.info("weights from %s; %d tensors start at random", options.ckpt, len(random))
@@ -75,3 +83,21 @@ def _new_detector(options: TrainOptions, class_names: Sequence[str]) -> Detector
         log.info("%s", load_weights(detector.network.backbone, options.backbone.weights))
     detector.network.to(memory_format=torch.channels_last)
     return detector
+
+
+def _operating_point(calibrate: str, class_names: Sequence[str]) -> OperatingPoint:
+    """What a run begins with: nothing, or what another detector knows of its scores, in the order of these classes.
+
+    Raises:
+        InputError: the other one does not know all classes.
+    """
+    if calibrate in ("auto", "none"):
+        return OperatingPoint()
+    other = Detector.load(find(calibrate), "cpu", fused=False)
+    known = dict(zip(other.class_names, other.thresholds or (), strict=bool(other.thresholds)))
+    if unknown := [name for name in class_names if name not in known]:
+        raise InputError(
+            f"calibrate={calibrate}: it has no threshold for {first_three(unknown)}. Give a checkpoint that was scored "
+            "on these classes, auto or none."
+        )
+    return other.operating_point.model_copy(update={"thresholds": tuple(known[name] for name in class_names)})

@@ -16,7 +16,9 @@ from detector.data.index import AnnotationIndex
 from detector.data.results import Results
 from detector.errors import InputError
 from detector.evaluation.metrics import METRICS, compute_metrics, format_table
+from detector.evaluation.operating_point import operating_point
 from detector.inference.detector import Detector
+from detector.inference.operating_point import OperatingPoint
 from detector.models.weights import misfits
 from detector.options import Flag, Options
 from detector.training.callbacks import Columns
@@ -104,6 +106,7 @@ class DetectionTask(Task):
         val_index: what it is scored on.
         optimizer, schedule: see their classes; None for evaluation alone.
         freeze: what of the backbone stays as it is, see `Backbone.freeze`; None: nothing.
+        calibrate: find in each validation what the scores are worth, for the checkpoint.
     """
 
     entry = "detector"
@@ -121,16 +124,18 @@ class DetectionTask(Task):
         optimizer: OptimizerOptions | None = None,
         schedule: ScheduleOptions | None = None,
         freeze: FreezeOptions | None = None,
+        calibrate: bool = False,
     ) -> None:
         super().__init__(detector.network, optimizer, schedule)
-        self.detector, self.val_index = detector, val_index
+        self.detector, self.val_index, self.calibrate = detector, val_index, calibrate
+        self.operating_point = detector.operating_point
         self.results = Results.of([], [])
         self._found: list[Results] = []
         freeze = freeze or FreezeOptions(stages=0, batch_norm=False)
         self._frozen_norms = detector.network.backbone.freeze(freeze.stages, batch_norm=freeze.batch_norm)
 
     def describe(self) -> dict[str, Any]:
-        return self.detector.describe()
+        return self.detector.describe() | {"operating_point": self.operating_point.to_dict()}
 
     def draw(self, batch: Batch) -> Image:
         return draw_batch(batch, self.detector.class_names)
@@ -144,6 +149,9 @@ class DetectionTask(Task):
         for norm in self._frozen_norms:
             norm.eval()
         return self
+
+    def on_train_epoch_start(self) -> None:
+        self.operating_point = self.detector.operating_point  # what was found belongs to the weights from before
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         with big_enough():
@@ -174,6 +182,8 @@ class DetectionTask(Task):
         outcome: list[Any] = [None]
         if rank() == 0:
             outcome = [compute_metrics(self.results, self.val_index)]
+            if self.calibrate:
+                self.operating_point = OperatingPoint.parse(operating_point(self.results, self.val_index))
         if world_size() > 1:
             dist.broadcast_object_list(outcome, src=0)
         self.metrics = outcome[0]

@@ -21,8 +21,9 @@ from pydantic.types import Strict
 
 from detector.errors import require
 from detector.inference import loading
+from detector.inference.predictor import ScoreThreshold
 from detector.inference.shipped import DEFAULT
-from detector.options import Count, Options, Positive, Share, Threads
+from detector.options import Count, Options, Positive, Threads
 
 
 class Limits(Options):
@@ -76,8 +77,8 @@ class ServerOptions(Options):
     """This machine only; 0.0.0.0 lets in everyone who can reach it."""
     port: Annotated[int, Strict(), Field(ge=0, le=65535)] = 8000
     """0: any free one; the log says which."""
-    score_threshold: Share = 0.3
-    """For requests that name none."""
+    score_threshold: ScoreThreshold = "auto"
+    """For requests that name none: a number, one for each class, {car: 0.5}; auto: the checkpoint's own, or 0.3."""
     limits: Limits = Limits()
     """Bounds of a request, and of all of them together."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import platform
+import statistics
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -158,12 +159,15 @@ def describe(predictor: Predictor, options: ServerOptions) -> dict[str, Any]:
     limits, proposals = options.limits, predictor.proposal_limit
     # An exported detector needs no torch.
     versions = {name: found.version for name in PACKAGES for found in distributions(name=name)}
+    shown = PredictOptions(score_threshold=options.score_threshold).lowest(predictor.class_names, predictor.thresholds)
+    default = [round(value, 6) for value in shown.tolist()]
     return {
         "class_names": list(predictor.class_names),
         "preprocessing": predictor.preprocessing.to_dict(),
         "device": str(getattr(predictor, "device", "cpu")),
         "options": {
-            "score_threshold": {"minimum": 0, "maximum": 1, "default": options.score_threshold},
+            # The page has one slider; until it is moved, each class has its own.
+            "score_threshold": {"minimum": 0, "maximum": 1, "default": statistics.median(default), "by_class": default},
             "max_proposals": proposals and {"minimum": 1, "maximum": proposals},
         },
         "limits": {
@@ -190,7 +194,7 @@ def openapi(info: dict[str, Any]) -> dict[str, Any]:
     schemas["ClassName"]["enum"] = names
     schemas["Label"]["maximum"] = len(names) - 1
     schemas["Image"]["description"] = f"An image's file, up to {info['limits']['max_upload_bytes']} bytes."
-    schemas["ScoreThreshold"] |= options["score_threshold"]
+    schemas["ScoreThreshold"] |= {key: options["score_threshold"][key] for key in ("minimum", "maximum")}
     if options["max_proposals"]:
         schemas["MaxProposals"] |= options["max_proposals"]
     else:  # their number is fixed

@@ -23,7 +23,7 @@ from starlette.types import Message
 from detector.apps.serve import Limits
 from detector.data.images import read_image
 from detector.errors import InputError
-from detector.inference.predictor import PredictOptions, Predictor
+from detector.inference.predictor import PredictOptions, Predictor, ScoreThreshold
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,9 @@ async def _read(request: Request) -> tuple[bytes, list[tuple[str, str]]]:
         await form.close()
 
 
-def read_options(given: Mapping[str, Sequence[str]], predictor: Predictor, score_threshold: float) -> PredictOptions:
+def read_options(
+    given: Mapping[str, Sequence[str]], predictor: Predictor, score_threshold: ScoreThreshold
+) -> PredictOptions:
     """The options in the fields of a form or a query.
 
     Args:

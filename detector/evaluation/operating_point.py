@@ -1,0 +1,46 @@
+"""What the scores of a detector are worth: from which one on a detection of each class is to be shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from detector.data.index import AnnotationIndex
+from detector.data.results import Results
+from detector.evaluation.curves import f1_curves
+from detector.evaluation.outcomes import Outcomes, judge
+from detector.evaluation.records import sort_records
+
+# Chosen by this project: the best threshold of fewer objects is that of a few lucky detections, and one outside the
+# range shows noise, or nothing at all on other images.
+FEWEST, LOWEST, HIGHEST = 10, 0.1, 0.9
+
+
+def operating_point(results: Results, index: AnnotationIndex) -> dict[str, Any]:
+    """Plain values of detector.inference.operating_point.OperatingPoint, from what was found on a validation split.
+
+    Difficult objects are treated as crowd regions: what finds one counts neither as right nor as wrong.
+    """
+    outcomes = judge(sort_records(results, replace(index, crowd=index.crowd | index.difficult)))
+    return {"thresholds": best_thresholds(outcomes)}
+
+
+def best_thresholds(outcomes: Outcomes) -> list[float] | None:
+    """For each class the lowest threshold, in steps of 0.01, with its best F1 at IoU 0.5, between LOWEST and HIGHEST.
+
+    Returns:
+        K values. A class with fewer than FEWEST objects has the median of the others; None where all have fewer.
+    """
+    index = outcomes.records.index
+    objects = np.bincount(index.labels[~index.crowd], minlength=len(index.class_names))
+    curves = f1_curves(outcomes)["per_class"]
+    known = [
+        curves[name]["best"]["threshold"] if count >= FEWEST else None
+        for name, count in zip(index.class_names, objects, strict=True)
+    ]
+    if not (found := [value for value in known if value is not None]):
+        return None
+    usual = float(np.median(found))
+    return [min(max(usual if value is None else value, LOWEST), HIGHEST) for value in known]
