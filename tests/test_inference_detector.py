@@ -17,7 +17,9 @@ from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference.detections import Detections
 from detector.inference.detector import FORMAT, VERSION, Detector
+from detector.inference.operating_point import OperatingPoint
 from detector.models.build import NetworkOptions
+from detector.models.calibrate import calibrated
 from detector.models.postprocess import FixedDetections
 from detector.models.rpn import RPNOptions
 
@@ -303,6 +305,28 @@ def test_results_are_sorted_and_inside_the_picture(small_detector: Detector, pic
         assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
         assert found.class_names == ("cat", "dog", "bird")
         assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int64)
+
+
+def test_what_scores_are_worth_goes_with_the_checkpoint(
+    small_detector: Detector, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
+    raw = small_detector.predict(pictures, score_threshold=0)
+    small_detector.operating_point = OperatingPoint(calibration=(0.5, -0.2), thresholds=(0.1, 0.2, 0.3))
+    small_detector.save(tmp_path / "a.ckpt")
+    for fused in (False, True):
+        loaded = Detector.load(tmp_path / "a.ckpt", "cpu", fused=fused)
+        assert loaded.operating_point == small_detector.operating_point
+        for a, b in zip(loaded.predict(pictures, score_threshold=0), raw, strict=True):
+            np.testing.assert_allclose(a.scores, calibrated(b.scores.astype(float), 0.5, -0.2), rtol=1e-3)
+        shown = loaded.predict(pictures)
+        assert 0 < sum(map(len, shown)) < sum(map(len, raw))
+        assert all((found.scores >= np.float32([0.1, 0.2, 0.3])[found.labels]).all() for found in shown)
+    for odd in ({"thresholds": [0.5]}, {"calibration": [0, 0]}, {"calibration": [1.0]}, {"thresholds": [2, 0, 0]}, 7):
+        checkpoint = torch.load(tmp_path / "a.ckpt")
+        checkpoint["detector"]["operating_point"] = odd
+        torch.save(checkpoint, tmp_path / "b.ckpt")
+        with pytest.raises(InputError, match="own description"):
+            Detector.load(tmp_path / "b.ckpt")
 
 
 def test_score_threshold_only_leaves_out(small_detector: Detector, pictures: list[np.ndarray]) -> None:

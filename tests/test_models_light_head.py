@@ -353,6 +353,24 @@ def test_how_many_candidates_are_looked_at_first_changes_nothing(
             assert all(torch.equal(a, b) for a, b in zip(found[few][image], found[1000][image], strict=True))
 
 
+def test_calibration_changes_scores_alone(small_spec: dict) -> None:
+    head, rois, sizes = (
+        build(small_spec, max_detections=200),
+        random_rois(places=60),
+        torch.tensor([[64, 96], [40, 60]]),
+    )
+    output = random_output(head, rois)
+    output.class_logits[0, 0, 0] = 60.0  # a score of 1
+    before = head.detect(output, rois, sizes)
+    head.calibration = (0.6, -0.5)
+    after = head.detect(output, rois, sizes)
+    assert all(torch.equal(getattr(before, key), getattr(after, key)) for key in ("boxes", "labels", "counts"))
+    expected = torch.sigmoid(0.6 * torch.logit(before.scores.double()) - 0.5)  # logit(0) and logit(1) are infinite
+    torch.testing.assert_close(after.scores.double(), expected, rtol=1e-5, atol=1e-7)
+    assert (after.scores == 0).any()
+    assert after.scores.max() == 1
+
+
 def test_detect_without_a_valid_roi_finds_nothing(small_spec: dict) -> None:
     head = build(small_spec, score_threshold=0.0)
     nothing = Proposals(torch.zeros(2, 20, 4), torch.zeros(2, 20, dtype=torch.bool), torch.zeros(2, 20))

@@ -1,11 +1,17 @@
-"""Whether a score of 0.7 means right in 7 cases of 10: expected calibration error and the reliability diagram."""
+"""Whether a score of 0.7 means right in 7 cases of 10: calibration error and reliability diagram, and the remedy."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from detector.evaluation.outcomes import FOREGROUND, Outcomes
 from detector.evaluation.records import evaluator
+from detector.models.calibrate import IDENTITY
+
+# Chosen by this project: below, a threshold shows nothing; fewer tell nothing.
+LOWEST, FEWEST, STEPS = 0.05, 20, 50
 
 
 def calibration(outcomes: Outcomes, bins: int = 10) -> dict[str, Any]:
@@ -41,6 +47,37 @@ def calibration(outcomes: Outcomes, bins: int = 10) -> dict[str, Any]:
             name: measured["per_category"].get(str(label)) for label, name in enumerate(records.index.class_names)
         },
     }
+
+
+def fit_calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Scale and shift of `calibrated` by logistic regression of "is right" on the scores' logits, with Platt's targets.
+
+    Platt 1999, section 2.2; scores below LOWEST, which nobody is shown, have no part in it. Newton's method.
+
+    Args:
+        scores: (D,) in [0, 1].
+        right: (D,) bool.
+
+    Returns:
+        IDENTITY where fewer than FEWEST are right, or wrong, or where better scores are not more often right.
+    """
+    used = scores >= LOWEST
+    right, clipped = right[used], scores[used].astype(np.float64).clip(1e-6, 1 - 1e-6)
+    hits, misses = int(right.sum()), int((~right).sum())
+    if min(hits, misses) < FEWEST:
+        return IDENTITY
+    design = np.stack((np.log(clipped / (1 - clipped)), np.ones(len(clipped))), axis=1)
+    wanted = np.where(right, (hits + 1) / (hits + 2), 1 / (misses + 2))
+    fitted = np.array([0.0, np.log(hits / misses)])
+    for _ in range(STEPS):
+        share = 1 / (1 + np.exp(-design @ fitted))
+        curvature = (design * (share * (1 - share))[:, None]).T @ design
+        step = np.linalg.lstsq(curvature, design.T @ (share - wanted), rcond=None)[0]
+        fitted = fitted - step
+        if np.abs(step).max() < 1e-10:
+            scale, shift = fitted.tolist()
+            return (scale, shift) if scale > 0 else IDENTITY
+    return IDENTITY  # it does not converge
 
 
 def _bin(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the scores of a detector are worth: from which one on a detection of each class is to be shown."""
+"""What the scores of a detector are worth: their calibration, and from which one on a detection is to be shown."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 
 from detector.data.index import AnnotationIndex
 from detector.data.results import Results
+from detector.evaluation.calibration import fit_calibration
 from detector.evaluation.curves import f1_curves
-from detector.evaluation.outcomes import Outcomes, judge
+from detector.evaluation.outcomes import CORRECT, Outcomes, judge
 from detector.evaluation.records import sort_records
+from detector.models.calibrate import calibrated
 
 # Chosen by this project: the best threshold of fewer objects is that of a few lucky detections, and one outside the
 # range shows noise, or nothing at all on other images.
@@ -21,10 +23,16 @@ FEWEST, LOWEST, HIGHEST = 10, 0.1, 0.9
 def operating_point(results: Results, index: AnnotationIndex) -> dict[str, Any]:
     """Plain values of detector.inference.operating_point.OperatingPoint, from what was found on a validation split.
 
-    Difficult objects are treated as crowd regions: what finds one counts neither as right nor as wrong.
+    The thresholds are for calibrated scores. Difficult objects are treated as crowd regions: what finds one counts
+    neither as right nor as wrong.
     """
     outcomes = judge(sort_records(results, replace(index, crowd=index.crowd | index.difficult)))
-    return {"thresholds": best_thresholds(outcomes)}
+    records, counted = outcomes.records, outcomes.counted
+    scores = records.results.scores
+    scale, shift = fit_calibration(scores[counted], (outcomes.kind == CORRECT)[counted])
+    results = replace(records.results, scores=calibrated(scores, scale, shift))  # in the same order: judged alike
+    outcomes = replace(outcomes, records=replace(records, results=results))
+    return {"calibration": (scale, shift), "thresholds": best_thresholds(outcomes)}
 
 
 def best_thresholds(outcomes: Outcomes) -> list[float] | None:

@@ -64,6 +64,7 @@ class Detector(Predictor):
         self.operating_point = (operating_point or OperatingPoint()).check(len(class_names))
         self.thresholds = self.operating_point.thresholds
         self.network: LightHeadRCNN = build_network(options, len(self.class_names))
+        self.network.head.calibration = self.operating_point.calibration
         self.fused = False
 
     @classmethod
@@ -99,8 +100,10 @@ class Detector(Predictor):
             if not isinstance(provenance := about.get("provenance") or {}, dict):
                 raise InputError(f"provenance is a {type(provenance).__name__}")
             check_fit(options, len(about["class_names"]), weights)
-            point = OperatingPoint.parse(about.get("operating_point") or {}, "operating_point")
-            detector = cls(options, about["class_names"], preprocessing, provenance, point)
+            if not isinstance(point := about.get("operating_point") or {}, dict):
+                raise InputError(f"operating_point is a {type(point).__name__}")
+            worth = OperatingPoint.parse(point, "operating_point")
+            detector = cls(options, about["class_names"], preprocessing, provenance, worth)
             check_weights(detector.network.state_dict(), weights)
             detector.network.load_state_dict(weights)
         except (InputError, RuntimeError) as error:  # the latter where there is not enough memory

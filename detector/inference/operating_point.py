@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from detector.errors import InputError
-from detector.options import Options, Share
+from detector.models.calibrate import IDENTITY
+from detector.options import Finite, Options, Positive, Share
 
 
 class OperatingPoint(Options):
     """Without any, nothing is known of the scores."""
 
+    calibration: tuple[Positive, Finite] = IDENTITY
+    """Scale and shift of the scores' logits, so that of the detections with a score of 0.7 about 70% are right."""
     thresholds: tuple[Share, ...] | None = None
-    """For each class the score with the best F1 at IoU 0.5; null: not known."""
+    """For each class the calibrated score with the best F1 at IoU 0.5; null: not known."""
 
     def check(self, classes: int) -> OperatingPoint:
         """Itself. Raises InputError where it belongs to another number of classes."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from detector.errors import InputError
 from detector.models.boxes import clip_boxes, decode_boxes, encode_boxes
+from detector.models.calibrate import IDENTITY, calibrated
 from detector.models.layers import Channels, draw_small
 from detector.models.matching import Matches, gather_boxes, match, sample
 from detector.models.postprocess import FixedDetections, Suppress, is_empty, keep_best, suppress_eagerly
@@ -151,6 +152,7 @@ class LightHead(nn.Module):
         self.options = options
         self.scale = 1 / stride
         self.num_classes = num_classes
+        self.calibration = IDENTITY  # of final scores, see `calibrated`; found after training, unlike the options
         thin, hidden = options.thin_channels * BINS * BINS, options.hidden_channels
         self.thin = LargeSeparableConv(
             in_channels, thin, mid_channels=options.mid_channels, kernel_size=options.kernel_size
@@ -256,7 +258,7 @@ class LightHead(nn.Module):
     def detect(
         self, output: HeadOutput, proposals: Proposals, image_sizes: Tensor, suppress: Suppress = suppress_eagerly
     ) -> FixedDetections:
-        """The final boxes: decode, clip, suppress by class, keep the best max_detections of each image."""
+        """The final boxes: decode, clip, suppress by class, keep the best max_detections of each image, calibrate."""
         scores = output.class_logits.softmax(dim=-1)[..., :-1] * proposals.valid[..., None]  # (N, P, K)
         boxes = decode_boxes(output.box_deltas * self.box_std, proposals.boxes[:, :, None])  # (N, P, B, 4)
         boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (-1, boxes.shape[2]))
@@ -265,4 +267,6 @@ class LightHead(nn.Module):
             boxes, scores, self.options.nms_threshold, self.options.max_detections, suppress
         )
         found = scores > 0
+        if self.calibration != IDENTITY:
+            scores = calibrated(scores, *self.calibration)
         return FixedDetections(boxes, scores, torch.where(found, index % self.num_classes, -1), found.sum(dim=1))

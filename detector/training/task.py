@@ -142,7 +142,10 @@ class DetectionTask(Task):
 
     def summary(self) -> str:
         assert self.val_index is not None
-        return f"\n{format_table(self.metrics, f'{self.val_index.annotation_file}, last epoch')}\n"
+        (scale, shift), known = self.operating_point.calibration, self.operating_point.thresholds
+        scores = f"scores: scale {scale:.2f} and shift {shift:.2f} of their logits"
+        scores += f", shown from {min(known):.2f} to {max(known):.2f} by class" if known else ""
+        return f"\n{format_table(self.metrics, f'{self.val_index.annotation_file}, last epoch')}\n\n{scores}\n"
 
     def train(self, mode: bool = True) -> DetectionTask:
         super().train(mode)
