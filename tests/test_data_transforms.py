@@ -61,7 +61,7 @@ BOXES = np.array([[20, 30, 60, 50], [90, 10, 110, 70], [40, 80, 100, 100]], np.f
 
 
 def scene(height: int = 120, width: int = 160) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A black picture with a red, a green and a blue rectangle, and their boxes."""
+    """A black image with a red, a green and a blue rectangle, and their boxes."""
     image = np.zeros((height, width, 3), np.uint8)
     for channel, (x1, y1, x2, y2) in enumerate(BOXES.astype(int)):
         image[y1:y2, x1:x2, channel] = 255
@@ -396,3 +396,14 @@ def test_albumentations_does_not_ask_the_network() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("turn", [0.0, 1.0])
+def test_no_view_needs_a_larger_canvas_than_its_image(turn: float) -> None:
+    """A part may be upright where the image is not: its batch would be padded to a square."""
+    options = AugmentOptions(iou_crop=0.9, crop=0.5, rotate90=turn, scale=(0.5, 2.0), stretch=(0.5, 2.0), zoom_out=0.3)
+    transform = TrainTransform(Preprocessing(short_side=48, long_side=64), options, seed=0)
+    image, labels, crowd = coordinates(120, 160), np.zeros(3, np.int64), np.zeros(3, bool)
+    shapes = {transform(image, BOXES, labels, crowd).image.shape[:2] for _ in range(100)}
+    assert all((height <= 48 and width <= 64) or (turn and height <= 64 and width <= 48) for height, width in shapes)
+    assert max(height for height, _ in shapes) == (64 if turn else 48)

@@ -1,4 +1,4 @@
-"""Who gets which picture: every one exactly once in evaluation, another order each epoch in training."""
+"""Who gets which image: every one exactly once in evaluation, another order each epoch in training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from classified_data import write_classified_data
 from torch.utils.data import DistributedSampler
 
 from detector.data.annotations import load_annotations, read_annotations
+from detector.data.dataset import DetectionDataset
 from detector.data.image_folder import ImageFolder, PretrainAugment, PretrainInput, eval_view, train_view
 from detector.data.index import AnnotationIndex
 from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError
-from detector.training.data_module import ClassificationData, DetectionData, by_canvas, share
+from detector.training.data_module import ClassificationData, DetectionData, ShapeSampler, by_canvas, share
 from detector.training.trainer import RunOptions
 
 PREPROCESSING = Preprocessing(short_side=64, long_side=96)
 
 
 def index_of(sizes: list[tuple[int, int]]) -> AnnotationIndex:
-    """Pictures of these heights and widths without objects, and without files."""
+    """Images of these heights and widths without objects, and without files."""
     images = [{"id": i, "height": height or None, "width": width or None} for i, (height, width) in enumerate(sizes)]
     return read_annotations({"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]})
 
@@ -42,7 +43,7 @@ def module(root: Path, **changes: Any) -> DetectionData:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_each_picture_exactly_once_over_all_ranks(world: int, count: int, batch_size: int) -> None:
+def test_each_image_exactly_once_over_all_ranks(world: int, count: int, batch_size: int) -> None:
     rng = np.random.default_rng(count)
     index = index_of([(int(h), int(w)) for h, w in rng.integers(30, 200, (count, 2))])
     order = by_canvas(index, PREPROCESSING)
@@ -54,7 +55,7 @@ def test_each_picture_exactly_once_over_all_ranks(world: int, count: int, batch_
     assert max(loads) - min(loads) <= 1
 
 
-def test_torchs_sampler_repeats_pictures_where_ours_does_not() -> None:
+def test_torchs_sampler_repeats_images_where_ours_does_not() -> None:
     theirs = [i for rank in range(4) for i in DistributedSampler(range(6), 4, rank, shuffle=False)]
     assert sorted(theirs) == [0, 0, 1, 1, 2, 3, 4, 5]
     index = index_of([(64, 64)] * 6)
@@ -63,13 +64,38 @@ def test_torchs_sampler_repeats_pictures_where_ours_does_not() -> None:
     assert sorted(ours) == [0, 1, 2, 3, 4, 5]
 
 
-def test_pictures_of_one_canvas_lie_side_by_side() -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_batches_are_of_one_shape_but_for_the_last(world: int) -> None:
+    sizes = [(64, 96) if i % 4 else (96, 64) for i in range(64)]
+    samples = DetectionDataset(index_of(sizes), transform=None)
+    for rank in range(world):
+        theirs = DistributedSampler(samples, world, rank, seed=3)
+        ours = ShapeSampler(samples, world, rank, seed=3, batch_size=6)
+        for sampler in (theirs, ours):
+            sampler.set_epoch(5)
+        order = list(ours)
+        assert order != list(theirs)
+        assert sorted(order) == sorted(theirs)
+        shapes = [{sizes[i] for i in order[start : start + 6]} for start in range(0, len(order), 6)]
+        mixed = [len(shape) > 1 for shape in shapes]
+        assert sum(mixed) <= 2
+        assert not any(mixed[:-2])
+        assert {(64, 96)} in shapes
+        assert {(96, 64)} in shapes
+
+
+def test_images_of_one_shape_come_in_torchs_order() -> None:
+    samples = DetectionDataset(index_of([(64, 96)] * 10), transform=None)
+    assert list(ShapeSampler(samples, 1, 0, seed=3, batch_size=4)) == list(DistributedSampler(samples, 1, 0, seed=3))
+
+
+def test_images_of_one_canvas_lie_side_by_side() -> None:
     index = index_of([(64, 64), (64, 96), (64, 64), (0, 0), (64, 96), (640, 640), (96, 64)])
     batches = share(by_canvas(index, PREPROCESSING), 3, 0, 1)
     assert batches == [[3, 0, 2], [5, 1, 4], [6]]  # unknown size; 64 x 64; 64 x 96; 96 x 64
 
 
-def test_a_rank_without_pictures_gets_an_empty_batch(tiny_coco: Path) -> None:
+def test_a_rank_without_images_gets_an_empty_batch(tiny_coco: Path) -> None:
     data = module(tiny_coco)
     data.trainer = SimpleNamespace(world_size=6, global_rank=5)  # type: ignore[assignment]
     assert [len(batch) for batch in data.val_dataloader()] == [0]
@@ -90,7 +116,7 @@ def order(data: DetectionData, epoch: int) -> list[int]:
 
 
 def test_training_order_depends_on_epoch_and_seed_alone(tiny_coco: Path) -> None:
-    """So that a resumed run shows the pictures that the epoch would have had."""
+    """So that a resumed run shows the images that the epoch would have had."""
     first = [order(module(tiny_coco), epoch) for epoch in range(6)]
     torch.manual_seed(99)
     assert [order(module(tiny_coco), epoch) for epoch in range(6)] == first
@@ -108,7 +134,7 @@ def test_ranks_share_an_epoch(tiny_coco: Path) -> None:
     assert sorted(seen[0] + seen[1]) == [7, 10, 42, 99]
 
 
-def test_more_pictures_a_step_than_there_are(tiny_coco: Path) -> None:
+def test_more_images_a_step_than_there_are(tiny_coco: Path) -> None:
     data = module(tiny_coco, train={"batch_size": 64})
     assert data.train_batch_size == 4
     assert [len(batch) for batch in data.train_dataloader()] == [4]
@@ -128,13 +154,13 @@ def classified(root: Path, rank: int = 0, world: int = 1, **changes: Any) -> Cla
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
-def test_each_classified_picture_is_scored_once_over_all_ranks(tmp_path: Path, world: int) -> None:
-    root = write_classified_data(tmp_path, val=0)  # none, one and two pictures: more ranks than pictures
+def test_each_classified_image_is_scored_once_over_all_ranks(tmp_path: Path, world: int) -> None:
+    root = write_classified_data(tmp_path, val=0)  # none, one and two images: more ranks than images
     (root / "val/ant/0.png").write_bytes((root / "val/bee/0.png").read_bytes())
     ranks = [list(classified(root, rank, world).val_dataloader()) for rank in range(world)]
     paths = [path for batches in ranks for batch in batches for path in batch.paths]
     assert sorted(paths) == sorted(map(str, (root / "val").rglob("*.png")))
-    assert all(batches for batches in ranks)  # a rank without pictures has an empty batch
+    assert all(batches for batches in ranks)  # a rank without images has an empty batch
 
 
 def views(data: ClassificationData, epoch: int) -> tuple[list[str], torch.Tensor]:
@@ -144,7 +170,7 @@ def views(data: ClassificationData, epoch: int) -> tuple[list[str], torch.Tensor
     return [path for batch in batches for path in batch.paths], torch.cat([batch.images for batch in batches])
 
 
-def test_classified_pictures_and_their_views_depend_on_epoch_and_seed_alone(tmp_path: Path) -> None:
+def test_classified_images_and_their_views_depend_on_epoch_and_seed_alone(tmp_path: Path) -> None:
     root = write_classified_data(tmp_path)
     paths, images = views(classified(root), 3)
     assert sorted(paths) == sorted(map(str, (root / "train").rglob("*.png")))
@@ -161,7 +187,7 @@ def test_classified_pictures_and_their_views_depend_on_epoch_and_seed_alone(tmp_
     assert all(torch.equal(seen[path], image) for path, image in zip(paths, images, strict=True))
 
 
-def test_too_few_classified_pictures(tmp_path: Path) -> None:
+def test_too_few_classified_images(tmp_path: Path) -> None:
     data = classified(write_classified_data(tmp_path, train=1), world=2, train={"batch_size": 64})
     with pytest.raises(InputError, match=r"has 3 images, fewer than one batch on each of 2 devices \(3 x 2\)"):
         data.train_dataloader()

@@ -92,7 +92,8 @@ class TrainTransform:
 
     A size factor above 1 zooms in: a window as large as the unchanged size is cut out, and objects with less than 30%
     of their area in it are left out, crowd regions with nothing in it. Where the view is zoomed out, the size is
-    divided once more, and the image lies anywhere on its canvas. Objects below one pixel are left out.
+    divided once more, and the image lies anywhere on its canvas. Objects below one pixel are left out. What a crop has
+    left of an image just fits into the canvas of the whole, so that batches of one shape stay so.
     """
 
     def __init__(self, preprocessing: Preprocessing, options: AugmentOptions, *, seed: int) -> None:
@@ -154,23 +155,32 @@ class TrainTransform:
         if self._generator is None:
             self.reseed(0)
         assert self._generator is not None
+        canvas = self.preprocessing.target_size(*image.shape[:2])
         # One index comes back for each box that is left; labels and flags need not pass through float32.
         rows = np.arange(len(boxes))
         if self._generator.random() < self.options.iou_crop:
             image, boxes, rows = crop_by_iou(image, boxes, crowd, self._generator)
         elif self._generator.random() < self.options.crop:
             image, boxes = crop_whole(image, boxes, self._generator)
+        height, width = image.shape[:2]
         out: dict[str, Any] = self._compose(image=image, bboxes=boxes, rows=rows)
+        if out["image"].shape[:2] != (height, width):  # turned by 90 degrees
+            canvas = canvas[::-1]
         rows = np.asarray(out["rows"], np.int64)
         boxes = np.asarray(out["bboxes"], np.float32).reshape(-1, 4)
-        return self._resize(out["image"], boxes, labels[rows], crowd[rows])
+        return self._resize(out["image"], boxes, labels[rows], crowd[rows], canvas)
 
-    def _resize(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
-        """Resize to a drawn size, and lay the image on a canvas that is no larger than the size at factor 1."""
+    def _resize(
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, target: tuple[int, int]
+    ) -> Transformed:
+        """Resize to a drawn size, and lay the image on a canvas that is no larger than the image's size at factor 1.
+
+        At factor 1 the image, or what a crop has left of it, just fits in there: batches need no larger canvas.
+        """
         assert self._generator is not None
-        target = self.preprocessing.target_size(*image.shape[:2])
+        shape = np.array(image.shape[:2])
         factor, stretch = np.exp(self._generator.uniform(*np.log([self.options.scale, self.options.stretch]).T))
-        sides = np.array(target) * factor * stretch ** np.array([-0.5, 0.5])
+        sides = shape * (target / shape).min() * factor * stretch ** np.array([-0.5, 0.5])
         canvas = _whole(np.minimum(sides, target))
         if self._generator.random() < self.options.zoom_out:
             sides /= self._generator.uniform(1, self.options.zoom_out_factor)

@@ -61,7 +61,7 @@ class SplitData(lightning.LightningDataModule):
         *,
         collate: Callable[..., Any],
         collate_val: Callable[..., Any],
-        sampler: type[DistributedSampler[Any]],
+        sampler: Callable[..., DistributedSampler[Any]],
     ) -> None:
         super().__init__()
         self.train_split, self.val_split, self.val_order = train, val, val_order
@@ -141,9 +141,37 @@ class DetectionData(SplitData):
             options,
             collate=collate,
             collate_val=partial(collate_eval, preprocessing=preprocessing),
-            sampler=DistributedSampler,
+            sampler=partial(ShapeSampler, batch_size=options.train.batch_size if options.train.by_shape else 1),
         )
         self.transform = transform
+
+
+class ShapeSampler(DistributedSampler[Any]):
+    """torch's sampler in an order in which a batch has upright images alone, or none.
+
+    A batch of both is padded to a square, a third more pixels where images are 4:3. Images that fill no batch of their
+    own come last, together. Where all are of one shape the order is torch's.
+
+    Args:
+        samples: with an index of their annotations.
+        batch_size: images of a batch.
+        arguments: of torch's sampler.
+    """
+
+    def __init__(self, samples: DetectionDataset, *arguments: Any, batch_size: int, **named: Any) -> None:
+        super().__init__(samples, *arguments, **named)
+        sizes = np.asarray(samples.index.sizes)
+        self.upright, self.batch_size = (sizes[:, 0] > sizes[:, 1]).tolist(), batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        waiting: dict[bool, list[int]] = {False: [], True: []}
+        for i in super().__iter__():
+            alike = waiting[self.upright[i]]
+            alike.append(i)
+            if len(alike) == self.batch_size:
+                yield from alike
+                alike.clear()
+        yield from waiting[False] + waiting[True]
 
 
 class EpochSampler(DistributedSampler[Any]):

@@ -63,6 +63,8 @@ class TrainBatchOptions(Options):
 
     batch_size: Count = 2
     """images a step and device (Li et al. 2017, section 4.1)"""
+    by_shape: Flag = True
+    """upright and other images in batches of their own, which saves padding (Li et al. 2017, released code)"""
 
 
 class ValidationOptions(Options):
