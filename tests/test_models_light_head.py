@@ -224,7 +224,7 @@ def test_ohem_picks_over_the_whole_batch(small_spec: dict, make_batch: Callable[
     rois = random_rois()
     matches = Matches(torch.zeros(2, 30, dtype=torch.long), torch.zeros(2, 30, dtype=torch.bool), rois.valid)
     logits = torch.zeros(2, 30, K + 1)
-    logits[1, :, 0] = 9.0  # the second picture is wrong everywhere, the first undecided
+    logits[1, :, 0] = 9.0  # the second image is wrong everywhere, the first undecided
     output = HeadOutput(logits.requires_grad_(), torch.zeros(2, 30, 1, 4))
     head.losses(output, rois, matches, batch)["head_class"].backward()
     assert (logits.grad[0] == 0).all()
@@ -282,7 +282,7 @@ def test_no_roi_at_all_gives_zero_and_a_gradient(
 
 @pytest.mark.parametrize("sampling", ["random", "ohem"])
 def test_a_diverged_head_is_not_silent(small_spec: dict, make_batch: Callable[..., Batch], sampling: str) -> None:
-    """Mining must not drop the RoIs whose loss is not a number: training stops on the loss and names the pictures."""
+    """Mining must not drop the RoIs whose loss is not a number: training stops on the loss and names the images."""
     head, batch = build(small_spec, sampling=sampling), make_batch(OBJECTS)
     rois, matches = head.rois_for_training(near_objects(batch), batch)
     output = random_output(head, rois)
@@ -310,7 +310,7 @@ def naive_detections(output: HeadOutput, rois: Proposals, image: int, size: tupl
     for label in range(K):
         deltas = output.box_deltas[image, :, 0 if head.options.class_agnostic else label]
         boxes = clip_boxes_to_image(CODER.decode_single(deltas, rois.boxes[image]), size)
-        scores = probabilities[:, label]
+        scores = probabilities[:, label] * rois.scores[image].pow(head.options.objectness)
         good = rois.valid[image] & (scores > head.options.score_threshold)
         good &= (boxes[:, 2] - boxes[:, 0] > 1e-2) & (boxes[:, 3] - boxes[:, 1] > 1e-2)
         boxes, scores = boxes[good], scores[good]
@@ -320,9 +320,10 @@ def naive_detections(output: HeadOutput, rois: Proposals, image: int, size: tupl
 
 
 @pytest.mark.parametrize("agnostic", [True, False])
-@pytest.mark.parametrize("limits", [(0.001, 30), (0.2, 30), (0.05, 5), (0.0, 1000)])
-def test_detect_equals_a_loop_over_classes(small_spec: dict, agnostic: bool, limits: tuple[float, int]) -> None:
-    head = build(small_spec, class_agnostic=agnostic, score_threshold=limits[0], max_detections=limits[1])
+@pytest.mark.parametrize("limits", [(0.001, 30, 0.0), (0.2, 30, 0.0), (0.05, 5, 0.5), (0.0, 1000, 1.0)])
+def test_detect_equals_a_loop_over_classes(small_spec: dict, agnostic: bool, limits: tuple[float, int, float]) -> None:
+    names = ("score_threshold", "max_detections", "objectness")
+    head = build(small_spec, class_agnostic=agnostic, **dict(zip(names, limits, strict=True)))
     rois = random_rois(places=60)
     output = random_output(head, rois)
     sizes = torch.tensor([[64, 96], [40, 60]])

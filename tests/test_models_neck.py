@@ -6,10 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detector.models.neck import ContextEnhancement, ContextEnhancementOptions, NoNeck, NoNeckOptions
+from detector.models.neck import (
+    ContextEnhancement,
+    ContextEnhancementOptions,
+    NoNeck,
+    NoNeckOptions,
+    SpatialAttention,
+)
 
 CHANNELS = {"c3": 8, "c4": 12, "c5": 16}
 STRIDES = {"c3": 8, "c4": 16, "c5": 32}
+# Fresh normalisation has mean 0 and deviation 1 and only divides by sqrt(1 + eps).
+UNIT = (1 + 1e-5) ** -0.5
 
 
 def maps(height: int = 64, width: int = 96, *, c5_stride: int = 32, count: int = 2) -> dict[str, torch.Tensor]:
@@ -42,22 +50,20 @@ def test_context_enhancement_by_hand(c5_stride: int) -> None:
     assert fused.shape == (2, 10, 4, 6)
     assert (neck.rpn_channels, neck.rpn_stride, neck.head_channels, neck.head_stride) == (10, 16, 10, 16)
 
-    # Fresh normalisation has mean 0 and deviation 1 and only divides by sqrt(1 + eps).
-    unit = (1 + 1e-5) ** -0.5
-    c4 = torch.einsum("oi,nihw->nohw", neck.c4[0].weight[..., 0, 0], features["c4"]) * unit
-    c5 = torch.einsum("oi,nihw->nohw", neck.c5[0].weight[..., 0, 0], features["c5"]) * unit
+    c4 = torch.einsum("oi,nihw->nohw", neck.c4[0].weight[..., 0, 0], features["c4"]) * UNIT
+    c5 = torch.einsum("oi,nihw->nohw", neck.c5[0].weight[..., 0, 0], features["c5"]) * UNIT
     factor = c5_stride // 16
     c5 = c5.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     mean = features["c5"].flatten(2).mean(dim=2)
     context = mean @ neck.context.weight[..., 0, 0].T + neck.context.bias
-    c3 = F.conv2d(features["c3"], neck.c3[0].weight, stride=2, padding=1) * unit
+    c3 = F.conv2d(features["c3"], neck.c3[0].weight, stride=2, padding=1) * UNIT
     total = torch.relu(c3 + c4 + c5 + context[..., None, None])
-    mixed = F.conv2d(total, neck.mix[0].weight, padding=2, groups=10) * unit
-    expected = torch.relu(F.conv2d(mixed, neck.mix[2].weight) * unit)
+    mixed = F.conv2d(total, neck.mix[0].weight, padding=2, groups=10) * UNIT
+    expected = torch.relu(F.conv2d(mixed, neck.mix[2].weight) * UNIT)
     torch.testing.assert_close(fused, expected)
 
 
-def test_every_level_and_the_far_end_of_the_picture_reach_every_cell() -> None:
+def test_every_level_and_the_far_end_of_the_image_reach_every_cell() -> None:
     torch.manual_seed(0)
     neck = ContextEnhancement(CHANNELS, STRIDES, ContextEnhancementOptions(width=10)).eval()
     features = {key: value.requires_grad_() for key, value in maps(256, 256, count=1).items()}
@@ -68,8 +74,31 @@ def test_every_level_and_the_far_end_of_the_picture_reach_every_cell() -> None:
     assert features["c4"].grad[0, :, -1, -1].abs().sum() == 0
 
 
-def test_trains_with_one_picture_in_the_batch() -> None:
+def test_trains_with_one_image_in_the_batch() -> None:
     neck = ContextEnhancement(CHANNELS, STRIDES, ContextEnhancementOptions(width=10)).train()
     fused, _ = neck(maps(count=1))
     fused.sum().backward()
     assert all(parameter.grad is not None for parameter in neck.parameters())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_attention_by_hand(same: bool) -> None:
+    """ThunderNet, section 3.3: F_SAM = F_CEM * sigmoid(BN(1x1 convolution of the RPN's map))."""
+    torch.manual_seed(0)
+    attention = SpatialAttention(6, 10, same=same).double().eval()
+    hidden, features = torch.randn(2, 6, 3, 4, dtype=torch.float64), torch.randn(2, 10, 6, 8, dtype=torch.float64)
+    larger = hidden.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    gate = 1 / (1 + torch.exp(-torch.einsum("oi,nihw->nohw", attention.gate[0].weight[..., 0, 0], larger) * UNIT))
+    torch.testing.assert_close(attention(features, larger if same else hidden), features * gate)
+
+
+def test_head_map_of_stride_8_by_hand() -> None:
+    torch.manual_seed(0)
+    neck = ContextEnhancement(CHANNELS, STRIDES, ContextEnhancementOptions(width=10, head_stride=8)).double().eval()
+    features = {key: value.double() for key, value in maps().items()}
+    fused, fine = neck(features)
+    assert (neck.rpn_stride, neck.head_stride, fine.shape) == (16, 8, (2, 10, 8, 12))
+    assert neck.fine is not None
+    c3 = torch.einsum("oi,nihw->nohw", neck.fine[0].weight[..., 0, 0], features["c3"]) * UNIT
+    torch.testing.assert_close(fine, torch.relu(c3 + fused.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)))
+    assert [len(neck.readers(name)) for name in ("c3", "c4", "c5")] == [2, 1, 2]

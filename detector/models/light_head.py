@@ -125,6 +125,8 @@ class LightHeadOptions(Options):
     """Where the box loss turns from square to linear (released code: sigma 1)."""
     score_threshold: Share = 0.001
     """Final boxes below are left out (released code: 0; below 0.001 mAP does not change, time does)."""
+    objectness: NotNegative = 0.0
+    """Final scores are times the proposal's objectness to this power (0: the head alone, as both papers have it)."""
     nms_threshold: Share = 0.5
     """IoU above which the worse of two final boxes of a class goes (section 4.1, table 6)."""
     max_detections: Count = 100
@@ -260,6 +262,8 @@ class LightHead(nn.Module):
     ) -> FixedDetections:
         """The final boxes: decode, clip, suppress by class, keep the best max_detections of each image, calibrate."""
         scores = output.class_logits.softmax(dim=-1)[..., :-1] * proposals.valid[..., None]  # (N, P, K)
+        if self.options.objectness:
+            scores = scores * proposals.scores[..., None] ** self.options.objectness
         boxes = decode_boxes(output.box_deltas * self.box_std, proposals.boxes[:, :, None])  # (N, P, B, 4)
         boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (-1, boxes.shape[2]))
         scores = torch.where((scores > self.options.score_threshold) & ~is_empty(boxes), scores, 0.0)

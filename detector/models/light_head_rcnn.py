@@ -12,7 +12,7 @@ from detector.models.backbones import Backbone
 from detector.models.backbones.input_frame import MEAN, STD
 from detector.models.backbones.unshuffled import reorder_inputs
 from detector.models.light_head import LightHead
-from detector.models.neck import Neck
+from detector.models.neck import Neck, SpatialAttention
 from detector.models.postprocess import FixedDetections, Suppress, suppress_eagerly
 from detector.models.rpn import RPN, Proposals
 
@@ -52,6 +52,10 @@ class LightHeadRCNN(nn.Module):
         self.neck = neck
         self.rpn = rpn
         self.head = head
+        # None has no parameters, and no name in checkpoints.
+        same = neck.rpn_stride == neck.head_stride
+        hidden, channels = rpn.options.channels, neck.head_channels
+        self.attention = SpatialAttention(hidden, channels, same=same) if neck.attention else None
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
@@ -65,6 +69,12 @@ class LightHeadRCNN(nn.Module):
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The map of the RPN and the map of the light head."""
         return self.neck(self.backbone(self.normalise(images)))
+
+    def stage_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden map of the RPN, and the map of the light head, gated where there is attention."""
+        rpn_map, head_map = self.features(images)
+        hidden = self.rpn.hidden(rpn_map)
+        return hidden, head_map if self.attention is None else self.attention(head_map, hidden)
 
     def to_inference(self) -> None:
         """Let the backbone order its channels as it likes, and reorder the weights of what reads its maps."""
@@ -81,8 +91,8 @@ class LightHeadRCNN(nn.Module):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """rpn_objectness, rpn_box, head_class, head_box: scalars whose sum is to be minimised."""
-        rpn_map, head_map = self.features(batch.images)
-        objectness, deltas, anchors = self.rpn(rpn_map)
+        hidden, head_map = self.stage_maps(batch.images)
+        objectness, deltas, anchors = self.rpn.outputs(hidden)
         losses = self.rpn.losses(objectness, deltas, anchors, batch)
         with torch.no_grad():
             proposals = self.rpn.propose(objectness, deltas, anchors, batch.image_sizes)
@@ -103,8 +113,8 @@ class LightHeadRCNN(nn.Module):
 
     def propose(self, images: Tensor, image_sizes: Tensor, suppress: Suppress = suppress_eagerly) -> Regions:
         """The first stage, paid for once per image; arguments as of `detect`."""
-        rpn_map, head_map = self.features(images)
-        objectness, deltas, anchors = self.rpn(rpn_map)
+        hidden, head_map = self.stage_maps(images)
+        objectness, deltas, anchors = self.rpn.outputs(hidden)
         proposals = self.rpn.propose(objectness, deltas, anchors, image_sizes, suppress)
         return Regions(proposals, self.head.thin(head_map), anchors, image_sizes)
 
