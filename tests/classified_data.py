@@ -1,4 +1,4 @@
-"""A small data set of pictures in class folders."""
+"""A small data set of images in class folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_classified_data(
 ) -> Path:
     """root/{train,val}/CLASS/N.png: coarse noise of width and height `size`, with a tint for each class.
 
-    Each class has `train` pictures for training. For scoring the first has `val`, and each other one more than the
+    Each class has `train` images for training. For scoring the first has `val`, and each other one more than the
     class before: so the figures show which class a poor network takes everything for.
     """
     rng = np.random.default_rng(0)

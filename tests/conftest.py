@@ -32,8 +32,8 @@ def shared() -> Path:
 def tiny_coco(tmp_path: Path) -> Path:
     """A generated COCO-style folder: images/, annotations/train.json and the same as annotations/val.json.
 
-    Four pictures (ids 10, 7, 42, 99), categories 90, 3 and 17 in this order, five boxes of which one is a crowd region,
-    one picture without a box, one in a sub-folder.
+    Four images (ids 10, 7, 42, 99), categories 90, 3 and 17 in this order, five boxes of which one is a crowd region,
+    one image without a box, one in a sub-folder.
     """
     root = tmp_path / "tiny"
     (root / "images" / "sub").mkdir(parents=True)
@@ -155,7 +155,7 @@ def excite() -> Callable[[nn.Module], nn.Module]:
 
 @pytest.fixture
 def make_batch() -> Callable[..., Batch]:
-    """Make a Batch of coarse noise, given a list of (x1, y1, x2, y2, label) or (..., label, crowd) per picture."""
+    """Make a Batch of coarse noise, given a list of (x1, y1, x2, y2, label) or (..., label, crowd) per image."""
 
     def make(objects: list[list[tuple]], *, size: tuple[int, int] = (64, 96), seed: int = 0) -> Batch:
         count, places = len(objects), max(1, *map(len, objects))

@@ -10,7 +10,7 @@ Rows = list[dict[str, Any]]
 
 
 def random_rows(seed: int, *, crowds: bool = True, images: int = 6, classes: int = 3) -> tuple[dict[str, Any], Rows]:
-    """A ground truth of small pictures and results: shifted, doubled, misnamed and invented boxes; no equal scores."""
+    """A ground truth of small images and results: shifted, doubled, misnamed and invented boxes; no equal scores."""
     rng = np.random.default_rng(seed)
     category_ids = [7 - 2 * k for k in range(classes)]  # descending: COCO's order is by id
     pictures = [{"id": 50 - i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in range(images)]

@@ -47,7 +47,7 @@ class Painted(Predictor):
 
 
 def paint(size: tuple[int, int], *objects: tuple[int, int, int, int, int, int]) -> np.ndarray:
-    """A black picture (height, width) with rectangles (x1, y1, x2, y2, label, brightness)."""
+    """A black image (height, width) with rectangles (x1, y1, x2, y2, label, brightness)."""
     image = np.zeros((*size, 3), np.uint8)
     for x1, y1, x2, y2, label, brightness in objects:
         image[y1:y2, x1:x2, label] = brightness

@@ -1,4 +1,4 @@
-"""Pairs of imaginary detectors whose true difference is known: matches are drawn, without pictures and boxes."""
+"""Pairs of imaginary detectors whose true difference is known: matches are drawn, without images and boxes."""
 
 from __future__ import annotations
 

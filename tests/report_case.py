@@ -1,4 +1,4 @@
-"""Three pictures with known mistakes, and class names that would break a page that trusted them."""
+"""Three images with known mistakes, and class names that would break a page that trusted them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FOUND: list[tuple[int, int, list[float], float, str]] = [
 
 
 def write_case(folder: Path) -> Path:
-    """The pictures in images/, gt.json and dt.json. Returns the folder."""
+    """The images in images/, gt.json and dt.json. Returns the folder."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     for image_id, (width, height) in SIZES.items():
@@ -66,7 +66,7 @@ def results() -> list[dict[str, Any]]:
 
 
 def boxes_shown(threshold: float, kinds: set[str], category: int | None = None) -> int:
-    """How many boxes a page draws on the pictures, all of which have errors: worked out from the tables above."""
+    """How many boxes a page draws on the images, all of which have errors: worked out from the tables above."""
     found = [row for row in FOUND if row[3] >= threshold and row[4] in kinds and category in (None, row[1])]
     return len(found) + sum(
         _state(place, threshold) in kinds for place, row in enumerate(OBJECTS) if category in (None, row[1])

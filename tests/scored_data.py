@@ -18,13 +18,13 @@ SIZES = ((48, 64), (64, 48), (64, 96), (40, 100), (80, 60))  # height, width: th
 def write_scored_data(
     root: Path, detector: Detector, sizes: Sequence[tuple[int, int]] = SIZES, empty: Collection[int] = ()
 ) -> Path:
-    """Pictures of noise whose objects are some of what the detector finds on them, moved a little.
+    """Images of noise whose objects are some of what the detector finds on them, moved a little.
 
     Args:
-        root: gets images/ and annotations/{train,val}.json, the same pictures in both.
+        root: gets images/ and annotations/{train,val}.json, the same images in both.
         detector: of three classes or fewer.
-        sizes: height and width of each picture; its id is 100 minus its place.
-        empty: places of pictures without objects.
+        sizes: height and width of each image; its id is 100 minus its place.
+        empty: places of images without objects.
     """
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)

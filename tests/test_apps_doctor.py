@@ -10,7 +10,7 @@ from tool_runner import run_tool
 
 
 def test_faults_are_reported_with_exit_code_1(tmp_path: Path, tiny_coco: Path) -> None:
-    """tiny_coco has the same pictures in both splits: a leak."""
+    """tiny_coco has the same images in both splits: a leak."""
     path = tiny_coco / "annotations/train.json"
     content = json.loads(path.read_text())
     content["annotations"][1]["image_id"] = 5

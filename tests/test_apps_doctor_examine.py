@@ -31,7 +31,7 @@ Content = dict[str, Any]
 
 @pytest.fixture
 def clean(tmp_path: Path) -> Path:
-    """24 training and 12 validation pictures of noise, each with one box of each of two classes."""
+    """24 training and 12 validation images of noise, each with one box of each of two classes."""
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations").mkdir()
@@ -203,7 +203,7 @@ def test_a_class_that_one_split_has_too_much_of(clean: Path) -> None:
     assert set(found) == {"split_skew"}
 
 
-def test_a_damaged_file_and_one_that_is_no_picture(clean: Path) -> None:
+def test_a_damaged_file_and_one_that_is_no_image(clean: Path) -> None:
     path = clean / "images" / "train_3.png"
     path.write_bytes(path.read_bytes()[:200])
     (clean / "images" / "val_2.png").write_text("not a picture")
@@ -218,7 +218,7 @@ def test_an_annotation_file_that_is_damaged_or_missing(clean: Path) -> None:
 
 @pytest.mark.parametrize(("orientation", "declared", "odd"), [
     (6, (WIDTH, HEIGHT), True),   # the boxes are in the frame before the rotation
-    (6, (HEIGHT, WIDTH), False),  # after it, as all of us see the picture
+    (6, (HEIGHT, WIDTH), False),  # after it, as all of us see the image
     (3, (WIDTH, HEIGHT), True),   # upside down: the size does not tell
     (1, (WIDTH, HEIGHT), False),
 ])  # fmt: skip
@@ -237,7 +237,7 @@ def test_an_exif_rotation(clean: Path, orientation: int, declared: tuple[int, in
     assert faults(diagnose(clean)) == ({"exif_unknown": ("error", 1)} if odd else {})
 
 
-def copy_picture(root: Path, source: str, target: str, how: Callable[[Image.Image], Image.Image]) -> None:
+def copy_image(root: Path, source: str, target: str, how: Callable[[Image.Image], Image.Image]) -> None:
     how(Image.open(root / "images" / source).copy()).save(root / "images" / target)
 
 
@@ -259,8 +259,8 @@ def smaller_and_back(picture: Image.Image) -> Image.Image:
         ("train_7.png", brighter, "near_repeats", "warning"),
     ],
 )
-def test_the_same_picture_again(clean: Path, target: str, how: Any, check: str, severity: str) -> None:
-    copy_picture(clean, "train_1.png", target, how)
+def test_the_same_image_again(clean: Path, target: str, how: Any, check: str, severity: str) -> None:
+    copy_image(clean, "train_1.png", target, how)
     diagnosis = diagnose(clean)
     assert faults(diagnosis) == {check: (severity, 1)}
     example = next(f for f in diagnosis.findings if f.check == check).examples[0]
@@ -268,11 +268,11 @@ def test_the_same_picture_again(clean: Path, target: str, how: Any, check: str, 
     assert target in example
 
 
-def test_black_pictures_are_alike_and_a_mirrored_one_is_not(clean: Path) -> None:
-    copy_picture(clean, "train_1.png", "val_2.png", lambda p: p.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+def test_black_images_are_alike_and_a_mirrored_one_is_not(clean: Path) -> None:
+    copy_image(clean, "train_1.png", "val_2.png", lambda p: p.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     assert faults(diagnose(clean)) == {}
     for name in ("train_3.png", "val_4.png"):
-        copy_picture(clean, "train_1.png", name, lambda p: p.point(lambda _: 0))
+        copy_image(clean, "train_1.png", name, lambda p: p.point(lambda _: 0))
     assert faults(diagnose(clean)) == {"leak": ("error", 1)}
 
 

@@ -57,7 +57,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_folder_with_a_broken_picture(tmp_path: Path, folder: Path, checkpoint: Path) -> None:
+def test_a_folder_with_a_broken_image(tmp_path: Path, folder: Path, checkpoint: Path) -> None:
     (folder / "broken.jpg").write_bytes(b"no picture")
     outcome = run_tool("predict", f"ckpt={checkpoint}", "source=2024", "score_threshold=0", cwd=tmp_path)
     assert outcome.code == 1, outcome.err
@@ -311,7 +311,7 @@ def test_a_camera_is_followed_and_ended(
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len(records) >= 5
     assert [record["frame"] for record in records] == list(range(len(records)))
-    # Each picture is in all results or in none.
+    # Each image is in all results or in none.
     assert f" in {len(records)} images: out" in err
     with av.open(str(tmp_path / "out/webcam_0.mp4")) as container:
         assert len(list(container.decode(video=0))) == len(records)

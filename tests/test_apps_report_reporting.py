@@ -80,7 +80,7 @@ def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], word
 
 
 def test_cost_is_of_the_network_as_it_was_trained(tmp_path: Path, small_detector: Detector) -> None:
-    # Pictures of 48 x 64, 64 x 48, 64 x 96, 40 x 100 and 80 x 60 for an input of 64 x 96: three canvases.
+    # Images of 48 x 64, 64 x 48, 64 x 96, 40 x 100 and 80 x 60 for an input of 64 x 96: three canvases.
     root = write_scored_data(tmp_path / "data", small_detector)
     index = load_annotations(root / "annotations/val.json", root / "images")
     count = sum(parameter.numel() for parameter in small_detector.network.parameters())

@@ -24,12 +24,12 @@ SIZES = {"all": (0, 1e10), "small": (0, 1024), "medium": (1024, 9216), "large": 
 
 @pytest.fixture
 def index(tmp_path: Path, small_detector: Detector) -> AnnotationIndex:
-    """Five pictures with objects near what the detector finds, one of them a crowd region, one picture empty."""
+    """Five images with objects near what the detector finds, one of them a crowd region, one image empty."""
     root = write_scored_data(tmp_path / "data", small_detector, empty=(3,))
     path = root / "annotations/val.json"
     content = json.loads(path.read_text())
     content["annotations"][1]["iscrowd"] = 1
-    # One that no anchor resembles, and one that is an anchor: scale 64, ratio 0.5, centred on the picture.
+    # One that no anchor resembles, and one that is an anchor: scale 64, ratio 0.5, centred on the image.
     content["annotations"] += [
         {"id": 900, "image_id": 100, "category_id": 3, "bbox": [1, 1, 3, 2], "area": 6, "iscrowd": 0},
         {"id": 901, "image_id": 98, "category_id": 17, "bbox": [2.75, 9.5, 90.5, 45], "area": 4073, "iscrowd": 0},
@@ -41,7 +41,7 @@ def index(tmp_path: Path, small_detector: Detector) -> AnnotationIndex:
 def frames(
     detector: Detector, index: AnnotationIndex
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]]:
-    """Per picture: padded input, its size, truths in the input's frame, and their areas in the file."""
+    """Per image: padded input, its size, truths in the input's frame, and their areas in the file."""
     found = []
     for i in range(len(index)):
         image = index.read(i)
@@ -117,14 +117,14 @@ def test_ap_with_each_number_is_that_of_a_detector_with_this_limit(
     assert found["budgets"][0]["AP"] < found["budgets"][-1]["AP"] < 1
 
 
-def test_a_limit_takes_the_first_pictures(small_detector: Detector, index: AnnotationIndex):
+def test_a_limit_takes_the_first_images(small_detector: Detector, index: AnnotationIndex):
     found = two_stages(small_detector, index, limit=2)
     rows = slice(0, index.offsets[2])
     assert found["images"] == 2
     assert found["recall"]["all"]["truths"] == int((~index.crowd[rows]).sum())
 
 
-def test_pictures_without_objects_have_no_figures(small_detector: Detector, index: AnnotationIndex):
+def test_images_without_objects_have_no_figures(small_detector: Detector, index: AnnotationIndex):
     content = json.loads(index.annotation_file.read_text())
     index.annotation_file.write_text(json.dumps(content | {"annotations": []}))
     found = two_stages(small_detector, load_annotations(index.annotation_file, index.image_dir), limit=2)

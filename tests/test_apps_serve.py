@@ -309,7 +309,7 @@ def test_no_file_of_the_server_is_served(ruler: TestClient, name: str) -> None:
         assert (answer.status_code, own in answer.content) == (404, False), path
 
 
-def test_requests_without_a_picture(ruler: TestClient) -> None:
+def test_requests_without_a_image(ruler: TestClient) -> None:
     assert_refused(ruler.post("/predict"), 422, "empty")
     assert_refused(ruler.post("/predict", files={"picture": ("a.png", b"x")}), 400, "no file 'image'")
     assert_refused(ruler.post("/predict", json={"image": "x"}), 415, "application/json", "multipart/form-data")
@@ -396,7 +396,7 @@ def test_a_small_file_of_much_is_not_unpacked() -> None:
 # Of a form that breaks off inside its file, Starlette leaves the temporary file to the garbage collector.
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*SpooledTemporaryFile:pytest.PytestUnraisableExceptionWarning")
 def test_any_bytes_are_answered(ruler: TestClient) -> None:
-    """200 or 4xx for random bytes, truncated and altered pictures and forms: never an error of the server."""
+    """200 or 4xx for random bytes, truncated and altered images and forms: never an error of the server."""
     rng = np.random.default_rng(0)
     good = {kind: encoded(noise(24, 32), kind) for kind in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")}
     samples = [rng.bytes(int(n)) for n in rng.integers(0, 400, 40)]

@@ -100,7 +100,7 @@ def test_missing_iscrowd_is_no_crowd_and_segmentation_is_ignored(tiny_coco: Path
     assert index.areas.tolist() == [200, 120, 1200, 72, 600]
 
 
-def test_empty_pictures_are_kept_unless_told_otherwise(tiny_coco: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_images_are_kept_unless_told_otherwise(tiny_coco: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         kept = load(tiny_coco)
         left_out = load(tiny_coco, keep_empty=False)

@@ -34,7 +34,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_a_window_holds_its_object_whole_and_lies_in_the_picture(scenes: list[tuple[Scene, list[Window]]]) -> None:
+def test_a_window_holds_its_object_whole_and_lies_in_the_image(scenes: list[tuple[Scene, list[Window]]]) -> None:
     centred = 0
     for scene, found in scenes:
         height, width = scene.image.shape[:2]

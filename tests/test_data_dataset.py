@@ -166,7 +166,7 @@ def test_cache_stops_at_its_bound(
 
 
 class Repeat:
-    """One sample many times: pictures that differ were drawn differently."""
+    """One sample many times: images that differ were drawn differently."""
 
     def __init__(self, data: DetectionDataset) -> None:
         self.dataset = data
@@ -179,7 +179,7 @@ class Repeat:
 
 
 def epochs(index: AnnotationIndex, workers: int, persistent: bool, seed: int = 0, rank: int = 0) -> list[bytes]:
-    """The pictures of three epochs of eight samples, as a training run with this global seed draws them."""
+    """The images of three epochs of eight samples, as a training run with this global seed draws them."""
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", str(rank))
@@ -218,7 +218,7 @@ def test_seed_worker_finds_the_data_set_in_a_subset(index: AnnotationIndex) -> N
     assert len({batch.images.numpy().tobytes() for batch in loader}) == 4
 
 
-def test_collate_pads_pictures_and_objects(index: AnnotationIndex) -> None:
+def test_collate_pads_images_and_objects(index: AnnotationIndex) -> None:
     data = DetectionDataset(index, unchanged(40, 80))
     batch = collate([data[i] for i in range(4)])
     assert batch.images.dtype == torch.uint8

@@ -64,7 +64,7 @@ def test_hidden_files_and_other_files_are_left_out(root: Path) -> None:
     assert len(folder) == 12
 
 
-def test_pictures_are_turned_as_exif_says(root: Path) -> None:
+def test_images_are_turned_as_exif_says(root: Path) -> None:
     pixels = np.zeros((8, 16, 3), np.uint8)
     pixels[:, 8:, 0] = 255  # the right half is red
     exif = Image.Exif()
@@ -86,7 +86,7 @@ def test_the_view_for_scoring_is_torchvisions() -> None:
         assert difference.max() <= 1, "rounding of an antialiased resize"
 
 
-def test_a_training_view_without_changes_is_the_picture() -> None:
+def test_a_training_view_without_changes_is_the_image() -> None:
     image = torch.arange(3 * 16 * 16, dtype=torch.int64).remainder(251).to(torch.uint8).view(3, 16, 16)
     assert torch.equal(train_view(16, PretrainAugment(scale=(1, 1), flip=0, colour=0))(image), image)
     assert torch.equal(train_view(16, PretrainAugment(scale=(1, 1), flip=1, colour=0))(image), image.flip(2))
@@ -193,7 +193,7 @@ def test_the_first_class_that_differs_is_named(root: Path) -> None:
         check_same_classes(ImageFolder(root / "train", unchanged), ImageFolder(root / "val", unchanged))
 
 
-def test_a_broken_picture_is_named(root: Path) -> None:
+def test_a_broken_image_is_named(root: Path) -> None:
     path = root / "train/bee/1.png"
     path.write_bytes(path.read_bytes()[:60])
     folder = ImageFolder(root / "train", unchanged)
@@ -207,6 +207,6 @@ def test_impossible_shares_are_refused(scale: list[float]) -> None:
         PretrainAugment.parse({"scale": scale}, "augment")
 
 
-def test_a_square_larger_than_the_picture_is_refused() -> None:
+def test_a_square_larger_than_the_image_is_refused() -> None:
     with pytest.raises(InputError, match=r"input\.resize=200 is less than input\.size=224"):
         PretrainInput.parse({"size": 224, "resize": 200}, "input")

@@ -10,7 +10,7 @@ from detector.data.annotations import load_annotations
 from detector.data.image_properties import image_properties, measure
 
 
-def test_flat_and_half_black_pictures():
+def test_flat_and_half_black_images():
     white = np.full((20, 80, 3), 255, np.uint8)
     assert measure(white) == {"brightness": 1.0, "contrast": 0.0, "sharpness": 0.0, "resolution": 40.0}
     white[:, :40] = 0

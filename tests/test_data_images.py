@@ -1,4 +1,4 @@
-"""Every kind of picture comes in as the same uint8 RGB; every kind of mistake says what to do."""
+"""Every kind of image comes in as the same uint8 RGB; every kind of mistake says what to do."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture
 def picture() -> np.ndarray:
-    """A smooth picture without symmetry, (24, 40, 3)."""
+    """A smooth image without symmetry, (24, 40, 3)."""
     coarse = np.random.default_rng(1).integers(0, 256, (3, 5, 3), np.uint8)
     return cv2.resize(coarse, (40, 24), interpolation=cv2.INTER_LINEAR)
 
 
-def is_picture(image: np.ndarray, height: int, width: int) -> bool:
+def is_image(image: np.ndarray, height: int, width: int) -> bool:
     return image.dtype == np.uint8 and image.shape == (height, width, 3) and image.flags.c_contiguous
 
 
@@ -35,7 +35,7 @@ def test_lossless_file_gives_its_pixels(tmp_path: Path, picture: np.ndarray) -> 
     cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1])
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png")):
         image = read_image(source)
-        assert is_picture(image, 24, 40)
+        assert is_image(image, 24, 40)
         assert image.flags.writeable
         np.testing.assert_array_equal(image, picture)
 
@@ -78,17 +78,17 @@ def test_orientation_that_does_not_exist_is_ignored(tmp_path: Path, picture: np.
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), picture)
 
 
-def test_damaged_exif_does_not_cost_the_picture(tmp_path: Path, picture: np.ndarray) -> None:
+def test_damaged_exif_does_not_cost_the_image(tmp_path: Path, picture: np.ndarray) -> None:
     Image.fromarray(picture).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff broken")
     with pytest.warns(UserWarning, match="Corrupt EXIF data"):
-        assert is_picture(read_image(tmp_path / "a.jpg"), 24, 40)
+        assert is_image(read_image(tmp_path / "a.jpg"), 24, 40)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
 def test_grey_becomes_rgb(tmp_path: Path, picture: np.ndarray, suffix: str) -> None:
     Image.fromarray(picture[..., 0]).save(tmp_path / f"grey.{suffix}")
     image = read_image(tmp_path / f"grey.{suffix}")
-    assert is_picture(image, 24, 40)
+    assert is_image(image, 24, 40)
     assert np.abs(image[..., 0].astype(int) - picture[..., 0]).mean() < 3
     np.testing.assert_array_equal(image[..., 0], image[..., 2])
 
@@ -122,7 +122,7 @@ def test_sixteen_bit_files_keep_their_range(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "deep.tif"), deep)
     for source in (tmp_path / "deep.png", tmp_path / "deep.tif", deep):
         image = read_image(source)
-        assert is_picture(image, 2, 4)
+        assert is_image(image, 2, 4)
         np.testing.assert_array_equal(image[..., 0], expected)
 
 
@@ -154,7 +154,7 @@ def test_arrays_and_tensors_agree(picture: np.ndarray) -> None:
         (tensor / 255).requires_grad_(),
     ):
         image = read_image(source)
-        assert is_picture(image, 24, 40)
+        assert is_image(image, 24, 40)
         np.testing.assert_array_equal(image, picture)
     np.testing.assert_array_equal(read_image(picture[..., ::-1], bgr=True), picture)
     np.testing.assert_array_equal(read_image(alpha[..., [2, 1, 0, 3]], bgr=True), picture)
@@ -193,7 +193,7 @@ def test_reading_leaves_the_source_alone(picture: np.ndarray) -> None:
         (torch.full((3, 4, 4), 200.0), "200", "divide by 255"),
     ],
 )
-def test_what_is_not_a_picture(source: object, thing: str, remedy: str) -> None:
+def test_what_is_not_a_image(source: object, thing: str, remedy: str) -> None:
     with pytest.raises(InputError) as caught:
         read_image(source)  # type: ignore[arg-type]
     assert thing in str(caught.value)

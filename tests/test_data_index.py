@@ -72,7 +72,7 @@ def test_index_is_flat_and_survives_pickling(index: AnnotationIndex) -> None:
     assert (index.boxes >= 0).all()
 
 
-def test_boxes_of_turned_pictures_are_in_the_declared_frame(tiny_coco: Path, index: AnnotationIndex) -> None:
+def test_boxes_of_turned_images_are_in_the_declared_frame(tiny_coco: Path, index: AnnotationIndex) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn for display; the file says 64 wide, 48 high
     stored = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
@@ -83,7 +83,7 @@ def test_boxes_of_turned_pictures_are_in_the_declared_frame(tiny_coco: Path, ind
     np.testing.assert_array_equal(index.read(0), stored)
 
 
-def test_a_picture_of_another_size(tiny_coco: Path, index: AnnotationIndex) -> None:
+def test_a_image_of_another_size(tiny_coco: Path, index: AnnotationIndex) -> None:
     Image.new("RGB", (30, 20)).save(tiny_coco / "images" / "a.png")
     with pytest.raises(InputError) as caught:
         index.read(0)
@@ -91,13 +91,13 @@ def test_a_picture_of_another_size(tiny_coco: Path, index: AnnotationIndex) -> N
         assert part in str(caught.value)
 
 
-def test_a_damaged_picture_names_file_and_id(tiny_coco: Path, index: AnnotationIndex) -> None:
+def test_a_damaged_image_names_file_and_id(tiny_coco: Path, index: AnnotationIndex) -> None:
     (tiny_coco / "images" / "sub" / "c.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(InputError, match=r"image id 99: .*c\.jpg.*take it out"):
         index.read(3)
 
 
-def test_a_missing_picture_names_file_and_id(tiny_coco: Path, index: AnnotationIndex) -> None:
+def test_a_missing_image_names_file_and_id(tiny_coco: Path, index: AnnotationIndex) -> None:
     (tiny_coco / "images" / "empty.jpg").unlink()
     with pytest.raises(InputError, match=r"image id 42: .*empty\.jpg: no such file; check"):
         index.read(2)

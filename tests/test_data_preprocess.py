@@ -91,7 +91,7 @@ def test_pad_keeps_every_pixel_and_fills_the_rest() -> None:
     padded = pad(images)
     assert padded.shape == (2, 3, 64, 64)
     assert padded.dtype == np.uint8
-    assert padded.transpose(0, 2, 3, 1).flags["C_CONTIGUOUS"]  # as pictures lie in memory
+    assert padded.transpose(0, 2, 3, 1).flags["C_CONTIGUOUS"]  # as images lie in memory
     for plane, image in zip(padded, images, strict=True):
         height, width = image.shape[:2]
         assert np.array_equal(plane[:, :height, :width], image.transpose(2, 0, 1))
@@ -128,14 +128,14 @@ def test_restore_follows_a_drawn_rectangle() -> None:
     np.testing.assert_allclose(restore(box, scale, (90, 150)), [[45, 30, 120, 60]], atol=1.0)
 
 
-def test_restore_clips_to_the_picture_and_takes_none() -> None:
+def test_restore_clips_to_the_image_and_takes_none() -> None:
     boxes = np.array([[-5, -5, 500, 500]], np.float32)
     assert restore(boxes, np.array([2.0, 2.0]), (40, 60)).tolist() == [[0, 0, 60, 40]]
     assert restore(np.zeros((0, 4), np.float32), np.ones(2), (4, 4)).shape == (0, 4)
     assert boxes.tolist() == [[-5, -5, 500, 500]]
 
 
-def test_group_by_canvas_covers_every_picture_once_and_gives_nobody_foreign_padding() -> None:
+def test_group_by_canvas_covers_every_image_once_and_gives_nobody_foreign_padding() -> None:
     rng = np.random.default_rng(0)
     sizes = [tuple(size) for size in rng.integers(1, 130, (60, 2)).tolist()]
     groups = group_by_canvas(sizes)
@@ -146,14 +146,14 @@ def test_group_by_canvas_covers_every_picture_once_and_gives_nobody_foreign_padd
     assert group_by_canvas([]) == []
 
 
-def test_pictures_are_resized_in_one_place_only() -> None:
-    """A second resize somewhere would make training and prediction see different pictures."""
+def test_images_are_resized_in_one_place_only() -> None:
+    """A second resize somewhere would make training and prediction see different images."""
     package = Path(preprocess.__file__).parents[1]
     allowed = {
         "data/preprocess.py",
         "models/neck.py",  # upsamples a feature map
         "models/ps_roi_align.py",  # samples a feature map
-        "data/scenes.py",  # draws the embedded pictures
+        "data/scenes.py",  # draws the embedded images
         "data/image_folder.py",  # views of a classifier; no detector sees them
     }
     names = {"resize", "interpolate", "thumbnail", "grid_sample", "warpAffine", "Resize", "upsample", "zoom"}
@@ -193,7 +193,7 @@ def test_shrinking_by_a_whole_number_averages_squares(whole: int) -> None:
 @pytest.mark.parametrize("target", [(90, 150), (70, 117), (40, 66), (36, 60), (19, 31), (12, 20), (200, 333)])
 @pytest.mark.parametrize("original", [(120, 200), (119, 199), (96, 160)])
 def test_a_resize_moves_nothing(original: tuple[int, int], target: tuple[int, int]) -> None:
-    """A ramp stays the same ramp, measured in shares of the picture, whichever steps a size takes."""
+    """A ramp stays the same ramp, measured in shares of the image, whichever steps a size takes."""
     for axis in (0, 1):
         places = [(np.arange(sides[axis]) + 0.5) / sides[axis] for sides in (original, target)]
         ramps = [np.expand_dims(250 * place, (1 - axis, 2)) for place in places]

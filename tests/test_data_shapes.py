@@ -67,7 +67,7 @@ def test_boxes_and_areas_are_those_of_what_is_drawn(scenes: list[Scene]) -> None
     assert np.abs(errors.mean(axis=0)).max() < 0.3
 
 
-def test_boxes_lie_in_the_picture(scenes: list[Scene]) -> None:
+def test_boxes_lie_in_the_image(scenes: list[Scene]) -> None:
     for scene in scenes:
         height, width = scene.image.shape[:2]
         assert (scene.boxes >= 0).all()
@@ -200,7 +200,7 @@ def test_pycocotools_reads_it(small_set: Path, capsys: pytest.CaptureFixture[str
     assert len(coco.getCatIds()) == len(CLASS_NAMES)
 
 
-def test_pictures_on_disk_show_the_scene(small_set: Path) -> None:
+def test_images_on_disk_show_the_scene(small_set: Path) -> None:
     scene = render_scene(scene_seed(0, "val", 3))
     with Image.open(small_set / "images" / "val_000003.jpg") as picture:
         stored = np.asarray(picture.convert("RGB"), np.float32)

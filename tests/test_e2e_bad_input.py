@@ -134,7 +134,7 @@ def test_annotations_that_are_not_json(tiny_coco: Path) -> None:
     assert_says(finetune(tiny_coco).error(), "val.json: not valid JSON", "fetch it again")
 
 
-def test_a_missing_picture(tiny_coco: Path) -> None:
+def test_a_missing_image(tiny_coco: Path) -> None:
     (tiny_coco / "images/b.jpg").unlink()
     assert_says(finetune(tiny_coco).error(), "image id 7", "images/b.jpg", "no such file")
 
@@ -142,7 +142,7 @@ def test_a_missing_picture(tiny_coco: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("cache", ["true", "false"])
-def test_an_unreadable_picture(tiny_coco: Path, workers: int, cache: str) -> None:
+def test_an_unreadable_image(tiny_coco: Path, workers: int, cache: str) -> None:
     """Wherever it is met: while decoding ahead, in the training process, or in a loader process."""
     picture = tiny_coco / "images/sub/c.jpg"
     picture.write_bytes(picture.read_bytes()[:300])

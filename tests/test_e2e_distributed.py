@@ -56,7 +56,7 @@ def training(root: Path, detector: Detector) -> list[str]:
 def test_two_processes_score_as_one(
     tmp_path: Path, small_detector: Detector, launcher: str, count: int, empty: tuple[int, ...]
 ) -> None:
-    # Pictures of one size are shared out in the file's order: the odd ones to rank 1.
+    # Images of one size are shared out in the file's order: the odd ones to rank 1.
     sizes = SIZES[:count] if not empty else SIZES[:1] * count
     root = write_scored_data(tmp_path / "data", small_detector, sizes, empty)
     small_detector.save(tmp_path / "detector.ckpt")
@@ -85,9 +85,9 @@ def test_training_with_two_processes(tmp_path: Path, small_detector: Detector, l
         "tensorboard",
     }  # fmt: skip
     rows = (run / "metrics.csv").read_text().splitlines()
-    # 5 pictures, one a step and process: 3 steps (one picture comes twice), then the validation.
+    # 5 images, one a step and process: 3 steps (one image comes twice), then the validation.
     assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3", "3"]
-    # The rate is for 8 pictures a step.
+    # The rate is for 8 images a step.
     assert float(rows[1].split(",")[2]) == pytest.approx(0.001 * 2 / 8)
     assert outcome.err.count("run directory: ") == 1
     assert "Warning" not in outcome.err
@@ -118,7 +118,7 @@ def test_training_where_a_rank_sees_no_object(
     assert json.loads((tmp_path / "run/metrics.json").read_text())["last"]["AP"] is None
 
 
-def test_training_on_a_picture_that_cannot_be_read_ends_both(tmp_path: Path, small_detector: Detector) -> None:
+def test_training_on_a_image_that_cannot_be_read_ends_both(tmp_path: Path, small_detector: Detector) -> None:
     root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1] * 4)
     (root / "images/3.png").write_bytes((root / "images/3.png").read_bytes()[:200])
     arguments = (*training(root, small_detector), "data.cache=false", "run_dir=run")
@@ -129,7 +129,7 @@ def test_training_on_a_picture_that_cannot_be_read_ends_both(tmp_path: Path, sma
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_picture_that_one_rank_cannot_read_ends_both(tmp_path: Path, small_detector: Detector, launcher: str) -> None:
+def test_a_image_that_one_rank_cannot_read_ends_both(tmp_path: Path, small_detector: Detector, launcher: str) -> None:
     root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1] * 4)
     small_detector.save(tmp_path / "detector.ckpt")
     (root / "images/3.png").write_bytes((root / "images/3.png").read_bytes()[:200])  # id 97, rank 1
@@ -174,7 +174,7 @@ def test_sigterm_ends_both_and_leaves_a_whole_checkpoint(
     Detector.load(tmp_path / "run/last.ckpt")
 
 
-def test_too_few_pictures_for_the_processes(tmp_path: Path, small_detector: Detector) -> None:
+def test_too_few_images_for_the_processes(tmp_path: Path, small_detector: Detector) -> None:
     root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1])
     outcome = run_two("torchrun", "train", *training(root, small_detector), cwd=tmp_path)
     assert outcome.code != 0

@@ -27,7 +27,7 @@ NAMES = ("circle", "square", "triangle")
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module]) -> Path:
-    """A small random detector that says it was trained on pictures on which its AP is neither 0 nor 1."""
+    """A small random detector that says it was trained on images on which its AP is neither 0 nor 1."""
     root = tmp_path / "shapes"
     torch.manual_seed(0)
     data = {

@@ -1,4 +1,4 @@
-"""What `Detector.load` makes of a network for prediction finds what the training network finds, on real pictures."""
+"""What `Detector.load` makes of a network for prediction finds what the training network finds, on real images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from detector.models.build import NetworkOptions
 PICTURES = 200
 
 
-def real_pictures(shared: Path) -> list[np.ndarray]:
+def real_images(shared: Path) -> list[np.ndarray]:
     folders = (shared / "data" / name / "images" for name in ("coco-permissive-320", "bccd-320"))
     paths = list(chain.from_iterable(sorted(folder.rglob("*.jpg")) for folder in folders))
     return [read_image(path) for path in paths[:: len(paths) // PICTURES][:PICTURES]]
@@ -29,7 +29,7 @@ def real_pictures(shared: Path) -> list[np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra_depthwise", [False, True])
-def test_folded_network_equals_the_training_one_on_real_pictures(
+def test_folded_network_equals_the_training_one_on_real_images(
     shared: Path, tmp_path: Path, small_spec: dict[str, Any], extra_depthwise: bool
 ) -> None:
     spec = small_spec | {
@@ -41,7 +41,7 @@ def test_folded_network_equals_the_training_one_on_real_pictures(
     torch.manual_seed(0)
     detector = Detector(NetworkOptions.parse(spec), ["a", "b", "c"], Preprocessing(short_side=320, long_side=640))
     load_weights(detector.network.backbone, shared / "weights" / "shufflenet_v2_x0_5_backbone.pth")
-    pictures = real_pictures(shared)
+    pictures = real_images(shared)
     assert len(pictures) == PICTURES
     settle(detector, pictures[:8])
     detector.save(tmp_path / "d.ckpt")
@@ -56,7 +56,7 @@ def test_folded_network_equals_the_training_one_on_real_pictures(
         scores.append(gap.score)
         count += gap.total
     assert count > PICTURES  # there is something to compare
-    assert max(boxes) < 1e-4  # of the picture's longer side
+    assert max(boxes) < 1e-4  # of the image's longer side
     assert max(scores) < 1e-4
 
 

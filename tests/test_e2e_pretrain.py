@@ -12,7 +12,7 @@ import torch
 from classified_data import write_classified_data
 from tool_runner import ROOT, Outcome, run_process, run_tool
 
-# Seconds on tiny pictures.
+# Seconds on tiny images.
 TINY = (
     "backbone=v2_0.5x", "input.size=32", "input.resize=32", "train.batch_size=4", "val.batch_size=4",
     "schedule.epochs=1", "workers=0", "trainer.log_every=1", "trainer.accelerator=cpu",
@@ -32,7 +32,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_crops_from_nothing(tmp_path: Path) -> None:
-    # Each of the eight classes needs a picture: enough scenes.
+    # Each of the eight classes needs a image: enough scenes.
     outcome = run_tool("pretrain", *CROPS, *TINY, "data.generate.train=12", "data.generate.val=12", cwd=tmp_path).ok()
     (run,) = (tmp_path / "runs/pretrain/crops/v2_0.5x").iterdir()
     assert {path.name for path in run.iterdir()} == {
@@ -50,7 +50,7 @@ def test_crops_from_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
     root = write_classified_data(tmp_path / "data")
     path = root / "val/bee/1.png"
     path.write_bytes(path.read_bytes()[:60])
@@ -89,7 +89,7 @@ def run_two(launcher: str, *overrides: str, cwd: Path) -> Outcome:
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "spare"), [("lightning", 1), ("torchrun", 4)])
 def test_two_processes_score_as_one(tmp_path: Path, launcher: str, spare: int) -> None:
-    """13 pictures of validation, or 16, in batches of four on two processes: each is counted once.
+    """13 images of validation, or 16, in batches of four on two processes: each is counted once.
 
     What they said together is what one process says of the weights that they wrote.
     """
@@ -103,7 +103,7 @@ def test_two_processes_score_as_one(tmp_path: Path, launcher: str, spare: int) -
     assert "Warning" not in outcome.err
     said = figures(tmp_path / "two")
     assert said["images"] == 12 + spare
-    assert said["step"] == 2  # 12 pictures, three a step on each of two
+    assert said["step"] == 2  # 12 images, three a step on each of two
     top1, top5, loss = naive_figures(weights(tmp_path / "two/best.pth"), root)
     assert said["top1"] == pytest.approx(top1, abs=1e-9)
     assert said["top5"] == pytest.approx(top5, abs=1e-9)
@@ -132,8 +132,8 @@ def naive_figures(state: dict[str, torch.Tensor], root: Path) -> tuple[float, fl
 
 
 @pytest.mark.slow
-def test_one_picture_for_two_processes(tmp_path: Path) -> None:
-    """More processes than batches: the rank without pictures takes part in the sums."""
+def test_one_image_for_two_processes(tmp_path: Path) -> None:
+    """More processes than batches: the rank without images takes part in the sums."""
     root = write_classified_data(tmp_path / "data", val=1)
     for name in ("bee", "cow"):
         for path in list((root / "val" / name).iterdir())[1:]:

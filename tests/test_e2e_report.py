@@ -172,7 +172,7 @@ CONTRASTS = """() => {
   const out = new Set();
   for (const node of document.querySelectorAll("body *")) {
     if (![...node.childNodes].some(c => c.nodeType === 3 && c.textContent.trim())) continue;
-    if (node.closest("script, style, noscript, title, .picture, option, .skip")) continue;
+    if (node.closest("script, style, noscript, title, .image, option, .skip")) continue;
     let ground = node;
     while (ground && clear(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
     const style = getComputedStyle(node), ink = node.closest("svg") ? style.fill : style.color;
@@ -224,10 +224,10 @@ def test_everything_can_be_reached_with_the_keyboard(browser: Any, case: Path) -
         assert page.locator("main > section[aria-labelledby]").count() == page.locator("main > section h2").count()
 
 
-def test_results_without_pictures(browser: Any, case: Path) -> None:
+def test_results_without_images(browser: Any, case: Path) -> None:
     run_tool("eval", "results=dt.json", "annotations=gt.json", "out=bare", cwd=case).ok()
-    with_pictures = json.loads((case / "eval/metrics.json").read_text())
-    assert json.loads((case / "bare/metrics.json").read_text()) == with_pictures
+    with_images = json.loads((case / "eval/metrics.json").read_text())
+    assert json.loads((case / "bare/metrics.json").read_text()) == with_images
     with opened(browser, case / "bare/report.html") as page:
         for section, words in (("pictures", "images=DIR"), ("proposals", "give ckpt="), ("model", "no model")):
             assert words in page.locator(f"#{section} .left-out").inner_text()

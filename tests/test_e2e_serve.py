@@ -151,7 +151,7 @@ def test_two_hundred_requests_of_eight_clients(checkpoint: Path, record_property
     figures = f"{rate:.0f} requests/s, p50 {1e3 * seconds[99]:.0f} ms, p99 {1e3 * seconds[197]:.0f} ms, "
     record_property("figures", figures + f"RSS {before:.0f} -> {after:.0f} MB")
     print(figures, f"RSS {before:.1f} -> {after:.1f} MB")
-    # Keeping the upload, or the decoded picture, of each request would take 200 times this.
+    # Keeping the upload, or the decoded image, of each request would take 200 times this.
     kept = min(len(pictures[0]), 360 * 480 * 3) / 2**20
     assert after - before < 0.15 * 200 * kept
 
@@ -360,14 +360,14 @@ def test_boxes_threshold_and_classes(visit: Callable[..., Visit]) -> None:
     assert page.inner_text("#status").startswith(f"{above(answer, 0.3)} objects")
     assert page.locator("#found tbody tr").count() == above(answer, 0.3)
 
-    # The best box is drawn last; on the screen it is where the picture has it.
-    picture_box = page.locator("#picture").bounding_box()
+    # The best box is drawn last; on the screen it is where the image has it.
+    image_box = page.locator("#picture").bounding_box()
     frame = page.locator("#overlay rect.frame").last.evaluate(
         "r => { const { x, y, width, height } = r.getBoundingClientRect(); return [x, y, width, height]; }"
     )
-    scale = picture_box["width"] / answer["width"]
+    scale = image_box["width"] / answer["width"]
     x1, y1, x2, y2 = answer["boxes"][0]
-    expected = [picture_box["x"] + x1 * scale, picture_box["y"] + y1 * scale, (x2 - x1) * scale, (y2 - y1) * scale]
+    expected = [image_box["x"] + x1 * scale, image_box["y"] + y1 * scale, (x2 - x1) * scale, (y2 - y1) * scale]
     assert frame == pytest.approx(expected, abs=4)  # its line is 2.5 pixels wide
 
     requests = predictions(here)
@@ -440,7 +440,7 @@ def test_other_ways_in_and_a_refusal(visit: Callable[..., Visit]) -> None:
         with page.expect_response("**/predict") as response:
             page.evaluate(hand_over, [way, list(picture(1, 60, 80))])
         assert response.value.status == 200
-    # A failed request, and a picture that the browser cannot show, are messages of the browser's own console.
+    # A failed request, and a image that the browser cannot show, are messages of the browser's own console.
     with page.expect_response("**/predict") as response:
         page.set_input_files("#file", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"<b>no picture</b>"})
     assert response.value.status == 422

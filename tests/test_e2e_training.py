@@ -27,7 +27,7 @@ from detector.training.schedule import ScheduleOptions
 
 pytestmark = pytest.mark.slow
 
-# The demo on a dozen small pictures, a row of history for each step.
+# The demo on a dozen small images, a row of history for each step.
 DEMO = (
     "backbone=v2_0.5x", "data.generate={seed: 0, train: 12, val: 4, size: 96}", "input.short_side=96",
     "input.long_side=96", "train.batch_size=4", "val.batch_size=3", "val.every=1", "trainer.log_every=1",
@@ -57,7 +57,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 class Lab:
-    """A run of two epochs from random weights that already find something, on five pictures of three canvas sizes."""
+    """A run of two epochs from random weights that already find something, on five images of three canvas sizes."""
 
     def __init__(self, folder: Path, detector: Detector) -> None:
         self.folder, self.detector = folder, detector
@@ -178,7 +178,7 @@ def test_evaluation_equals_prediction_box_for_box(lab: Lab) -> None:
     assert [figures[0][name] for name in METRICS] == pytest.approx([figures[1][name] for name in METRICS], abs=1e-6)
 
 
-def test_prediction_writes_pictures_and_json(lab: Lab) -> None:
+def test_prediction_writes_images_and_json(lab: Lab) -> None:
     (lab.root / "images/deeper").mkdir()
     (lab.root / "images/0.png").rename(lab.root / "images/deeper/1.png")
     arguments = (f"source={lab.root / 'images'}", "out=found", "score_threshold=0.02")

@@ -34,7 +34,7 @@ def test_everything_is_there_and_fits_into_json(tmp_path: Path):
     assert len(found["worst"]) == 12
 
 
-def test_pictures_are_read_where_they_are_given(tiny_coco: Path):
+def test_images_are_read_where_they_are_given(tiny_coco: Path):
     path = tiny_coco / "annotations/val.json"
     results = [{"image_id": 10, "category_id": 3, "bbox": [4, 6, 20, 10], "score": 0.9}]
 
@@ -65,7 +65,7 @@ def test_results_of_another_data_set_are_named():
 
 
 def test_the_golden_example_of_the_coco_api(shared: Path):
-    """The figures that it publishes; it has 100 real pictures, with crowd regions."""
+    """The figures that it publishes; it has 100 real images, with crowd regions."""
     folder = shared / "data" / "coco-golden"
     found = diagnose(folder / "instances_val2014_fakebbox100_results.json", folder / "instances_val2014_100_bbox.json")
     assert sum(found["curves"]["precision"]) / 101 == pytest.approx(0.505, abs=5e-4)

@@ -115,7 +115,7 @@ def test_crowding_is_counted_by_a_plain_loop(seed: int):
         )
 
 
-def test_slices_of_pictures_are_evaluations_of_these_pictures():
+def test_slices_of_images_are_evaluations_of_these_images():
     ground_truth, results = random_rows(2, images=40)
     ids = [picture["id"] for picture in ground_truth["images"]]
     rng = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def test_slices_of_pictures_are_evaluations_of_these_pictures():
     }
 
 
-def test_pictures_of_one_brightness_are_one_slice():
+def test_images_of_one_brightness_are_one_slice():
     ground_truth, results = random_rows(2)
     same = {picture["id"]: {"brightness": 0.25} for picture in ground_truth["images"]}
     rows = slices_of(ground_truth, results, same)["brightness"]

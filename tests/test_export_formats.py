@@ -85,7 +85,7 @@ def test_onnx_runtime_equals_torch_at_any_batch_and_size(onnx_file: Path, small_
     assert check_detector(small_detector, exported, canvases) > 300
 
 
-def test_prediction_equals_torch_on_pictures_of_many_sizes(onnx_file: Path, small_detector: Detector) -> None:
+def test_prediction_equals_torch_on_images_of_many_sizes(onnx_file: Path, small_detector: Detector) -> None:
     exported = ExportedDetector.load(onnx_file, threads=1)
     rng = np.random.default_rng(0)
     sources = [
@@ -251,7 +251,7 @@ def test_other_runtimes_equal_torch_at_any_batch_and_size(
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("candidates", [0, 1])
-def test_a_picture_with_one_candidate_or_none(
+def test_a_image_with_one_candidate_or_none(
     small_detector: Detector, suffix: str, candidates: int, tmp_path: Path
 ) -> None:
     """A trained detector leaves hardly any candidate; an untrained one, hundreds."""
@@ -277,7 +277,7 @@ def test_fixed_batch_and_size(small_detector: Detector, suffix: str, tmp_path: P
     WRITERS[suffix](small_detector, path, batch=1, canvas=(96, 128))
     exported = ExportedDetector.load(path, threads=1)
     assert (exported.info.batch, exported.info.canvas) == (1, (96, 128))
-    # Three pictures go through one by one.
+    # Three images go through one by one.
     assert check_detector(small_detector, exported, [(1, 96, 128), (3, 96, 128)]) > 60
     [portrait] = exported.predict(np.full((600, 200, 3), 90, np.uint8), score_threshold=0)
     assert portrait.image_size == (600, 200)

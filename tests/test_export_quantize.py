@@ -211,7 +211,7 @@ def test_accuracy_control_measures_the_detector_itself(
 
 
 @pytest.mark.slow
-def test_no_picture_to_calibrate_on(small_detector: Detector, tmp_path: Path) -> None:
+def test_no_image_to_calibrate_on(small_detector: Detector, tmp_path: Path) -> None:
     pytest.importorskip("nncf")
     for suffix, export in ((".xml", export_int8), (".onnx", export_int8_onnx)):
         with pytest.raises(InputError, match="images to calibrate on"):

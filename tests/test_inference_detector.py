@@ -1,4 +1,4 @@
-"""A detector as a user holds it: saved, loaded, and predicting on whatever a picture comes as."""
+"""A detector as a user holds it: saved, loaded, and predicting on whatever a image comes as."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZES = [(48, 70), (90, 60), (64, 64), (50, 75), (33, 100), (70, 48)]
 
 @pytest.fixture
 def pictures() -> list[np.ndarray]:
-    """Pictures of coarse noise, (h, w, 3)."""
+    """Images of coarse noise, (h, w, 3)."""
     rng = np.random.default_rng(0)
     found = []
     for height, width in SIZES:
@@ -295,7 +295,7 @@ def test_channel_order_matters(small_detector: Detector, pictures: list[np.ndarr
     assert right.scores.tolist() != wrong.scores.tolist()
 
 
-def test_results_are_sorted_and_inside_the_picture(small_detector: Detector, pictures: list[np.ndarray]) -> None:
+def test_results_are_sorted_and_inside_the_image(small_detector: Detector, pictures: list[np.ndarray]) -> None:
     for found, picture in zip(small_detector.predict(pictures, score_threshold=0), pictures, strict=True):
         height, width = picture.shape[:2]
         assert found.image_size == (height, width)
@@ -347,7 +347,7 @@ def test_batch_size_and_batch_mates_change_nothing(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (700, 2), (3000, 20)])
-def test_extreme_pictures_are_predicted(small_detector: Detector, size: tuple[int, int]) -> None:
+def test_extreme_images_are_predicted(small_detector: Detector, size: tuple[int, int]) -> None:
     [found] = small_detector.predict(np.full((*size, 3), 90, np.uint8), score_threshold=0)
     assert found.image_size == size
     assert np.isfinite(found.boxes).all()
@@ -369,7 +369,7 @@ def test_stream_reads_one_batch_at_a_time(small_detector: Detector, folder: Path
 
 
 class KnownBoxes(nn.Module):
-    """A network that finds the bright rectangle of each picture, in pixels of what it is given."""
+    """A network that finds the bright rectangle of each image, in pixels of what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -388,7 +388,7 @@ class KnownBoxes(nn.Module):
 
 
 @pytest.mark.parametrize("size", [(60, 80), (300, 200), (64, 64), (45, 210), (640, 480)])
-def test_boxes_are_in_pixels_of_the_original_picture(small_detector: Detector, size: tuple[int, int]) -> None:
+def test_boxes_are_in_pixels_of_the_original_image(small_detector: Detector, size: tuple[int, int]) -> None:
     small_detector.network = KnownBoxes()  # type: ignore[assignment]
     height, width = size
     box = np.array([width * 0.25, height * 0.5, width * 0.75, height]).round()

@@ -1,4 +1,4 @@
-"""Pictures: what must be on them, what must not change, and that drawing stays light to import."""
+"""Images: what must be on them, what must not change, and that drawing stays light to import."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def drawn(found: Detections, threshold: float = 0.5) -> np.ndarray:
 
 
 def ink(picture: np.ndarray) -> int:
-    """The number of pixels that text has darkened: neither the empty picture nor the first class's own colour."""
+    """The number of pixels that text has darkened: neither the empty image nor the first class's own colour."""
     return int(((picture != GREY).any(axis=2) & (picture != drawing.class_colour(0)).any(axis=2)).sum())
 
 
@@ -67,7 +67,7 @@ def test_labels_of_small_boxes_at_the_border_are_whole(size: tuple[int, int], co
     assert ink(picture) == ink(middle) > 50
 
 
-def test_a_box_as_large_as_the_picture_keeps_its_four_sides() -> None:
+def test_a_box_as_large_as_the_image_keeps_its_four_sides() -> None:
     picture = drawn(detections([[0, 0, 300, 200]], [0.9], [0]))
     colour = np.array(drawing.class_colour(0))
     assert (picture[-1] == colour).all()
@@ -95,7 +95,7 @@ def test_all_is_drawn_or_what_a_threshold_leaves_and_the_input_is_untouched() ->
     assert (np.asarray(empty) == GREY).all()
 
 
-def test_nothing_found_gives_the_picture() -> None:
+def test_nothing_found_gives_the_image() -> None:
     assert (drawn(detections([], [], [])) == GREY).all()
 
 

@@ -26,7 +26,7 @@ SIZE = (64, 96)  # no resize: 64 is the short side, 96 the long one
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures 0.png to 5.png, each with a cat at another place."""
+    """Images 0.png to 5.png, each with a cat at another place."""
     for index in range(6):
         Image.fromarray(paint(SIZE, (10 * index, 5, 10 * index + 8, 25, 0, 250))).save(tmp_path / f"{index}.png")
     return tmp_path
@@ -68,7 +68,7 @@ def test_each_class_has_a_threshold_of_its_own() -> None:
 @pytest.mark.parametrize("unknown", ["cow", 3, -1, True, 1.0, None])
 def test_a_class_that_there_is_not(unknown: Any) -> None:
     with pytest.raises(InputError) as error:
-        Painted().stream(paint(SIZE), classes=["cat", unknown])  # told before the first picture is asked for
+        Painted().stream(paint(SIZE), classes=["cat", unknown])  # told before the first image is asked for
     assert repr(unknown) in str(error.value)
     assert "0: cat, 1: dog, 2: bird" in str(error.value)
 
@@ -117,7 +117,7 @@ def test_generators_and_nesting() -> None:
     assert Painted().predict(iter([])) == []
 
 
-def test_a_broken_picture_raises_after_the_results_before_it(folder: Path) -> None:
+def test_a_broken_image_raises_after_the_results_before_it(folder: Path) -> None:
     (folder / "3.png").write_bytes(b"no picture")
     stream = Painted().stream(folder, batch_size=8)
     assert [next(stream).boxes[0, 0] for _ in range(3)] == [0, 10, 20]
@@ -125,7 +125,7 @@ def test_a_broken_picture_raises_after_the_results_before_it(folder: Path) -> No
         next(stream)
 
 
-def test_a_broken_picture_is_reported_and_the_rest_is_done(folder: Path) -> None:
+def test_a_broken_image_is_reported_and_the_rest_is_done(folder: Path) -> None:
     (folder / "3.png").write_bytes(b"no picture")
     source = [folder, folder / "missing.png", "https://127.0.0.1/a.png", None, paint(SIZE, (1, 2, 9, 9, 0, 250))]
     found = Painted().predict(source, on_error="report", batch_size=4)
@@ -155,7 +155,7 @@ def test_errors_of_the_users_generator_pass() -> None:
         Painted().predict(pictures(), on_error="report")
 
 
-def test_search_gives_the_picture_too(folder: Path) -> None:
+def test_search_gives_the_image_too(folder: Path) -> None:
     for index, (picture, found) in enumerate(Painted().search(folder, PredictOptions())):
         assert picture.path == found.path == str(folder / f"{index}.png")
         np.testing.assert_array_equal(picture.image, np.asarray(Image.open(found.path)))
@@ -188,7 +188,7 @@ def test_flip_finds_what_one_look_misses_with_half_its_score() -> None:
 
 
 def large_scene() -> tuple[np.ndarray, list[tuple[int, int, int, int, int, int]]]:
-    """512 x 768, whose whole picture is shrunk 8 times: small ones on every seam, and some that no tile holds."""
+    """512 x 768, whose whole image is shrunk 8 times: small ones on every seam, and some that no tile holds."""
     rng = np.random.default_rng(3)
     objects = [(x - 9, y - 7, x + 9, y + 8, (x + y) % 3, 220) for x in range(60, 768, 84) for y in range(28, 480, 58)]
     objects = [o for o in objects if rng.random() < 0.8 and not (200 < o[0] < 560 and 120 < o[1] < 400)]
@@ -206,7 +206,7 @@ def test_tiles_find_small_objects_once_and_large_ones_whole(flip: bool) -> None:
     assert found.image_size == size
     expected = sorted((*map(float, o[:4]), NAMES[o[4]]) for o in objects)
     assert [row[4] for row in rows(found)] == [row[4] for row in expected]
-    # Small ones exactly, from the tiles; large ones to half a pixel of the shrunken whole picture.
+    # Small ones exactly, from the tiles; large ones to half a pixel of the shrunken whole image.
     difference = np.abs(np.array([row[:4] for row in rows(found)]) - [row[:4] for row in expected]).max(axis=1)
     small = np.array([row[2] - row[0] < 100 for row in expected])
     assert difference[small].max() <= 0.01
@@ -214,7 +214,7 @@ def test_tiles_find_small_objects_once_and_large_ones_whole(flip: bool) -> None:
 
 
 class Unsure(Painted):
-    """Shows all of an object in the whole picture, with a score of 0.2, and half of it in the left tile, with 0.35."""
+    """Shows all of an object in the whole image, with a score of 0.2, and half of it in the left tile, with 0.35."""
 
     def detect_images(self, images: Any, max_proposals: int | None = None) -> list[Found]:
         shown = {100: ((10, 10, 90, 50), 0.2), 60: ((10, 10, 60, 50), 0.35)}
@@ -236,7 +236,7 @@ def test_what_is_below_the_threshold_takes_no_part_in_merging() -> None:
     assert rows(found) == [(10, 10, 90, 50, "cat")]
 
 
-def test_a_small_picture_is_not_cut() -> None:
+def test_a_small_image_is_not_cut() -> None:
     image = paint(SIZE, (10, 10, 30, 30, 0, 250))
     predictor = Painted()
     assert rows(predictor.predict(image, tile=(96, 64, 8))[0]) == [(10, 10, 30, 30, "cat")]
@@ -244,7 +244,7 @@ def test_a_small_picture_is_not_cut() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (3, 40000)])
-def test_extreme_pictures(size: tuple[int, int]) -> None:
+def test_extreme_images(size: tuple[int, int]) -> None:
     image = np.zeros((*size, 3), np.uint8)
     image[..., 2] = 255
     for options in ({}, {"tile": (4096, 4096, 64)}, {"flip": True}):

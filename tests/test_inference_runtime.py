@@ -39,7 +39,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import detector
 
-[found] = detector.predict({picture!r}, ckpt={path!r}, score_threshold=0.05, threads=1)
+[found] = detector.predict({image!r}, ckpt={path!r}, score_threshold=0.05, threads=1)
 assert "torch" not in sys.modules
 print(json.dumps(found.to_dict()))
 """
@@ -48,7 +48,7 @@ _written: dict[str, Path] = {}
 
 @pytest.fixture
 def fixed(small_detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small detector as ONNX for one picture of 64 x 96; written once."""
+    """The small detector as ONNX for one image of 64 x 96; written once."""
     if "fixed" not in _written:
         path = tmp_path_factory.mktemp("export") / "fixed.onnx"
         formats.export_onnx(small_detector, path, batch=1, canvas=(64, 96))
@@ -217,7 +217,7 @@ def test_a_checkpoint_is_no_export(tmp_path: Path) -> None:
         ((50, 1000), (5, 96)),  # the long side is at its limit of 96 already
     ],
 )
-def test_pictures_are_shrunk_onto_a_fixed_canvas(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_images_are_shrunk_onto_a_fixed_canvas(size: tuple[int, int], expected: tuple[int, int]) -> None:
     preprocessing = Preprocessing(short_side=60, long_side=96)
     assert preprocessing.target_size(*size, canvas=(64, 96)) == expected
 
@@ -237,7 +237,7 @@ def test_results_are_cut_at_the_count_and_batches_at_the_files_own() -> None:
     found = exported.predict([np.zeros((64, 64, 3), np.uint8)] * 3, score_threshold=0)
     assert seen == [1, 1, 1]
     assert [detections.names for detections in found] == [["b", "a"]] * 3
-    # The picture went in at half its size.
+    # The image went in at half its size.
     assert found[0].boxes.tolist() == [[0, 0, 20, 40], [10, 10, 18, 18]]
 
 
@@ -297,7 +297,7 @@ def test_an_own_graph_finds_the_same(small_detector: Detector, tmp_path: Path, m
 def test_threads_share_an_export(
     small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Every call gets the boxes of its own picture, also while graphs for the two sizes are being compiled."""
+    """Every call gets the boxes of its own image, also while graphs for the two sizes are being compiled."""
     if name == "a.xml":
         pytest.importorskip("openvino")
     monkeypatch.setattr(runtime, "OFTEN", 20)

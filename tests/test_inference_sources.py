@@ -1,4 +1,4 @@
-"""What a source expands to: every kind of thing gives the pictures that are in it, in order."""
+"""What a source expands to: every kind of thing gives the images that are in it, in order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def grey(value: int) -> np.ndarray:
 
 
 def values(source: Any, reading: ReadingOptions = READING) -> list[int | str]:
-    """The grey value of each picture, or what its error says."""
+    """The grey value of each image, or what its error says."""
     return [
         str(picture.error) if picture.error else int(picture.image[0, 0, 0]) for picture in read_images(source, reading)
     ]
@@ -85,7 +85,7 @@ def test_folders_and_patterns(tree: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [picture.path for picture in read_images("b", READING)] == ["b/2.png"]
 
 
-def test_patterns_and_folders_without_pictures(tree: Path, tmp_path: Path) -> None:
+def test_patterns_and_folders_without_images(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source, part in (
         (f"{tree}/*.jpg", "no such file"),
@@ -290,7 +290,7 @@ def test_what_is_live_and_what_is_a_video() -> None:
         assert not is_video(source)
 
 
-def test_a_video_among_pictures(tmp_path: Path) -> None:
+def test_a_video_among_images(tmp_path: Path) -> None:
     pytest.importorskip("av")
     from detector.inference.video import write_video
 
@@ -393,7 +393,7 @@ def test_bombs_and_archives_end_in_a_line_each(tmp_path: Path, suffix: str) -> N
         assert "too many pixels" in str(found[0])
 
 
-def test_a_picture_with_an_error_has_no_pixels(tmp_path: Path) -> None:
+def test_a_image_with_an_error_has_no_pixels(tmp_path: Path) -> None:
     [picture] = read_images(tmp_path / "none.jpg", READING)
     assert isinstance(picture, SourceImage)
     assert picture.image.shape == (0, 0, 3)

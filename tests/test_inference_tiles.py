@@ -32,7 +32,7 @@ def look(objects: list[tuple[float, ...]], region: np.ndarray) -> Found:
 
 
 @pytest.mark.parametrize("tile", [(200, 150, 40), (101, 77, 0), (160, 299, 159), (499, 300, 13), (50, 40, 39)])
-def test_tiles_cover_the_picture_and_overlap(tile: tuple[int, int, int]) -> None:
+def test_tiles_cover_the_image_and_overlap(tile: tuple[int, int, int]) -> None:
     width, height, overlap = tile
     regions = Tiling.parse(tile).regions(*SIZE)
     seen = np.zeros(SIZE, int)
@@ -47,7 +47,7 @@ def test_tiles_cover_the_picture_and_overlap(tile: tuple[int, int, int]) -> None
         assert (ends[:-1] - starts[1:] >= overlap).all()
 
 
-def test_a_picture_that_one_tile_holds_has_none() -> None:
+def test_a_image_that_one_tile_holds_has_none() -> None:
     assert len(Tiling(500, 300, 0).regions(*SIZE)) == 0
     assert len(Tiling(499, 300, 0).regions(*SIZE)) == 2
     assert Tiling(10, 10, 2).regions(1, 20).tolist() == [[0, 0, 10, 1], [5, 0, 15, 1], [10, 0, 20, 1]]
@@ -111,7 +111,7 @@ def test_classes_do_not_suppress_each_other_and_noise_suppresses_nothing() -> No
         assert rows(merged) == sorted((*box, round(score, 5), label) for *box, score, label in expected)
 
 
-def test_the_side_of_the_picture_is_no_seam() -> None:
+def test_the_side_of_the_image_is_no_seam() -> None:
     regions = np.concatenate((WHOLE, Tiling(260, 300, 20).regions(*SIZE)))
     at_border = (0.0, 0.0, 60.0, 300.0, 0.5, 2)
     merged = merge_tiles([found(), found(at_border), found()], regions, SIZE)

@@ -80,7 +80,7 @@ def test_each_nth_frame(tmp_path: Path, every: int, expected: list[int]) -> None
     assert count_frames(path, every=every) == len(expected)
 
 
-# The matrix of a track header turns the picture clockwise for the viewer; QuickTime File Format, "Matrices".
+# The matrix of a track header turns the image clockwise for the viewer; QuickTime File Format, "Matrices".
 TURNS: dict[int, tuple[int, ...]] = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
 

@@ -158,7 +158,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_originals_stay_and_earlier_copies_do_not(folder: Path) -> None:
-    """Beside the original, beside somebody else's picture of that name, in a folder with others, and of a copy."""
+    """Beside the original, beside somebody else's image of that name, in a folder with others, and of a copy."""
     (folder / "e.jpg").write_bytes((folder / "c.png").read_bytes())
     (folder / "e.png").write_bytes(b"somebody else's")
     (folder / "sub" / "a.png").write_bytes((folder / "c.png").read_bytes())
@@ -220,7 +220,7 @@ def test_results_among_what_is_searched(
         with pytest.raises(InputError, match=r"out=.*: is the folder that is searched.* out=.*predictions\.$"):
             write(source, out, save)
     assert snapshot(tmp_path) == before
-    Places(folder, str(folder), ["json", "jsonl", "csv", "coco"])  # tables among pictures are no harm
+    Places(folder, str(folder), ["json", "jsonl", "csv", "coco"])  # tables among images are no harm
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_places(tmp_path: Path) -> None:
         ("other/y.tar.png", "y.tar"),
         ("https://host/p/a%20b.jpg?c=1", "a_20b"),
         ("https://host/", "host"),
-        (f"{tmp_path}/in", "source"),  # a folder without pictures
+        (f"{tmp_path}/in", "source"),  # a folder without images
         ("https://host/..", "image"),
         ("webcam:0", "webcam_0"),
     ):

@@ -99,7 +99,7 @@ def test_multiply_adds_grow_with_the_canvas(small_detector: Detector) -> None:
     network = small_detector.network
     small, large = (np.zeros((side, side, 3), np.uint8) for side in (32, 64))
     size = small_detector.preprocessing
-    assert size.target_size(32, 32) == size.target_size(64, 64)  # so the pictures' own size does not matter
+    assert size.target_size(32, 32) == size.target_size(64, 64)  # so the images' own size does not matter
     assert network_multiply_adds(small_detector, small) == network_multiply_adds(small_detector, large) > 0
     # What lies before the RoIs grows with the area, what is done for each RoI does not.
     at = [network_multiply_adds(small_detector, small, (64, side)) for side in (64, 128, 192)]

@@ -69,7 +69,7 @@ def test_losses_are_finite_and_reach_every_parameter(
         assert min(losses.values()) > 0
     if situation in ("no objects", "crowds only", "objects without size"):
         assert losses["rpn_box"] == losses["head_box"] == 0
-        assert losses["rpn_objectness"] > 0  # background is learned from empty pictures too
+        assert losses["rpn_objectness"] > 0  # background is learned from empty images too
     if situation == "no objects":
         assert losses["head_class"] > 0
     if situation == "a crowd over everything":
@@ -78,7 +78,7 @@ def test_losses_are_finite_and_reach_every_parameter(
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize("classes", [1, 80])
-def test_every_configuration_trains_and_detects_inside_the_picture(
+def test_every_configuration_trains_and_detects_inside_the_image(
     small_spec: dict, make_batch: Callable[..., Batch], excite: Callable, configuration: tuple, classes: int
 ) -> None:
     network = build(small_spec, *configuration, classes)
@@ -100,7 +100,7 @@ def test_every_configuration_trains_and_detects_inside_the_picture(
 
 
 @pytest.mark.parametrize("neck", ["none", "cem"])
-def test_a_batch_gives_what_single_pictures_give(
+def test_a_batch_gives_what_single_images_give(
     small_spec: dict, make_batch: Callable[..., Batch], excite: Callable, neck: str
 ) -> None:
     network = excite(build(small_spec, neck, False, "ohem", "mean", 5)).eval()
@@ -117,7 +117,7 @@ def test_a_batch_gives_what_single_pictures_give(
 def test_a_batch_has_the_mean_of_the_single_losses(
     small_spec: dict, make_batch: Callable[..., Batch], excite: Callable
 ) -> None:
-    """With as many anchors and RoIs sampled in every picture, and all of them: the sample plays no part."""
+    """With as many anchors and RoIs sampled in every image, and all of them: the sample plays no part."""
     small_spec["rpn"] |= {"sample_count": 10_000, "foreground_share": 1.0, "background_iou": 0.7}
     small_spec["light_head"] |= {"sample_count": 10_000}
     small_spec["rpn"]["test_limits"] = {"before_nms": 100, "after_nms": 100}
@@ -165,7 +165,7 @@ def test_bfloat16_autocast_trains_and_detects(
 
 
 def test_a_diverged_network_gives_a_loss_that_is_not_finite(small_spec: dict, make_batch: Callable[..., Batch]) -> None:
-    """Training checks the sum and names the pictures of the batch; nothing before that may crash."""
+    """Training checks the sum and names the images of the batch; nothing before that may crash."""
     for place in ("backbone.conv1.0", "rpn.objectness", "rpn.deltas", "head.hidden"):
         network = build_network(NetworkOptions.parse(small_spec), 2)
         with torch.no_grad():

@@ -87,7 +87,7 @@ def test_number_of_proposals_is_fixed_where_the_map_has_fewer_anchors(small_spec
     assert 0 < found.valid.sum() < 2 * 216
 
 
-def test_no_anchor_on_the_picture_leaves_no_proposal(small_spec: dict) -> None:
+def test_no_anchor_on_the_image_leaves_no_proposal(small_spec: dict) -> None:
     rpn = build(small_spec)
     objectness, deltas, anchors = raw(rpn)
     deltas[..., 0] = 1e4  # all far to the right: clipped to nothing

@@ -51,7 +51,7 @@ def make_images(count: int, classes: int = 3) -> ImageBatch:
 
 
 def naive_loss(logits: np.ndarray, labels: list[int], smoothing: float) -> float:
-    """-sum q log p, q = 1 - s + s / K for the class and s / K for the others; the mean over the pictures."""
+    """-sum q log p, q = 1 - s + s / K for the class and s / K for the others; the mean over the images."""
     total = 0.0
     for row, label in zip(logits.astype(np.float64), labels, strict=True):
         highest = max(row)
@@ -97,8 +97,8 @@ def test_scores_are_those_of_a_naive_loop(classes: int) -> None:
         assert found[1] < found[2] < 60
 
 
-def test_figures_are_over_all_pictures_whatever_the_batches(make_task: Callable[..., ClassificationTask]) -> None:
-    """An empty batch, as a rank without pictures gets it, changes nothing."""
+def test_figures_are_over_all_images_whatever_the_batches(make_task: Callable[..., ClassificationTask]) -> None:
+    """An empty batch, as a rank without images gets it, changes nothing."""
     task, batch = make_task().eval(), make_images(7)
     found = []
     for cuts in ([0, 7], [0, 3, 3, 6, 7]):
@@ -117,7 +117,7 @@ def test_figures_are_over_all_pictures_whatever_the_batches(make_task: Callable[
         assert figures["loss_val"] == pytest.approx(loss / 7, rel=1e-5)
 
 
-def test_pictures_are_normalised_as_in_a_detector(
+def test_images_are_normalised_as_in_a_detector(
     make_task: Callable[..., ClassificationTask], small_detector: Detector
 ) -> None:
     seen: list[Tensor] = []
@@ -166,13 +166,13 @@ def test_a_checkpoint_says_what_it_is(make_task: Callable[..., ClassificationTas
     assert {name.split(".")[0] for name in task.state_dict()} == {"network"}  # nothing of the normalisation
 
 
-def test_a_picture_of_a_batch_shows_each_image_with_its_name() -> None:
+def test_a_image_of_a_batch_shows_each_image_with_its_name() -> None:
     image = torch.full((3, 64, 64), 90, dtype=torch.uint8)
     batch = ImageBatch(image.expand(2, 3, 64, 64), torch.tensor([0, 1]), ("a.jpg", "b.jpg"))
     drawn: Image.Image = draw_images(batch, ("ant", "bee"))
     pixels = np.asarray(drawn).astype(int)
     left, right = pixels[:, : pixels.shape[1] // 2], pixels[:, -(pixels.shape[1] // 2) :]
     for half in (left, right):
-        assert (half == 90).all(axis=2).mean() > 0.6  # the picture itself
+        assert (half == 90).all(axis=2).mean() > 0.6  # the image itself
         assert (half != 90).any(axis=2).mean() > 0.02  # frame and name
     assert not np.array_equal(left, right)

@@ -32,7 +32,7 @@ def batch() -> Batch:
 
 def test_batch_shows_objects_in_colour_and_crowds_in_grey(batch: Batch) -> None:
     grid = np.asarray(plots.draw_batch(batch, NAMES))
-    zoom = 3  # small pictures are enlarged three times, in two columns
+    zoom = 3  # small images are enlarged three times, in two columns
 
     def at(column: int, row: int, x: float, y: float) -> tuple[int, ...]:
         return tuple(grid[row * (64 * zoom + 4) + round(y * zoom), column * (96 * zoom + 4) + round(x * zoom)])
@@ -88,7 +88,7 @@ def test_curves_are_read_past_blanks_and_prefixes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_curves_are_a_picture_and_nothing_else_is_left(tmp_path: Path, suffix: str) -> None:
+def test_curves_are_a_image_and_nothing_else_is_left(tmp_path: Path, suffix: str) -> None:
     rows = [{"step": i, "loss": 1 / (i + 1), "loss_head_class": 0.5 / (i + 1)} for i in range(200)]
     rows += [{"step": 100, "AP": 0.1}, {"step": 199, "AP": 0.2}]
     metrics = write_csv(tmp_path / "metrics.csv", rows)

@@ -29,8 +29,8 @@ from detector.models.light_head_rcnn import MEAN, STD
 from detector.training.classification import ClassificationTask
 from detector.training.pretrain import PretrainOptions, classifier_weights, next_command, pretrain, read_classifier
 
-IMAGENET = 1_281_167  # training pictures of ILSVRC 2012
-# Seconds, on pictures of 80 x 64.
+IMAGENET = 1_281_167  # training images of ILSVRC 2012
+# Seconds, on images of 80 x 64.
 SMALL = (
     "backbone=v2_0.5x", "input.size=64", "input.resize=64",
     "train.batch_size=4", "val.batch_size=4", "workers=0", "trainer.accelerator=cpu", "trainer.devices=1",
@@ -45,7 +45,7 @@ def configuration(*overrides: str) -> PretrainOptions:
 
 
 def run(root: Path, *overrides: str, name: str = "run") -> Path:
-    """Train on three classes, each of four pictures; the run directory, root/name."""
+    """Train on three classes, each of four images; the run directory, root/name."""
     if not (root / "data").exists():
         write_classified_data(root / "data")
     return pretrain(configuration(f"data.root={root / 'data'}", f"run_dir={root / name}", *SMALL, *overrides))
@@ -106,7 +106,7 @@ def test_a_run_leaves_what_it_found(finished: Path) -> None:
     }  # fmt: skip
     steps = [row for row in rows(folder) if row["loss"]]
     validations = [row for row in rows(folder) if row["top1"]]
-    # 12 pictures, 4 a step; the rate of 4 pictures where 0.4 is for 32, on its way to 0 in 12 steps.
+    # 12 images, 4 a step; the rate of 4 images where 0.4 is for 32, on its way to 0 in 12 steps.
     assert [int(row["step"]) for row in steps] == list(range(1, 13))
     assert [float(row["lr"]) for row in steps] == pytest.approx([0.05 * (12 - i) / 12 for i in range(12)], rel=1e-3)
     assert [int(row["step"]) for row in validations] == [3, 6, 9, 12]

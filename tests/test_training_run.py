@@ -331,7 +331,7 @@ def full(monkeypatch: pytest.MonkeyPatch, *names: str, code: int = errno.ENOSPC)
     monkeypatch.setattr(Path, "open", open_)
 
 
-def test_a_full_disk_ends_no_training_for_a_table_or_a_picture(
+def test_a_full_disk_ends_no_training_for_a_table_or_a_image(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:

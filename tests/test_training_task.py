@@ -76,7 +76,7 @@ def test_evaluation_in_between_does_not_thaw(small_detector: Detector, batch: Ba
     assert "stage2" in training
 
 
-def test_a_loss_that_is_not_finite_names_pictures_and_remedy(small_detector: Detector, batch: Batch) -> None:
+def test_a_loss_that_is_not_finite_names_images_and_remedy(small_detector: Detector, batch: Batch) -> None:
     task = DetectionTask(small_detector).train()
     with torch.no_grad():
         small_detector.network.head.class_logits.bias.fill_(float("nan"))

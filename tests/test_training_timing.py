@@ -66,7 +66,7 @@ def test_a_delay_shows_in_its_own_part(
         enable_model_summary=False, enable_progress_bar=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.validate(task, data, verbose=False)
-    # Five pictures of three canvas sizes in batches of two: four passes through the network, in three steps.
+    # Five images of three canvas sizes in batches of two: four passes through the network, in three steps.
     assert clock.seconds == {"load": 0, "decode": 5 * 1000, "network": 4, "post-process": 4 * 10, "metrics": 100}
     assert len(times.seconds_per_image) == 3
     assert sum(times.seconds_per_image) == pytest.approx(sum(passes * 11 / images for passes, images in STEPS))
