@@ -15,6 +15,7 @@ from torch import nn
 import detector as package
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
+from detector.export.parity import difference
 from detector.inference.detections import Detections
 from detector.inference.detector import FORMAT, VERSION, Detector
 from detector.inference.operating_point import OperatingPoint
@@ -305,6 +306,23 @@ def test_results_are_sorted_and_inside_the_image(small_detector: Detector, pictu
         assert (found.boxes[:, 2:] > found.boxes[:, :2]).all()
         assert found.class_names == ("cat", "dog", "bird")
         assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int64)
+
+
+def test_bfloat16_finds_nearly_the_same(small_detector: Detector, pictures: list[np.ndarray], tmp_path: Path) -> None:
+    small_detector.save(tmp_path / "a.ckpt")
+    exact = package.load(tmp_path / "a.ckpt", "cpu").predict(pictures, score_threshold=0.2)
+    rounded = package.load(tmp_path / "a.ckpt", "cpu", precision="bf16")
+    assert rounded.network.head.hidden.weight.dtype == torch.bfloat16
+    found = rounded.predict(pictures, score_threshold=0.1)
+    gaps = [difference(x, y) for x, y in zip(exact, found, strict=True)]
+    # Of a network drawn at random, whose logits are excited; rounding moves what is near a tie.
+    assert sum(gap.partners for gap in gaps) > 0.9 * sum(gap.total for gap in gaps) > 20
+    assert 0 < np.median([gap.score for gap in gaps]) < 0.1
+    assert found[0].boxes.dtype == found[0].scores.dtype == np.float32
+    with pytest.raises(InputError, match="precision='int4': expected float32 or bf16"):
+        package.load(tmp_path / "a.ckpt", precision="int4")
+    with pytest.raises(InputError, match="precision=bf16: that of an export was fixed"):
+        package.predict(pictures, ckpt="a.onnx", precision="bf16")
 
 
 def test_what_scores_are_worth_goes_with_the_checkpoint(

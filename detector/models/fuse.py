@@ -37,6 +37,14 @@ def fuse(module: Module) -> Module:
     return fused.to(memory_format=torch.channels_last)
 
 
+def round_weights(fused: nn.Module) -> None:
+    """Let convolutions and matrices have bfloat16 weights, for use under torch.autocast: it would round them anew in
+    every call. Everything about boxes stays float32."""
+    for part in fused.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            part.to(torch.bfloat16)
+
+
 class Pointwise(nn.Module):
     """A 1x1 convolution as a product of matrices, pixels x channels, and a ReLU where one follows.
 
