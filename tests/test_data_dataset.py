@@ -118,6 +118,12 @@ def test_the_cache_holds_shrunk_images(tmp_path: Path, caplog: pytest.LogCapture
     transform = TrainTransform(Preprocessing(short_side=30, long_side=100), draws, seed=0)
     assert transform.largest_size(903, 1201) == (200, 267)  # 30 x 40, times 2, over the 0.3 of a side that a crop keeps
     assert transform.largest_size(90, 120) == (90, 120)
+    draws = AugmentOptions(scale=(0.5, 0.8), iou_crop=0.1, stretch=(0.25, 1.0), zoom_out=1.0, batch_scale=(0.64, 1.28))
+    more = TrainTransform(Preprocessing(short_side=30, long_side=100), draws, seed=0)
+    assert more.largest_size(903, 1201) == (
+        256,
+        341,
+    )  # times 1.28, over 0.3; twice as high where stretch halves the width
     with caplog.at_level(logging.INFO):
         data = DetectionDataset(index, transform, cache=True)
     assert [image.shape for image, _ in data._kept] == [(200, 267, 3)]
@@ -143,9 +149,9 @@ def test_a_file_of_another_size_does_not_pass_for_a_reduced_one(tmp_path: Path, 
 
 def test_a_transform_cannot_spoil_the_cache(index: AnnotationIndex) -> None:
     class Careless(TrainTransform):
-        def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
+        def __call__(self, image: np.ndarray, *others: Any) -> Transformed:
             image[:] = 0
-            return super().__call__(image, boxes, labels, crowd)
+            return super().__call__(image, *others)
 
     data = DetectionDataset(
         index, Careless(Preprocessing(short_side=24, long_side=100), AugmentOptions(flip=0.0), seed=0), cache=True

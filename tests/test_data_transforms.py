@@ -34,6 +34,7 @@ STILL: dict[str, Any] = {
     "iou_crop": 0.0,
     "zoom_out": 0.0,
     "stretch": (1.0, 1.0),
+    "batch_scale": (1.0, 1.0),
 }
 ALL: dict[str, Any] = {
     "flip": 0.5,
@@ -291,6 +292,24 @@ def test_zooming_out_is_uniform_and_anywhere_on_the_canvas() -> None:
     assert np.abs(share - np.linspace(0, 1, len(share))).max() < 0.13
 
 
+def test_the_size_factor_of_a_batch() -> None:
+    """On top of what is drawn for an image, and above 1 its canvas is larger than evaluation's."""
+    transform = train_transform(120, 160, batch_scale=(0.5, 1.5), **CUTTING["all"] | {"rotate90": 0.0})
+    assert transform.batch_factors() == [0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6]  # 64, 96 ... pixels; 80 and 240 rounded
+    assert train_transform(120, 160, batch_scale=(0.9, 0.9)).batch_factors() == [0.9]
+    image, *objects = scene()
+    for factor in (0.4, 1.6):
+        largest = 0
+        for _ in range(50):
+            result = transform(image, *objects, factor)
+            assert is_valid(result)
+            largest = max(largest, *result.image.shape[:2])
+            for label, box in zip(result.labels, result.boxes, strict=True):
+                if (box[2:] - box[:2] >= 3).all():
+                    np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1.5)
+        assert largest == 160 * factor
+
+
 def test_stretching_keeps_the_area_and_is_uniform_in_the_logarithm() -> None:
     transform = train_transform(120, 160, stretch=(0.5, 2.0))
     image = np.zeros((240, 320, 3), np.uint8)
@@ -373,7 +392,7 @@ def test_a_probability_is_named(name: str) -> None:
             AugmentOptions.parse({name: value}, "augment")
 
 
-@pytest.mark.parametrize("name", ["scale", "stretch"])
+@pytest.mark.parametrize("name", ["scale", "stretch", "batch_scale"])
 def test_a_bad_range_is_named(name: str) -> None:
     for value in ((0.0, 1.0), (1.0, float("inf")), (1.0,)):
         with pytest.raises(InputError, match=rf"^augment\.{name}=?.*: expected |^augment\.{name}.* is missing"):

@@ -31,9 +31,9 @@ def index_of(sizes: list[tuple[int, int]]) -> AnnotationIndex:
     return read_annotations({"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]})
 
 
-def module(root: Path, **changes: Any) -> DetectionData:
+def module(root: Path, batch_scale: tuple[float, float] = (1.0, 1.0), **changes: Any) -> DetectionData:
     index = load_annotations(root / "annotations/train.json", root / "images")
-    transform = TrainTransform(PREPROCESSING, AugmentOptions(flip=0), seed=0)
+    transform = TrainTransform(PREPROCESSING, AugmentOptions(flip=0, batch_scale=batch_scale), seed=0)
     options = RunOptions.parse(
         {"train": {"batch_size": 2}, "val": {"batch_size": 3}, "workers": 0, "seed": 5} | changes
     )
@@ -141,6 +141,34 @@ def test_more_images_a_step_than_there_are(tiny_coco: Path) -> None:
     data.trainer = SimpleNamespace(world_size=2, global_rank=0)  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"4 images, fewer than .* lower train\.batch_size"):
         data.train_dataloader()
+
+
+def sizes(data: DetectionData, epoch: int) -> list[float]:
+    """The size factor of each batch, which all its images must have."""
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    factors = []
+    for batch in loader:
+        targets = [PREPROCESSING.target_size(*size) for size in batch.original_sizes.tolist()]
+        ratios = batch.image_sizes.numpy() / targets
+        factors.append(round(float(ratios.mean()) * 3) / 3)  # of 96 pixels, 32 are a third
+        np.testing.assert_allclose(batch.image_sizes, np.array(targets) * factors[-1], atol=1)
+    return factors
+
+
+def test_all_images_of_a_batch_have_one_size_factor(tiny_coco: Path) -> None:
+    """Drawn from seed and epoch, as the order is: the same on all ranks, any number of loaders, and after resume."""
+    data = module(tiny_coco, (0.5, 2.0))
+    seen = [sizes(data, epoch) for epoch in range(12)]
+    assert {factor for factors in seen for factor in factors} == {2 / 3, 1, 4 / 3, 5 / 3, 2}
+    assert any(first != second for first, second in seen)
+    assert [sizes(module(tiny_coco, (0.5, 2.0)), epoch) for epoch in (7, 3)] == [seen[7], seen[3]]
+    assert sizes(module(tiny_coco, (0.5, 2.0), workers=1), 3) == seen[3]
+    assert [sizes(module(tiny_coco, (0.5, 2.0), seed=6), epoch) for epoch in range(12)] != seen
+    assert sizes(module(tiny_coco), 3) == [1, 1]
+    for rank in range(2):
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
+        assert sizes(data, 3) == seen[3][:1]
 
 
 def classified(root: Path, rank: int = 0, world: int = 1, **changes: Any) -> ClassificationData:

@@ -49,7 +49,10 @@ def run(tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatc
         values: dict[str, Any] = small_detector.options.spec() | {
             "data": {"root": str(root), "cache": False}, "ckpt": str(tmp_path / "start.ckpt"), "workers": 0,
             "input": {"short_side": 64, "long_side": 96}, "train": {"batch_size": 2}, "val": {"batch_size": 8},
-            "augment": {"photometric": 0.5, "scale": [0.7, 1.4]}, "ema": 0.5, "freeze": {"stages": 0},
+            "augment": {
+                "photometric": 0.5, "scale": [0.7, 1.4], "iou_crop": 0.5, "zoom_out": 0.5, "batch_scale": [0.5, 1.5],
+            },
+            "ema": 0.5, "freeze": {"stages": 0},
             "optimizer": {"name": "adamw", "lr": 1e-3, "base_batch": None, "lr_scales": None},
             "schedule": {"kind": "cosine", "epochs": 1, "warmup_steps": 0},
             "trainer": {"accelerator": "cpu", "log_every": 1},

@@ -28,7 +28,8 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     A sample is a dict: image uint8 RGB (h, w, 3); boxes (G, 4) float32, xyxy in pixels of the image; labels (G,) int64;
     crowd (G,) bool; scale (2,) float64, input pixels per original pixel (x, y); original_size (2,) int64, height and
-    width of the image as it is stored; image_id as in the annotation file.
+    width of the image as it is stored; image_id as in the annotation file. It is asked for by its number, or by that
+    and the size factor of its batch.
 
     An image that is much larger than any view that the transform can draw is shrunk to that size first, and kept so in
     the cache: changing colours of a photograph of 12 megapixels takes longer than a step of the network.
@@ -52,13 +53,15 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, float]) -> dict[str, Any]:
+        i, factor = key if isinstance(key, tuple) else (key, 1.0)
         image, size = self._kept[i] if i < len(self._kept) else self._read(i)
         if self.transform is None:
             return {"image": image, "image_id": self.index.image_ids[i]}
         boxes, labels, crowd = self.index.objects(i)
         scale = (np.array(image.shape[:2]) / size)[::-1]  # (x, y)
-        sample = self.transform(image, (boxes * np.tile(scale, 2)).astype(np.float32), labels, crowd)._asdict()
+        boxes = (boxes * np.tile(scale, 2)).astype(np.float32)
+        sample = self.transform(image, boxes, labels, crowd, factor)._asdict()
         sample["scale"] = sample["scale"] * scale
         return sample | {"original_size": np.array(size), "image_id": self.index.image_ids[i]}
 

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from pydantic.types import Strict
 
-from detector.data.preprocess import Preprocessing
+from detector.data.preprocess import STRIDE, Preprocessing
 from detector.data.windows import MIN_SIDE, crop_by_iou, crop_whole, place
 from detector.errors import InputError
 from detector.options import Options, Positive, Share
@@ -75,10 +75,12 @@ class AugmentOptions(Options):
     """how many times the image's sides those of that canvas are at most"""
     stretch: tuple[Positive, Positive] = (1.0, 1.0)
     """lowest and highest factor on the ratio of width to height, drawn log-uniformly (NanoDet's configurations)"""
+    batch_scale: tuple[Positive, Positive] = (1.0, 1.0)
+    """lowest and highest size factor of a whole batch, in steps of 32 pixels of the long side (PicoDet: 0.6 to 1.2)"""
 
     @model_validator(mode="after")
     def _are_ranges(self) -> Self:
-        for name, unchanged in (("scale", "the size"), ("stretch", "the ratio")):
+        for name, unchanged in (("scale", "the size"), ("stretch", "the ratio"), ("batch_scale", "the size")):
             low, high = getattr(self, name)
             if low > high:
                 raise InputError(
@@ -88,7 +90,7 @@ class AugmentOptions(Options):
 
 
 class TrainTransform:
-    """Random crop, flips, colours, size and place; never larger than the image that evaluation would see.
+    """Random crop, flips, colours, size and place; never larger than evaluation's image times the factor of the batch.
 
     A size factor above 1 zooms in: a window as large as the unchanged size is cut out, and objects with less than 30%
     of their area in it are left out, crowd regions with nothing in it. Where the view is zoomed out, the size is
@@ -117,10 +119,19 @@ class TrainTransform:
         the size of the image where that is less.
         """
         options = self.options
-        factor = max(1.0, options.scale[1]) * max(1.0, options.stretch[1], 1 / options.stretch[0]) ** 0.5
+        factor = max(self.batch_factors()) * max(1.0, options.scale[1])
+        factor *= max(1.0, options.stretch[1], 1 / options.stretch[0]) ** 0.5
         factor /= MIN_SIDE if options.crop or options.iou_crop else 1
         target = self.preprocessing.target_size(height, width)
         return min(height, round(target[0] * factor)), min(width, round(target[1] * factor))
+
+    def batch_factors(self) -> list[float]:
+        """The size factors that a batch may have: those of whole strides on the long side, because canvases are."""
+        low, high = self.options.batch_scale
+        if low == high:
+            return [low]
+        side = self.preprocessing.long_side / STRIDE
+        return [max(1, steps) / side for steps in range(round(low * side), round(high * side) + 1)]
 
     def reseed(self, worker_seed: int) -> None:
         """Start another stream of draws: it depends on `seed`, the process's rank and this number (>= 0)."""
@@ -143,7 +154,9 @@ class TrainTransform:
         self._generator.bit_generator.state = state["numpy"]
         self._python.setstate(state["python"])
 
-    def __call__(self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray) -> Transformed:
+    def __call__(
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, factor: float = 1.0
+    ) -> Transformed:
         """Draw one view of an image. The arguments are not written to.
 
         Args:
@@ -151,11 +164,12 @@ class TrainTransform:
             boxes: (G, 4) float32, xyxy in pixels of the image.
             labels: (G,) int64.
             crowd: (G,) bool.
+            factor: on the size, the same for all images of a batch: one of `batch_factors`.
         """
         if self._generator is None:
             self.reseed(0)
         assert self._generator is not None
-        canvas = self.preprocessing.target_size(*image.shape[:2])
+        canvas = np.array(self.preprocessing.target_size(*image.shape[:2])) * factor
         # One index comes back for each box that is left; labels and flags need not pass through float32.
         rows = np.arange(len(boxes))
         if self._generator.random() < self.options.iou_crop:
@@ -171,7 +185,7 @@ class TrainTransform:
         return self._resize(out["image"], boxes, labels[rows], crowd[rows], canvas)
 
     def _resize(
-        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, target: tuple[int, int]
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, target: np.ndarray
     ) -> Transformed:
         """Resize to a drawn size, and lay the image on a canvas that is no larger than the image's size at factor 1.
 

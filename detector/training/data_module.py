@@ -134,6 +134,8 @@ class DetectionData(SplitData):
         transform: TrainTransform | None = None,
         cache: bool = False,
     ) -> None:
+        count = options.train.batch_size
+        factors = transform.batch_factors() if transform is not None else [1.0]
         super().__init__(
             DetectionDataset(train, transform, cache=cache) if train is not None else None,
             DetectionDataset(val, transform=None),
@@ -141,7 +143,9 @@ class DetectionData(SplitData):
             options,
             collate=collate,
             collate_val=partial(collate_eval, preprocessing=preprocessing),
-            sampler=partial(ShapeSampler, batch_size=options.train.batch_size if options.train.by_shape else 1),
+            sampler=partial(
+                ScaleSampler, batch_size=count if options.train.by_shape else 1, step=count, factors=factors
+            ),
         )
         self.transform = transform
 
@@ -172,6 +176,30 @@ class ShapeSampler(DistributedSampler[Any]):
                 yield from alike
                 alike.clear()
         yield from waiting[False] + waiting[True]
+
+
+class ScaleSampler(ShapeSampler):
+    """ShapeSampler, which also tells each sample the size factor of its batch.
+
+    It is drawn from seed and epoch alone: all ranks have the same at each step, and so has a resumed run.
+
+    Args:
+        step: so many samples in a row have the same.
+        factors: to draw from.
+        others: of ShapeSampler.
+    """
+
+    def __init__(self, *arguments: Any, step: int, factors: Sequence[float], **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.step, self.factors = step, factors
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        factor = 1.0
+        for place, i in enumerate(super().__iter__()):
+            if place % self.step == 0:
+                factor = float(generator.choice(self.factors))
+            yield i, factor
 
 
 class EpochSampler(DistributedSampler[Any]):
