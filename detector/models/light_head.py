@@ -6,6 +6,7 @@ loss with online hard example mining; the final boxes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -176,6 +177,28 @@ class LightHead(nn.Module):
         if isinstance(self.thin, LargeSeparableConv) and self.options.kernel_size == 1:
             self.thin = self.thin.merged()  # type: ignore[assignment]
 
+    @torch.no_grad()
+    def take_classes(self, other: LightHead, labels: Sequence[int | None]) -> None:
+        """Fill the layers that know classes from a head that differs in its classes alone.
+
+        Args:
+            other: trained on other classes, or on these in another order.
+            labels: for each class here its label there. None: a new one, which becomes the mean of the classes there,
+                beside its random start. So its logit lies where theirs lie, on objects and on background; a row near
+                zero would outshine all that have learnt to stay low on background. Chosen by this project.
+        """
+        theirs: Any = other.class_logits, other.box_deltas
+        for own, given in zip(self.class_logits.parameters(), theirs[0].parameters(), strict=True):
+            own[:-1] = _rows(own[:-1], given[:-1], labels)
+            own[-1] = given[-1]
+        for own, given in zip(self.box_deltas.parameters(), theirs[1].parameters(), strict=True):
+            by_class = (
+                given
+                if self.options.class_agnostic
+                else (_rows(own.unflatten(0, (-1, 4)), given.unflatten(0, (-1, 4)), labels).flatten(0, 1))
+            )
+            own.copy_(by_class)
+
     def forward(self, thin_features: Tensor, rois: Tensor) -> HeadOutput:
         """The part that is paid for per RoI (section 3.3).
 
@@ -274,3 +297,9 @@ class LightHead(nn.Module):
         if self.calibration != IDENTITY:
             scores = calibrated(scores, *self.calibration)
         return FixedDetections(boxes, scores, torch.where(found, index % self.num_classes, -1), found.sum(dim=1))
+
+
+def _rows(own: Tensor, given: Tensor, labels: Sequence[int | None]) -> Tensor:
+    """What classes have of these labels (K, ...); of a new one, None, the mean over all beside its own."""
+    mean = given.mean(dim=0)
+    return torch.stack([mean + row if label is None else given[label] for row, label in zip(own, labels, strict=True)])

@@ -38,7 +38,7 @@ def read_resumable(path: str | None, entry: str, read: Callable[[str], dict[str,
     Raises:
         InputError: there is none, or it holds weights alone.
     """
-    if not path:
+    if not path or path == "auto":  # what a recipe may say
         raise InputError("resume=true needs the checkpoint to go on from: ckpt=RUN_DIR/last.ckpt")
     checkpoint = read(path)
     about = checkpoint[entry].get("provenance")

@@ -2,6 +2,7 @@
 
 python tools/train.py backbone=v2_1x                            the embedded data set, minutes on a CPU
 python tools/train.py recipe=finetune data.root=DIR             your folder (COCO, VOC or YOLO), from ImageNet weights
+python tools/train.py recipe=finetune data.root=DIR ckpt=PATH   the same from a trained detector of other classes
 python tools/train.py recipe=paper backbone=v2star_1x           a cell of the ShuffleNet V2 paper's table 7, on COCO
 python tools/train.py ckpt=RUN_DIR/last.ckpt resume=true        go on where a run stopped
 python tools/train.py trainer.devices=2 trainer.accelerator=cpu data parallel
@@ -28,8 +29,9 @@ from detector.models.build import NetworkOptions
 from detector.models.weights import first_three
 from detector.training.data_module import DetectionData
 from detector.training.resume import classes_of_run
-from detector.training.task import DetectionTask, FreezeOptions, load_pretrained
+from detector.training.task import DetectionTask, FreezeOptions
 from detector.training.trainer import RunOptions, begin, fit, provenance, without_traces
+from detector.training.warm_start import find_start, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 class TrainOptions(NetworkOptions, RunOptions):
     """A training run; the defaults are the recipe of Li et al. 2017 as Ma et al. 2018, table 7, uses it."""
 
+    ckpt: str | None = None
+    """start from this detector: a file, the name of one of this package, or auto, its detector of this backbone ..."""
     data: DataOptions = DataOptions()
     input: Preprocessing = Preprocessing()
     augment: AugmentOptions = AugmentOptions()
@@ -53,13 +57,14 @@ def train(options: TrainOptions) -> Path:
         InputError: something in the options, the data or the checkpoint is wrong.
     """
     options, checkpoint = begin(options, entry=DetectionTask.entry, read=read_checkpoint, group="recipe")
+    options, start = find_start(options)
     refuse_pointless(splits := load_splits(options.data))
     train_index, val_index = splits["train"], splits["val"]
     if checkpoint:
         names = classes_of_run(checkpoint["detector"].get("class_names"), train_index.class_names)
         train_index, val_index = train_index.in_order(names), val_index.in_order(names)
     task = DetectionTask(
-        _new_detector(options, train_index.class_names),
+        _new_detector(options, train_index.class_names, start),
         val_index,
         optimizer=options.optimizer,
         schedule=options.schedule,
@@ -73,12 +78,11 @@ def train(options: TrainOptions) -> Path:
     return fit(options, checkpoint, task, data)
 
 
-def _new_detector(options: TrainOptions, class_names: Sequence[str]) -> Detector:
+def _new_detector(options: TrainOptions, class_names: Sequence[str], start: Detector | None) -> Detector:
     point = _operating_point(options.calibrate, class_names)
     detector = Detector(options, class_names, options.input, provenance(options), point)
-    if options.ckpt and not options.resume:
-        random = load_pretrained(detector, read_checkpoint(options.ckpt))
-        log.info("weights from %s; %d tensors start at random", options.ckpt, len(random))
+    if start:
+        log.info("\nthe start, %s\n\n%s\n", options.ckpt, warm_start(detector, start))
     elif options.backbone.weights and not options.resume:
         log.info("%s", load_weights(detector.network.backbone, options.backbone.weights))
     detector.network.to(memory_format=torch.channels_last)

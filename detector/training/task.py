@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,7 +19,6 @@ from detector.evaluation.metrics import METRICS, compute_metrics, format_table
 from detector.evaluation.operating_point import operating_point
 from detector.inference.detector import Detector
 from detector.inference.operating_point import OperatingPoint
-from detector.models.weights import misfits
 from detector.options import Flag, Options
 from detector.training.callbacks import Columns
 from detector.training.plots import draw_batch
@@ -220,26 +219,3 @@ def _gather(results: list[Results]) -> list[Results]:
     parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(results, parts, dst=0)
     return [found for part in parts for found in part] if parts else results
-
-
-def load_pretrained(detector: Detector, checkpoint: Mapping[str, Any]) -> list[str]:
-    """Start from another detector's weights: all that have the same name and shape. Returns the names left at random.
-
-    The class layers change with the data set; the rest is what a fine-tuning starts from.
-    """
-    own = detector.network.state_dict()
-    given = {key.removeprefix("network."): value for key, value in checkpoint["state_dict"].items()}
-    faults = misfits(own, given)
-    for key in own.keys() & given.keys() & faults.keys():
-        if getattr(given[key], "shape", own[key].shape) == own[key].shape:  # not made for another network, but damaged
-            raise InputError(f"The checkpoint is damaged: {faults[key]}. Give another, or leave ckpt out.")
-    fitting = {key: value for key, value in given.items() if key not in faults}
-    # V2 weights are a start for V2*, whose extra layers begin as the identity.
-    missing = [key for key in own.keys() - fitting.keys() if key.startswith("backbone.") and ".extra." not in key]
-    if missing:
-        raise InputError(
-            f"The checkpoint's backbone does not fit: {len(missing)} tensors are absent or of another shape, for "
-            f"example {min(missing)}. Give the same backbone=..., or leave ckpt out."
-        )
-    detector.network.load_state_dict(own | fitting)
-    return sorted(own.keys() - fitting.keys())

@@ -20,6 +20,7 @@ from detector.errors import InputError
 from detector.files import check_writable, write_json
 from detector.models.build import build_network
 from detector.training.run import TrainOptions
+from detector.training.warm_start import find_start
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,11 @@ def doctor(options: DoctorOptions) -> None:
     """Examine the data set, and say what is wrong. Exit code 1 where there are errors.
 
     Raises:
-        InputError: there is no data set.
+        InputError: there is no data set, or `ckpt` is no start.
     """
     if not (root := options.data.prepared()).is_dir():
         raise InputError(f"{root}: no such folder (looked in '{root.resolve()}'); check data.root.")
+    options, _ = find_start(options)
     stride = build_network(options, num_classes=1).rpn.anchors.stride
     splits = {split: match_files(index, options.data.exif_boxes) for split, index in read_splits(options.data).items()}
     out = Path(options.out) / "doctor.json"
