@@ -18,7 +18,7 @@ from detector import cli
 from detector.evaluation.metrics import METRICS
 from detector.inference.detector import Detector, read_checkpoint
 from detector.models.build import NetworkOptions, build_network
-from detector.training.callbacks import EMA, History, ProgressLines
+from detector.training.callbacks import EMA, History, ProgressLines, TimeEstimate
 from detector.training.run import train
 from detector.training.task import DetectionTask
 
@@ -239,3 +239,30 @@ def test_lines_come_at_intervals_and_tell_what_is_left(caplog: pytest.LogCapture
     # Ten steps in five seconds, ten to go.
     assert first == "epoch 2 of 3, step 20 of 30, loss 1.500, 2.00 steps/s, 0 min left"
     assert second == "validation: 4 of 7 batches"
+
+
+def test_the_time_is_told_once_without_slow_beginnings(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 2 s; the first ones of 50 s and what is between epochs do not count."""
+    now, line = 0.0, TimeEstimate()
+    monkeypatch.setattr("detector.training.callbacks.time.monotonic", lambda: now)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    trainer: Any = FakeTrainer()
+    trainer.max_epochs, trainer.check_val_every_n_epoch, trainer.estimated_stepping_batches = 6, 4, 1260
+    trainer.accumulate_grad_batches, trainer.world_size, trainer.strategy = 3, 1, trainer_on("cpu").strategy
+    trainer.datamodule = SimpleNamespace(val_order=range(1200), train_batch_size=4)
+    with caplog.at_level("INFO"):
+        for batch in range(40):
+            if batch % 8 == 0:
+                now += 500.0
+                line.on_train_epoch_start(trainer, None)
+            now += 50.0 if batch < 4 or batch % 8 == 0 else 2.0
+            trainer.global_step, trainer.current_epoch = (batch + 1) // 3, batch // 8
+            line.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
+    # After 15 batches, 5 steps: 1,255 steps of 3 batches and 2 s; twice 300 batches of images to be scored, 2/3 s each.
+    (message,) = caplog.messages
+    assert message == (
+        f"about {(1255 * 6 + 2 * 300 * 2 / 3) / 3600:.1f} hours: 1,255 steps of 6 s and 2 validations of 1,200 images "
+        "on 2 threads"
+    )

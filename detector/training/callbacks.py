@@ -232,6 +232,62 @@ class ProgressLines(lightning.Callback):
         return due
 
 
+class TimeEstimate(lightning.Callback):
+    """Says once, after a few steps, how long the training will take on this machine.
+
+    The first steps are slow, and the first of an epoch waits for a validation or for the loader: they do not count. An
+    image that is scored is taken for a third of one that is trained on, which goes through the network both ways.
+    """
+
+    skipped, timed = 3, 10
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self.seconds: list[float] = []  # of batches
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.last = None
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, _: lightning.LightningModule, __: Any, ___: Any, ____: int
+    ) -> None:
+        if len(self.seconds) == self.skipped + self.timed:
+            return
+        before, self.last = self.last, time.monotonic()
+        if before is not None:
+            self.seconds.append(self.last - before)
+        if len(self.seconds) == self.skipped + self.timed and trainer.is_global_zero:
+            self._tell(trainer, sum(self.seconds[self.skipped :]) / self.timed)
+
+    @staticmethod
+    def _tell(trainer: lightning.Trainer, batch_seconds: float) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        epochs, every, images = trainer.max_epochs or 0, trainer.check_val_every_n_epoch or 1, len(data.val_order)
+        scored = sum(epoch % every == 0 or epoch == epochs for epoch in range(trainer.current_epoch + 1, epochs + 1))
+        steps = int(trainer.estimated_stepping_batches) - trainer.global_step
+        batches = steps * trainer.accumulate_grad_batches
+        batches += scored * images / (3 * data.train_batch_size * trainer.world_size)
+        threads = torch.get_num_threads()
+        where = f"{threads} thread{'s' * (threads > 1)}" if trainer.strategy.root_device.type == "cpu" else "the GPU"
+        where += f" of each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
+        log.info(
+            "about %s: %s steps of %.2g s and %d validations of %s images on %s",
+            _spoken(batches * batch_seconds),
+            f"{steps:,}",
+            batch_seconds * trainer.accumulate_grad_batches,
+            scored,
+            f"{images:,}",
+            where,
+        )
+
+
+def _spoken(seconds: float) -> str:
+    """A duration for people: 50 seconds, 42 minutes, 3.5 hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+
+
 class LastEpochScored(lightning.Callback):
     """Scores the last epoch, also where `val.every` would leave it out."""
 

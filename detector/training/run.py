@@ -82,7 +82,7 @@ def _new_detector(options: TrainOptions, class_names: Sequence[str], start: Dete
     point = _operating_point(options.calibrate, class_names)
     detector = Detector(options, class_names, options.input, provenance(options), point)
     if start:
-        log.info("\nthe start, %s\n\n%s\n", options.ckpt, warm_start(detector, start))
+        log.info("\nweights of %s\n\n%s\n", options.ckpt, warm_start(detector, start))
     elif options.backbone.weights and not options.resume:
         log.info("%s", load_weights(detector.network.backbone, options.backbone.weights))
     detector.network.to(memory_format=torch.channels_last)

@@ -188,6 +188,7 @@ def _trainer(
         LearningRateMonitor("step"),
         *([parts.FirstBatchImage(run_dir)] if not options.resume else []),  # a resumed run has its image already
         *([parts.EMA(options.ema)] if options.ema else []),
+        parts.TimeEstimate(),
         parts.LastEpochScored(),
         parts.RandomStates(getattr(data, "transform", None)),
     ]

@@ -34,7 +34,7 @@ FREE = {
     },
     "light_head": {
         "sampling", "sample_count", "foreground_share", "foreground_iou", "box_weight", "smooth_l1_beta",
-        "score_threshold", "nms_threshold", "max_detections",
+        "score_threshold", "nms_threshold", "max_detections", "objectness",
     },
 }  # fmt: skip
 # V2 weights are a start for V2*, whose extra layers begin as the identity.
@@ -57,9 +57,7 @@ def find_start(options: T) -> tuple[T, Detector | None]:
         if not (why := _conflict(options, start)):
             return _with_network_of(start, options.model_copy(update={"ckpt": ckpt})), start
         if options.ckpt != AUTO:
-            raise InputError(
-                f"{why}, from which the training is to start. Leave it out; or leave out ckpt (ckpt=null)."
-            )
+            raise InputError(f"{why} of ckpt={ckpt}, whose network is kept. Leave one of the two out (ckpt=null).")
     weights = options.backbone.weights
     log.info("ckpt=auto: %s; from %s instead", why, f"backbone.weights={weights}" if weights else "random weights")
     return options.model_copy(update={"ckpt": None}), None
