@@ -18,8 +18,8 @@ from detector.inference import shipped
 from detector.inference.detector import Detector
 
 CONFIG = {
-    "data": {"root": "/home/me/voc"}, "overrides": ["data.root=/home/me/voc"], "run_dir": "runs/a", "seed": 0,
-    "backbone": {"name": "shufflenet_v2", "weights": "/home/me/a.pth"}, "schedule": {"epochs": 12},
+    "data": {"root": "/mnt/me/voc"}, "overrides": ["data.root=/mnt/me/voc"], "run_dir": "runs/a", "seed": 0,
+    "backbone": {"name": "shufflenet_v2", "weights": "/mnt/me/a.pth"}, "schedule": {"epochs": 12},
 }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_a_run_becomes_a_detector_that_is_used_by_name(
         "epoch": 11,
         "torch": "2.9",
     }
-    assert b"/home" not in path.read_bytes()
+    assert b"/mnt" not in path.read_bytes()
 
     image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
     [expected] = package.predict(image, ckpt=path, device="cpu")

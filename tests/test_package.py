@@ -39,7 +39,7 @@ EXTRAS = {
     "detector/models/backbones/": {"timm"},
     "detector/models/weights.py": {"timm"},  # safetensors
     "detector/training/": {"train"},
-    "tools/": {"train"},
+    "tools/": {"demo", "train"},
 }
 
 
