@@ -224,6 +224,17 @@ def test_seed_worker_finds_the_data_set_in_a_subset(index: AnnotationIndex) -> N
     assert len({batch.images.numpy().tobytes() for batch in loader}) == 4
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_mosaic_has_objects_of_other_images(index: AnnotationIndex, cache: bool) -> None:
+    preprocessing = Preprocessing(short_side=48, long_side=64)
+    transform = TrainTransform(preprocessing, AugmentOptions(mosaic=1.0, mosaic_scale=(1.0, 1.0)), seed=0)
+    data = DetectionDataset(index, transform, cache=cache)
+    samples = [data[2, 0.5] for _ in range(30)]  # itself without objects
+    assert {sample["image"].shape for sample in samples} == {(24, 24, 3)}
+    assert {int(label) for sample in samples for label in sample["labels"]} == {0, 1, 2}
+    assert {sample["image_id"] for sample in samples} == {42}
+
+
 def test_collate_pads_images_and_objects(index: AnnotationIndex) -> None:
     data = DetectionDataset(index, unchanged(40, 80))
     batch = collate([data[i] for i in range(4)])

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -35,6 +36,7 @@ STILL: dict[str, Any] = {
     "zoom_out": 0.0,
     "stretch": (1.0, 1.0),
     "batch_scale": (1.0, 1.0),
+    "mosaic": 0.0,
 }
 ALL: dict[str, Any] = {
     "flip": 0.5,
@@ -310,6 +312,111 @@ def test_the_size_factor_of_a_batch() -> None:
         assert largest == 160 * factor
 
 
+def test_a_mosaic_has_four_images_and_their_boxes_follow() -> None:
+    """Each has one rectangle of its own colour; the last is a crowd region, and the third image is upright."""
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], np.uint8)
+    views = []
+    for i, colour in enumerate(colours):
+        image = np.zeros((160, 120, 3) if i == 2 else (120, 160, 3), np.uint8)
+        image[30:90, 20:100] = colour
+        views.append((image, np.array([[20, 30, 100, 90]], np.float32), np.array([i]), np.array([i == 3])))
+    palette = np.array([*colours, PADDING, (0, 0, 0)], np.float64)
+    transform = train_transform(60, 80, mosaic=1.0, flip=0.5, vertical_flip=0.5, crop=1.0, iou_crop=1.0, zoom_out=1.0)
+    kept: Counter[int] = Counter()
+    corners = set()
+    for _ in range(100):
+        result = transform(*views[0], 1.5, views[1:])
+        assert is_valid(result)
+        assert result.image.shape == (90, 120, 3)
+        np.testing.assert_array_equal(result.crowd, result.labels == 3)
+        nearest = np.linalg.norm(result.image[:, :, None] - palette, axis=3).argmin(axis=2)
+        for label, box in zip(result.labels, result.boxes, strict=True):
+            if (box[2:] - box[:2] >= 3).all():
+                np.testing.assert_allclose(extent(255 * (nearest == label)), box, atol=1.5)
+        kept.update(result.labels.tolist())
+        corners.add(result.image[0, 0].tobytes())
+        assert 3 in result.labels or (nearest == 3).sum() < 60
+    assert min(kept[label] for label in range(4)) > 40
+    assert len(corners) > 1
+    assert is_valid(transform(image, *NONE, 1.0, [(image, *NONE)] * 3))
+
+
+def test_partners_of_a_mosaic_are_any_images() -> None:
+    transform = train_transform(60, 80, mosaic=0.25)
+    drawn = [transform.partners(5) for _ in range(400)]
+    assert {len(partners) for partners in drawn} == {0, 3}
+    assert 60 < sum(map(bool, drawn)) < 140
+    assert min(Counter(i for partners in drawn for i in partners).values()) > 30
+
+
+def save_pipeline(path: Path, *steps: Any) -> str:
+    A.save(A.Compose(list(steps), seed=3), path, data_format="yaml")
+    return str(path)
+
+
+def test_the_users_own_pipeline_replaces_the_colours(tmp_path: Path) -> None:
+    """Albumentations writes the file; boxes follow, whatever it does, and the draws are the transform's own."""
+    path = save_pipeline(
+        tmp_path / "mine.yaml",
+        A.OneOf([A.Affine(scale=(0.6, 0.9), translate_percent=0.2, p=1), A.RandomCrop(90, 120, p=1)], p=0.9),
+        A.Sequential([A.InvertImg(p=0)], p=0.5),
+    )
+    transform = train_transform(120, 160, pipeline=path, photometric=1.0)
+    image, *objects = scene()
+    shapes = set()
+    for _ in range(40):
+        result = transform(image, *objects)
+        assert is_valid(result)
+        shapes.add(result.image.shape)
+        for label, box in zip(result.labels, result.boxes, strict=True):
+            if (box[2:] - box[:2] >= 3).all():
+                np.testing.assert_allclose(extent(result.image[..., label]), box, atol=1.5)
+    assert shapes == {(120, 160, 3)}
+    own = draws(train_transform(60, 80, pipeline=path), 30)
+    assert len(set(own)) > 15
+    assert draws(train_transform(60, 80, pipeline=path), 30) == own
+    assert draws(pickle.loads(pickle.dumps(train_transform(60, 80, pipeline=path))), 30) == own
+    assert draws(train_transform(60, 80, pipeline=path, seed=1), 30) != own
+
+
+STEP = "{__class_fullname__: %s, p: 1.0%s}"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("steps: []", "no entry `transform`; give the form that albumentations.save"),
+        ("a: [", "cannot be read"),
+        ("transform: [1]", "transform: expected a transform"),
+        (STEP % ("Blurr", ""), r"transform, Blurr: albumentations .* no such transform for files; did you mean Blur"),
+        (STEP % ("os.system", ""), r"transform, system: .* name one that holds no code|transform, system: .*did you"),
+        (STEP % ("Lambda", ""), "Lambda: .* holds no code"),
+        (STEP % ("Blur", ", blurr: 3"), "transform, Blur: .*blurr.*; correct its arguments"),
+        (STEP % ("Blur", ", blur_limit: [-3, a]"), "transform, Blur: .*blur_limit.*; correct its arguments"),
+        (STEP % ("Compose", f", transforms: [{STEP % ('Blur', '')}, {STEP % ('Hue', '')}]"), r"transforms\[1\], Hue: "),
+        ("&a {__class_fullname__: Compose, p: 1.0, transforms: [*a]}", "an entry contains itself"),
+    ],
+)
+def test_a_wrong_pipeline_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content if content[0] in "sat" else f"transform: {content}\n")
+    with pytest.raises(InputError, match=rf"^augment\.pipeline={path}: .*{message}"):
+        train_transform(60, 80, pipeline=str(path))
+
+
+def test_a_pipeline_that_fails_on_an_image_is_named(tmp_path: Path) -> None:
+    image, *objects = scene()
+    for step, message in (
+        (A.RandomCrop(500, 500, p=1), "160 x 120 pixels: .*500"),
+        (A.Normalize(p=1), "makes float32"),
+    ):
+        path = save_pipeline(tmp_path / "mine.yaml", step)
+        with pytest.raises(InputError, match=rf"^augment\.pipeline={path}: it fails on an image of .*{message}"):
+            train_transform(60, 80, pipeline=path)(image, *objects)
+    with pytest.raises(InputError, match=r"nowhere\.yaml: this file cannot be read \(No such file"):
+        train_transform(60, 80, pipeline="nowhere.yaml")
+
+
 def test_stretching_keeps_the_area_and_is_uniform_in_the_logarithm() -> None:
     transform = train_transform(120, 160, stretch=(0.5, 2.0))
     image = np.zeros((240, 320, 3), np.uint8)
@@ -385,14 +492,16 @@ def test_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_rank() == 5
 
 
-@pytest.mark.parametrize("name", ["flip", "vertical_flip", "photometric", "crop", "rotate90", "iou_crop", "zoom_out"])
+@pytest.mark.parametrize(
+    "name", ["flip", "vertical_flip", "photometric", "crop", "rotate90", "iou_crop", "zoom_out", "mosaic"]
+)
 def test_a_probability_is_named(name: str) -> None:
     for value in (-0.1, 1.5, float("nan")):
         with pytest.raises(InputError, match=rf"^augment\.{name}=.*: expected "):
             AugmentOptions.parse({name: value}, "augment")
 
 
-@pytest.mark.parametrize("name", ["scale", "stretch", "batch_scale"])
+@pytest.mark.parametrize("name", ["scale", "stretch", "batch_scale", "mosaic_scale"])
 def test_a_bad_range_is_named(name: str) -> None:
     for value in ((0.0, 1.0), (1.0, float("inf")), (1.0,)):
         with pytest.raises(InputError, match=rf"^augment\.{name}=?.*: expected |^augment\.{name}.* is missing"):

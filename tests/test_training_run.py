@@ -51,6 +51,7 @@ def run(tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatc
             "input": {"short_side": 64, "long_side": 96}, "train": {"batch_size": 2}, "val": {"batch_size": 8},
             "augment": {
                 "photometric": 0.5, "scale": [0.7, 1.4], "iou_crop": 0.5, "zoom_out": 0.5, "batch_scale": [0.5, 1.5],
+                "mosaic": 0.3,
             },
             "ema": 0.5, "freeze": {"stages": 0},
             "optimizer": {"name": "adamw", "lr": 1e-3, "base_batch": None, "lr_scales": None},

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from detector.data.index import AnnotationIndex
 from detector.data.preprocess import resize
 from detector.data.progress import progress
-from detector.data.transforms import TrainTransform
+from detector.data.transforms import TrainTransform, View
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,22 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: int | tuple[int, float]) -> dict[str, Any]:
         i, factor = key if isinstance(key, tuple) else (key, 1.0)
-        image, size = self._kept[i] if i < len(self._kept) else self._read(i)
         if self.transform is None:
-            return {"image": image, "image_id": self.index.image_ids[i]}
-        boxes, labels, crowd = self.index.objects(i)
-        scale = (np.array(image.shape[:2]) / size)[::-1]  # (x, y)
-        boxes = (boxes * np.tile(scale, 2)).astype(np.float32)
-        sample = self.transform(image, boxes, labels, crowd, factor)._asdict()
-        sample["scale"] = sample["scale"] * scale
+            return {"image": self._image(i)[0], "image_id": self.index.image_ids[i]}
+        view, size = self._view(i)
+        partners = [self._view(j)[0] for j in self.transform.partners(len(self))]
+        sample = self.transform(*view, factor, partners)._asdict()
+        sample["scale"] = sample["scale"] * _scale(view[0], size)
         return sample | {"original_size": np.array(size), "image_id": self.index.image_ids[i]}
+
+    def _image(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
+        return self._kept[i] if i < len(self._kept) else self._read(i)
+
+    def _view(self, i: int) -> tuple[View, tuple[int, int]]:
+        """An image as it is kept with its objects in its pixels; and its own height and width."""
+        image, size = self._image(i)
+        boxes, labels, crowd = self.index.objects(i)
+        return (image, (boxes * np.tile(_scale(image, size), 2)).astype(np.float32), labels, crowd), size
 
     def _read(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         """An image, shrunk where that is worth it; and its own height and width."""
@@ -98,6 +105,11 @@ class DetectionDataset(Dataset[dict[str, Any]]):
             used += image.nbytes
         logger.info("cache: %d of %d images, %.0f MiB", len(kept), len(self), used / 1024**2)
         return kept
+
+
+def _scale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels of an image per pixel of its own height and width, (x, y)."""
+    return (np.array(image.shape[:2]) / size)[::-1]
 
 
 def seed_worker(worker_id: int) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import random
 import sys
-from typing import Annotated, Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from pydantic import Field, model_validator
 from pydantic.types import Strict
 
+from detector.data.pipeline import check_result, failures_named, load_pipeline
 from detector.data.preprocess import STRIDE, Preprocessing
 from detector.data.windows import MIN_SIDE, crop_by_iou, crop_whole, place
 from detector.errors import InputError
@@ -33,6 +35,10 @@ _NOISE = (0.02, 0.06)  # standard deviation by the range of values: a camera at 
 _BLUR_SHARE, _GREY_SHARE = 1 / 5, 1 / 20
 
 
+# An image uint8 RGB (h, w, 3), its boxes (G, 4), labels (G,) and crowd flags (G,).
+View: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
 class Transformed(NamedTuple):
     """One image and its objects, ready to be padded.
 
@@ -42,7 +48,7 @@ class Transformed(NamedTuple):
         labels: (G,) int64.
         crowd: (G,) bool.
         scale: (2,) float64, input pixels per original pixel of the resize, (x, y). After a training transform it does
-            not bring boxes back: crops, flips and windows are not in it.
+            not bring boxes back: crops, flips, windows and mosaics are not in it.
     """
 
     image: np.ndarray
@@ -78,9 +84,17 @@ class AugmentOptions(Options):
     batch_scale: tuple[Positive, Positive] = (1.0, 1.0)
     """lowest and highest size factor of a whole batch, in steps of 32 pixels of the long side (PicoDet: 0.6 to 1.2)"""
 
+    mosaic: Share = 0.0
+    """probability that parts of four images make one (YOLOX-Nano: 0.5); no crop, scale, stretch or zoom_out then"""
+    mosaic_scale: tuple[Positive, Positive] = (0.5, 1.5)
+    """lowest and highest size factor of each of the four, drawn log-uniformly (YOLOX-Nano)"""
+    pipeline: str | None = None
+    """YAML file of an albumentations pipeline (albumentations.save), in the place of `photometric`"""
+
     @model_validator(mode="after")
     def _are_ranges(self) -> Self:
-        for name, unchanged in (("scale", "the size"), ("stretch", "the ratio"), ("batch_scale", "the size")):
+        sizes = dict.fromkeys(("scale", "batch_scale", "mosaic_scale"), "the size")
+        for name, unchanged in (sizes | {"stretch": "the ratio"}).items():
             low, high = getattr(self, name)
             if low > high:
                 raise InputError(
@@ -119,7 +133,7 @@ class TrainTransform:
         the size of the image where that is less.
         """
         options = self.options
-        factor = max(self.batch_factors()) * max(1.0, options.scale[1])
+        factor = max(self.batch_factors()) * max(1.0, options.scale[1], options.mosaic_scale[1] * (options.mosaic > 0))
         factor *= max(1.0, options.stretch[1], 1 / options.stretch[0]) ** 0.5
         factor /= MIN_SIDE if options.crop or options.iou_crop else 1
         target = self.preprocessing.target_size(height, width)
@@ -154,8 +168,19 @@ class TrainTransform:
         self._generator.bit_generator.state = state["numpy"]
         self._python.setstate(state["python"])
 
+    def partners(self, count: int) -> list[int]:
+        """Draw which of `count` images make a mosaic with the next one: three, or none."""
+        generator = self._started()
+        return generator.integers(count, size=3).tolist() if generator.random() < self.options.mosaic else []
+
     def __call__(
-        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, factor: float = 1.0
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        crowd: np.ndarray,
+        factor: float = 1.0,
+        partners: Sequence[View] = (),
     ) -> Transformed:
         """Draw one view of an image. The arguments are not written to.
 
@@ -165,43 +190,76 @@ class TrainTransform:
             labels: (G,) int64.
             crowd: (G,) bool.
             factor: on the size, the same for all images of a batch: one of `batch_factors`.
+            partners: three more images with their objects, for a mosaic of the size that the first one would have.
         """
+        generator = self._started()
+        target = np.array(self.preprocessing.target_size(*image.shape[:2])) * factor
+        # One index comes back for each box that is left; labels and flags need not pass through float32.
+        rows = np.arange(len(boxes))
+        if partners:
+            image, boxes, labels, crowd = self._mosaic([(image, boxes, labels, crowd), *partners], target, factor)
+            rows = np.arange(len(boxes))
+        elif generator.random() < self.options.iou_crop:
+            image, boxes, rows = crop_by_iou(image, boxes, crowd, generator)
+        elif generator.random() < self.options.crop:
+            image, boxes = crop_whole(image, boxes, generator)
+        height, width = image.shape[:2]
+        image, boxes, rows = self._change(image, boxes, rows)
+        if height != width and image.shape[:2] == (width, height):  # turned by 90 degrees
+            target = target[::-1]
+        size, canvas = (
+            (_whole(target), _whole(target)) if partners else self._draw_size(np.array(image.shape[:2]), target)
+        )
+        scale = np.array([size[1] / image.shape[1], size[0] / image.shape[0]])
+        image, boxes, kept = place(image, boxes, crowd[rows], size, canvas, generator)
+        return Transformed(image, boxes, labels[rows][kept], crowd[rows][kept], scale)
+
+    def _started(self) -> np.random.Generator:
         if self._generator is None:
             self.reseed(0)
         assert self._generator is not None
-        canvas = np.array(self.preprocessing.target_size(*image.shape[:2])) * factor
-        # One index comes back for each box that is left; labels and flags need not pass through float32.
-        rows = np.arange(len(boxes))
-        if self._generator.random() < self.options.iou_crop:
-            image, boxes, rows = crop_by_iou(image, boxes, crowd, self._generator)
-        elif self._generator.random() < self.options.crop:
-            image, boxes = crop_whole(image, boxes, self._generator)
-        height, width = image.shape[:2]
-        out: dict[str, Any] = self._compose(image=image, bboxes=boxes, rows=rows)
-        if out["image"].shape[:2] != (height, width):  # turned by 90 degrees
-            canvas = canvas[::-1]
-        rows = np.asarray(out["rows"], np.int64)
-        boxes = np.asarray(out["bboxes"], np.float32).reshape(-1, 4)
-        return self._resize(out["image"], boxes, labels[rows], crowd[rows], canvas)
+        return self._generator
 
-    def _resize(
-        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, target: np.ndarray
-    ) -> Transformed:
-        """Resize to a drawn size, and lay the image on a canvas that is no larger than the image's size at factor 1.
+    def _change(self, image: np.ndarray, boxes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Flips, turns and colours: the image, the boxes that are left, and the rows of these.
+
+        Raises:
+            InputError: the user's own pipeline fails on this image, or makes none of it that a network takes.
+        """
+        with failures_named(self.options.pipeline, image.shape):
+            out: dict[str, Any] = self._compose(image=image, bboxes=boxes, rows=rows)
+            check_result(out["image"])
+        return out["image"], np.asarray(out["bboxes"], np.float32).reshape(-1, 4), np.asarray(out["rows"], np.int64)
+
+    def _draw_size(self, shape: np.ndarray, target: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width to resize an image of this shape to, and of a canvas that is no larger than the target.
 
         At factor 1 the image, or what a crop has left of it, just fits in there: batches need no larger canvas.
         """
-        assert self._generator is not None
-        shape = np.array(image.shape[:2])
-        factor, stretch = np.exp(self._generator.uniform(*np.log([self.options.scale, self.options.stretch]).T))
+        generator = self._started()
+        factor, stretch = np.exp(generator.uniform(*np.log([self.options.scale, self.options.stretch]).T))
         sides = shape * (target / shape).min() * factor * stretch ** np.array([-0.5, 0.5])
         canvas = _whole(np.minimum(sides, target))
-        if self._generator.random() < self.options.zoom_out:
-            sides /= self._generator.uniform(1, self.options.zoom_out_factor)
-        size = _whole(sides)
-        scale = np.array([size[1] / image.shape[1], size[0] / image.shape[0]])
-        image, boxes, rows = place(image, boxes, crowd, size, canvas, self._generator)
-        return Transformed(image, boxes, labels[rows], crowd[rows], scale)
+        if generator.random() < self.options.zoom_out:
+            sides /= generator.uniform(1, self.options.zoom_out_factor)
+        return _whole(sides), canvas
+
+    def _mosaic(self, views: Sequence[View], target: np.ndarray, factor: float) -> View:
+        """A part of each of four images, in the quarters of one: they meet anywhere in its middle half (YOLOX)."""
+        generator = self._started()
+        height, width = np.maximum(_whole(target), 2).tolist()
+        y, x = (max(1, int(side * generator.uniform(0.25, 0.75))) for side in (height, width))
+        quarters = ((0, 0, y, x), (0, x, y, width), (y, 0, height, x), (y, x, height, width))
+        whole = np.empty((height, width, 3), np.uint8)
+        objects: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for (image, boxes, labels, crowd), (top, left, bottom, right) in zip(views, quarters, strict=True):
+            drawn = factor * np.exp(generator.uniform(*np.log(self.options.mosaic_scale)))
+            size = _whole(np.array(self.preprocessing.target_size(*image.shape[:2])) * drawn)
+            part, cut, rows = place(image, boxes, crowd, size, (bottom - top, right - left), generator)
+            whole[top:bottom, left:right] = part
+            objects.append((cut + np.array([left, top, left, top], np.float32), labels[rows], crowd[rows]))
+        boxes, labels, crowd = map(np.concatenate, zip(*objects, strict=True))
+        return whole, boxes, labels, crowd
 
 
 def _whole(sides: np.ndarray) -> tuple[int, int]:
@@ -224,7 +282,7 @@ def process_rank() -> int:
 
 
 def _compose(options: AugmentOptions) -> Any:
-    """The albumentations part: flips, turns and colours."""
+    """The albumentations part: flips, turns and colours, or the user's pipeline."""
     # Read at import time: without it, albumentations asks the network for its newest version.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
@@ -233,18 +291,11 @@ def _compose(options: AugmentOptions) -> Any:
         A.HorizontalFlip(p=options.flip),
         A.VerticalFlip(p=options.vertical_flip),
         A.RandomRotate90(p=options.rotate90),
-        A.ColorJitter(
-            brightness=_BRIGHTNESS, contrast=_BRIGHTNESS, saturation=_SATURATION, hue=_HUE, p=options.photometric
-        ),
-        A.OneOf(
-            [A.GaussianBlur(sigma_limit=_BLUR, p=1), A.GaussNoise(std_range=_NOISE, p=1)],
-            p=options.photometric * _BLUR_SHARE,
-        ),
-        A.ToGray(p=options.photometric * _GREY_SHARE),
+        *(_colours(options.photometric) if options.pipeline is None else [load_pipeline(options.pipeline)]),
     ]
     return A.Compose(
         steps,
-        # Nothing here cuts objects off, so one check at the end will do; clip and filter absorb rounding.
+        # Nothing built in cuts objects off, so one check at the end will do; clip and filter absorb rounding.
         bbox_params=A.BboxParams(
             format="pascal_voc",
             label_fields=["rows"],
@@ -253,3 +304,16 @@ def _compose(options: AugmentOptions) -> Any:
             check_each_transform=False,
         ),
     )
+
+
+def _colours(probability: float) -> list[Any]:
+    import albumentations as A
+
+    return [
+        A.ColorJitter(brightness=_BRIGHTNESS, contrast=_BRIGHTNESS, saturation=_SATURATION, hue=_HUE, p=probability),
+        A.OneOf(
+            [A.GaussianBlur(sigma_limit=_BLUR, p=1), A.GaussNoise(std_range=_NOISE, p=1)],
+            p=probability * _BLUR_SHARE,
+        ),
+        A.ToGray(p=probability * _GREY_SHARE),
+    ]
