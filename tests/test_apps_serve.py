@@ -309,7 +309,7 @@ def test_no_file_of_the_server_is_served(ruler: TestClient, name: str) -> None:
         assert (answer.status_code, own in answer.content) == (404, False), path
 
 
-def test_requests_without_a_image(ruler: TestClient) -> None:
+def test_requests_without_an_image(ruler: TestClient) -> None:
     assert_refused(ruler.post("/predict"), 422, "empty")
     assert_refused(ruler.post("/predict", files={"picture": ("a.png", b"x")}), 400, "no file 'image'")
     assert_refused(ruler.post("/predict", json={"image": "x"}), 415, "application/json", "multipart/form-data")

@@ -193,7 +193,7 @@ def test_reading_leaves_the_source_alone(picture: np.ndarray) -> None:
         (torch.full((3, 4, 4), 200.0), "200", "divide by 255"),
     ],
 )
-def test_what_is_not_a_image(source: object, thing: str, remedy: str) -> None:
+def test_what_is_not_an_image(source: object, thing: str, remedy: str) -> None:
     with pytest.raises(InputError) as caught:
         read_image(source)  # type: ignore[arg-type]
     assert thing in str(caught.value)

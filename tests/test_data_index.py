@@ -83,7 +83,7 @@ def test_boxes_of_turned_images_are_in_the_declared_frame(tiny_coco: Path, index
     np.testing.assert_array_equal(index.read(0), stored)
 
 
-def test_a_image_of_another_size(tiny_coco: Path, index: AnnotationIndex) -> None:
+def test_an_image_of_another_size(tiny_coco: Path, index: AnnotationIndex) -> None:
     Image.new("RGB", (30, 20)).save(tiny_coco / "images" / "a.png")
     with pytest.raises(InputError) as caught:
         index.read(0)

@@ -118,7 +118,7 @@ def test_training_where_a_rank_sees_no_object(
     assert json.loads((tmp_path / "run/metrics.json").read_text())["last"]["AP"] is None
 
 
-def test_training_on_a_image_that_cannot_be_read_ends_both(tmp_path: Path, small_detector: Detector) -> None:
+def test_training_on_an_image_that_cannot_be_read_ends_both(tmp_path: Path, small_detector: Detector) -> None:
     root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1] * 4)
     (root / "images/3.png").write_bytes((root / "images/3.png").read_bytes()[:200])
     arguments = (*training(root, small_detector), "data.cache=false", "run_dir=run")
@@ -129,7 +129,7 @@ def test_training_on_a_image_that_cannot_be_read_ends_both(tmp_path: Path, small
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_image_that_one_rank_cannot_read_ends_both(tmp_path: Path, small_detector: Detector, launcher: str) -> None:
+def test_an_image_that_one_rank_cannot_read_ends_both(tmp_path: Path, small_detector: Detector, launcher: str) -> None:
     root = write_scored_data(tmp_path / "data", small_detector, SIZES[:1] * 4)
     small_detector.save(tmp_path / "detector.ckpt")
     (root / "images/3.png").write_bytes((root / "images/3.png").read_bytes()[:200])  # id 97, rank 1

@@ -32,7 +32,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_crops_from_nothing(tmp_path: Path) -> None:
-    # Each of the eight classes needs a image: enough scenes.
+    # Each of the eight classes needs an image: enough scenes.
     outcome = run_tool("pretrain", *CROPS, *TINY, "data.generate.train=12", "data.generate.val=12", cwd=tmp_path).ok()
     (run,) = (tmp_path / "runs/pretrain/crops/v2_0.5x").iterdir()
     assert {path.name for path in run.iterdir()} == {

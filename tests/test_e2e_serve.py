@@ -440,7 +440,7 @@ def test_other_ways_in_and_a_refusal(visit: Callable[..., Visit]) -> None:
         with page.expect_response("**/predict") as response:
             page.evaluate(hand_over, [way, list(picture(1, 60, 80))])
         assert response.value.status == 200
-    # A failed request, and a image that the browser cannot show, are messages of the browser's own console.
+    # A failed request, and an image that the browser cannot show, are messages of the browser's own console.
     with page.expect_response("**/predict") as response:
         page.set_input_files("#file", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"<b>no picture</b>"})
     assert response.value.status == 422

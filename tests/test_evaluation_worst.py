@@ -8,7 +8,7 @@ from detector.evaluation.outcomes import judge
 from detector.evaluation.worst import worst
 
 
-def test_a_image_by_hand():
+def test_an_image_by_hand():
     ground_truth = {
         "images": [{"id": 8, "file_name": "eight.png"}, {"id": 9, "file_name": "nine.png"}, {"id": 7}, {"id": 6}],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],

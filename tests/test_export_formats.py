@@ -251,7 +251,7 @@ def test_other_runtimes_equal_torch_at_any_batch_and_size(
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("candidates", [0, 1])
-def test_a_image_with_one_candidate_or_none(
+def test_an_image_with_one_candidate_or_none(
     small_detector: Detector, suffix: str, candidates: int, tmp_path: Path
 ) -> None:
     """A trained detector leaves hardly any candidate; an untrained one, hundreds."""

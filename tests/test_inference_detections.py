@@ -172,7 +172,7 @@ def test_a_crop_has_a_pixel_at_least() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"path": None}, {"frame": 3}, {"path": "https://host/a.jpg"}, {"error": "broken"}])
-def test_a_image_that_cannot_be_read_again(found: Detections, changes: dict) -> None:
+def test_an_image_that_cannot_be_read_again(found: Detections, changes: dict) -> None:
     for action in (replace(found, **changes).crop, replace(found, **changes).draw):
         with pytest.raises(InputError, match="give the image"):
             action()
@@ -188,7 +188,7 @@ def test_fields_cannot_be_replaced(found: Detections) -> None:
         found.scores = np.zeros(3, np.float32)  # type: ignore[misc]
 
 
-def test_draw_gives_a_image_of_the_same_size(found: Detections) -> None:
+def test_draw_gives_an_image_of_the_same_size(found: Detections) -> None:
     black = np.zeros((80, 100, 3), np.uint8)
     picture = found.draw(black)
     assert isinstance(picture, Image.Image)
@@ -200,7 +200,7 @@ def test_draw_gives_a_image_of_the_same_size(found: Detections) -> None:
     np.testing.assert_array_equal(sure, found.above(0.5).draw(black))
 
 
-def test_draw_without_a_image_says_what_to_give() -> None:
+def test_draw_without_an_image_says_what_to_give() -> None:
     with pytest.raises(InputError, match="give the image"):
         nothing().draw()
 

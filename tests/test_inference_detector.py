@@ -1,4 +1,4 @@
-"""A detector as a user holds it: saved, loaded, and predicting on whatever a image comes as."""
+"""A detector as a user holds it: saved, loaded, and predicting on whatever an image comes as."""
 
 from __future__ import annotations
 

@@ -393,7 +393,7 @@ def test_bombs_and_archives_end_in_a_line_each(tmp_path: Path, suffix: str) -> N
         assert "too many pixels" in str(found[0])
 
 
-def test_a_image_with_an_error_has_no_pixels(tmp_path: Path) -> None:
+def test_an_image_with_an_error_has_no_pixels(tmp_path: Path) -> None:
     [picture] = read_images(tmp_path / "none.jpg", READING)
     assert isinstance(picture, SourceImage)
     assert picture.image.shape == (0, 0, 3)

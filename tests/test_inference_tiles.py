@@ -47,7 +47,7 @@ def test_tiles_cover_the_image_and_overlap(tile: tuple[int, int, int]) -> None:
         assert (ends[:-1] - starts[1:] >= overlap).all()
 
 
-def test_a_image_that_one_tile_holds_has_none() -> None:
+def test_an_image_that_one_tile_holds_has_none() -> None:
     assert len(Tiling(500, 300, 0).regions(*SIZE)) == 0
     assert len(Tiling(499, 300, 0).regions(*SIZE)) == 2
     assert Tiling(10, 10, 2).regions(1, 20).tolist() == [[0, 0, 10, 1], [5, 0, 15, 1], [10, 0, 20, 1]]

@@ -149,6 +149,6 @@ def test_no_path_of_one_machine_is_committed() -> None:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
-            continue  # a image, not a text
+            continue  # an image, not a text
         found += [f"{path.relative_to(ROOT)}:{number}" for number, line in enumerate(lines, 1) if pattern.search(line)]
     assert found == []

@@ -166,7 +166,7 @@ def test_a_checkpoint_says_what_it_is(make_task: Callable[..., ClassificationTas
     assert {name.split(".")[0] for name in task.state_dict()} == {"network"}  # nothing of the normalisation
 
 
-def test_a_image_of_a_batch_shows_each_image_with_its_name() -> None:
+def test_an_image_of_a_batch_shows_each_image_with_its_name() -> None:
     image = torch.full((3, 64, 64), 90, dtype=torch.uint8)
     batch = ImageBatch(image.expand(2, 3, 64, 64), torch.tensor([0, 1]), ("a.jpg", "b.jpg"))
     drawn: Image.Image = draw_images(batch, ("ant", "bee"))

@@ -88,7 +88,7 @@ def test_curves_are_read_past_blanks_and_prefixes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_curves_are_a_image_and_nothing_else_is_left(tmp_path: Path, suffix: str) -> None:
+def test_curves_are_an_image_and_nothing_else_is_left(tmp_path: Path, suffix: str) -> None:
     rows = [{"step": i, "loss": 1 / (i + 1), "loss_head_class": 0.5 / (i + 1)} for i in range(200)]
     rows += [{"step": 100, "AP": 0.1}, {"step": 199, "AP": 0.2}]
     metrics = write_csv(tmp_path / "metrics.csv", rows)

@@ -335,7 +335,7 @@ def full(monkeypatch: pytest.MonkeyPatch, *names: str, code: int = errno.ENOSPC)
     monkeypatch.setattr(Path, "open", open_)
 
 
-def test_a_full_disk_ends_no_training_for_a_table_or_a_image(
+def test_a_full_disk_ends_no_training_for_a_table_or_an_image(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -466,3 +466,14 @@ def test_one_small_image_is_refused_in_the_fields_words(run: Run) -> None:
             train={"batch_size": 1}, input={"short_side": 32, "long_side": 32}, ckpt=None,
             freeze={"stages": 0, "batch_norm": False},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_nothing_is_frozen_that_has_learnt_nothing(run: Run, start: bool) -> None:
+    run_dir = run(freeze={"stages": 4, "batch_norm": True}, **({} if start else {"ckpt": None}))
+    about = load(run_dir / "last.ckpt")
+    frozen = about["detector"]["provenance"]["config"]["freeze"]
+    assert frozen == ({"stages": 4, "batch_norm": True} if start else {"stages": 0, "batch_norm": False})
+    norm = about["state_dict"]["network.backbone.conv1.1.running_mean"]
+    given = load(Path("start.ckpt"))["state_dict"]["network.backbone.conv1.1.running_mean"]
+    assert torch.equal(norm, given if start else torch.zeros_like(norm)) is start

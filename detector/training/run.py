@@ -58,6 +58,7 @@ def train(options: TrainOptions) -> Path:
     """
     options, checkpoint = begin(options, entry=DetectionTask.entry, read=read_checkpoint, group="recipe")
     options, start = find_start(options)
+    options = _free_what_is_random(options, start)
     refuse_pointless(splits := load_splits(options.data))
     train_index, val_index = splits["train"], splits["val"]
     if checkpoint:
@@ -76,6 +77,15 @@ def train(options: TrainOptions) -> Path:
         val_index, options.input, options, train=train_index, transform=transform, cache=options.data.cache
     )
     return fit(options, checkpoint, task, data)
+
+
+def _free_what_is_random(options: TrainOptions, start: Detector | None) -> TrainOptions:
+    """Nothing stays frozen that has learnt nothing yet: a backbone at random is no network without its statistics."""
+    nothing = FreezeOptions(stages=0, batch_norm=False)
+    if start or options.resume or options.backbone.weights or options.freeze == nothing:
+        return options
+    log.info("freeze: nothing, because the backbone starts at random")
+    return options.model_copy(update={"freeze": nothing})
 
 
 def _new_detector(options: TrainOptions, class_names: Sequence[str], start: Detector | None) -> Detector:
