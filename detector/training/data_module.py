@@ -134,8 +134,11 @@ class DetectionData(SplitData):
         transform: TrainTransform | None = None,
         cache: bool = False,
     ) -> None:
-        count = options.train.batch_size
-        factors = transform.batch_factors() if transform is not None else [1.0]
+        sampler: Callable[..., DistributedSampler[Any]] = DistributedSampler
+        if train is not None:
+            alike = options.train.batch_size if options.train.by_shape else 1
+            factors = transform.batch_factors() if transform is not None else [1.0]
+            sampler = partial(ScaleSampler, batch_size=alike, step=options.train.batch_size, factors=factors)
         super().__init__(
             DetectionDataset(train, transform, cache=cache) if train is not None else None,
             DetectionDataset(val, transform=None),
@@ -143,9 +146,7 @@ class DetectionData(SplitData):
             options,
             collate=collate,
             collate_val=partial(collate_eval, preprocessing=preprocessing),
-            sampler=partial(
-                ScaleSampler, batch_size=count if options.train.by_shape else 1, step=count, factors=factors
-            ),
+            sampler=sampler,
         )
         self.transform = transform
 
