@@ -31,8 +31,9 @@ class AnchorGrid(nn.Module):
     def __init__(self, *, scales: Sequence[float], ratios: Sequence[float], stride: int) -> None:
         super().__init__()
         self.stride = stride
-        half = torch.tensor(anchor_sizes(scales, ratios), dtype=torch.float64) / 2
-        self.register_buffer("cells", torch.cat((-half, half), dim=1).float(), persistent=False)
+        # Halved before there is a tensor: on the meta device arithmetic imports torch's compiler, see `check_fit`.
+        cells = [(-width / 2, -height / 2, width / 2, height / 2) for width, height in anchor_sizes(scales, ratios)]
+        self.register_buffer("cells", torch.tensor(cells), persistent=False)
         self._kept: dict[tuple[Any, ...], Tensor] = {}
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from detector.models.backbones import AnyBackboneOptions, build_backbone
 from detector.models.backbones.external import TimmOptions, TorchvisionOptions
@@ -62,5 +63,13 @@ def check_fit(options: NetworkOptions, num_classes: int, weights: Mapping[str, A
         InputError: see `check_weights`.
     """
     if not isinstance(options.backbone, TorchvisionOptions | TimmOptions):
-        with torch.device("meta"):
+        with torch.device("meta"), _NothingDrawn():
             check_weights(build_network(options, num_classes).state_dict(), weights)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Normal weights of tensors on the meta device are not drawn: for that torch imports its compiler, in a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return [*args, *kwargs.values()][0] if func.__name__ == "normal_" else func(*args, **kwargs)

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.types import Strict
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation
 
 # No layer has more, and a damaged number in a file must not take all memory.
 Channels = Annotated[int, Strict(), Field(ge=1), Field(le=2**16)]
@@ -40,8 +39,12 @@ def conv_bn(
     Args:
         shape: stride, dilation, groups.
     """
-    layer = None if activation is None else ACTIVATIONS[activation]
-    return Conv2dNormActivation(inputs, outputs, kernel, activation_layer=layer, **shape)
+    padding = (kernel - 1) // 2 * shape.get("dilation", 1)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **shape),  # type: ignore[arg-type]
+        nn.BatchNorm2d(outputs),
+        *([] if activation is None else [activation_layer(activation)]),
+    )
 
 
 def depthwise(channels: int, kernel: int = 3, activation: Activation | None = None, **shape: int) -> nn.Sequential:

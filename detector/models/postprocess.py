@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
+
+from detector.models.nms import nms
 
 # boxes (N, P, B, 4), scores (N, P, C), IoU threshold, limit -> bool (N, P, C): what greedy suppression keeps of each
 # image and class, best first, of the boxes with a score above 0; where B = 1 all classes share the box. Of an image's

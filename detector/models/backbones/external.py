@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from detector.errors import InputError, require
 from detector.models.backbones.contract import FEATURES, Backbone, BackboneOptions
@@ -145,6 +143,8 @@ class TorchvisionBackbone(External):
     """
 
     def __init__(self, options: TorchvisionOptions) -> None:
+        from torchvision.models.feature_extraction import create_feature_extractor
+
         model, dilate_c5 = options.model, options.dilate_c5
         stock = _torchvision_model(model)
         # Found without dilation, where strides tell the stages apart.
@@ -162,6 +162,8 @@ class TorchvisionBackbone(External):
 
     def whole(self) -> nn.Module:
         """See `External.whole`."""
+        from torchvision import models
+
         return models.get_model(self.model, weights=None)
 
     def to_inference(self) -> None:
@@ -245,6 +247,8 @@ def _taps(parts: Sequence[tuple[Any, int]], name: str) -> list[Any]:
 
 
 def _torchvision_model(name: str, **options: Any) -> nn.Module:
+    from torchvision import models
+
     known = models.list_models(module=models)
     if name not in known:
         raise InputError(f"backbone.model={name!r} is not in torchvision; {_closest(name, known)}")

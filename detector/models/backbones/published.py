@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import torch
-from torchvision import models
 
 from detector.errors import InputError
 from detector.models.backbones.contract import Backbone
@@ -47,6 +46,8 @@ def imagenet_url(backbone: Backbone) -> str:
     Raises:
         InputError: there are none.
     """
+    from torchvision import models
+
     if isinstance(backbone, TorchvisionBackbone):
         weights = models.get_model_weights(backbone.model)
         return getattr(weights, "IMAGENET1K_V1", weights.DEFAULT).url

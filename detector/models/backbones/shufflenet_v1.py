@@ -9,7 +9,6 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
 from detector.models.backbones.contract import Backbone, BackboneOptions, Place, Repeats, Widths
@@ -51,7 +50,11 @@ class Unit(nn.Module):
         self.expand = nn.Sequential(
             *depthwise(middle, stride=place.stride, dilation=place.dilation), *conv_bn(middle, own, groups=groups)
         )
-        self.se = SqueezeExcitation(outputs, outputs // SE_REDUCTION) if options.se else nn.Identity()
+        self.se: nn.Module = nn.Identity()
+        if options.se:
+            from torchvision.ops import SqueezeExcitation  # takes as long to import as torch
+
+            self.se = SqueezeExcitation(outputs, outputs // SE_REDUCTION)
         self.pool = nn.AvgPool2d(3, place.stride, padding=1) if concatenate else None
         self.missing = 0 if concatenate else outputs - inputs
         self.shuffle = groups if options.shuffle else 1

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torchvision.ops import SqueezeExcitation
 
 from detector.errors import InputError
 from detector.models.backbones.channel_order import uneven_order
@@ -84,12 +83,16 @@ def main_branch(inputs: int, outputs: int, place: Place, options: ShuffleNetV2Op
         inputs, outputs: channels; in between they are half of those of the unit.
         last: activation at the end; None where a residual is added before it.
     """
-    middle = place.outputs // 2
+    middle, gate = place.outputs // 2, []
+    if options.se:
+        from torchvision.ops import SqueezeExcitation  # takes as long to import as torch
+
+        gate = [SqueezeExcitation(outputs, outputs)]
     return nn.Sequential(
         *conv_bn(inputs, middle, activation=options.activation),
         *depthwise(middle, stride=place.stride, dilation=place.dilation),
         *conv_bn(middle, outputs, activation=last),
-        *([SqueezeExcitation(outputs, outputs)] if options.se else []),
+        *gate,
     )
 
 
