@@ -49,6 +49,7 @@ def test_two_results_files(tmp_path: Path, tiny_coco: Path, results: dict[str, P
     assert (found.results, found.index) == (folder / "detections.json", None)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_a_run_that_has_been_scored(
     tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +99,7 @@ def test_detections_that_were_made_on_other_data_are_noticed(
     assert "0.123 in the metrics.json" in outcome.err
 
 
+@pytest.mark.slow
 def test_two_that_do_not_belong_together(
     tmp_path: Path, tiny_coco: Path, results: dict[str, Path], small_detector: Detector
 ) -> None:
@@ -111,6 +113,7 @@ def test_two_that_do_not_belong_together(
     assert "error: b: " in run_tool("compare", *pair, cwd=tmp_path).error()
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_command_line(tmp_path: Path, tiny_coco: Path, results: dict[str, Path]) -> None:
     files = (f"a={results['a']}", f"b={results['b']}")
     truth = f"annotations={tiny_coco / 'annotations/val.json'}"

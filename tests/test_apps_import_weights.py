@@ -54,6 +54,7 @@ def test_what_it_writes_is_what_training_takes(published: Path, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["star.pth"]
 
 
+@pytest.mark.slow
 def test_the_authors_file_becomes_a_classifier_of_ours(tmp_path: Path) -> None:
     theirs = authors("1x")
     torch.save({"state_dict": theirs.state_dict()}, tmp_path / "authors.pth.tar")
@@ -81,6 +82,7 @@ def test_the_authors_file_becomes_a_classifier_of_ours(tmp_path: Path) -> None:
     assert changed == {"conv1.0.weight", "conv1.1.running_mean"}  # bgr255 is what these files are
 
 
+@pytest.mark.slow
 def test_a_partial_match_needs_to_be_asked_for(published: Path, tmp_path: Path) -> None:
     content = torch.load(published, weights_only=True)
     del content["stage4.3.branch2.5.weight"]

@@ -195,7 +195,9 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
 
     monkeypatch.setattr(what, work)
     monkeypatch.setattr(Detector, "load", lambda *_: None)
-    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "x.ckpt"):
+        Path(name).write_text("")
     (tmp_path / "folder.onnx").mkdir()
     outs = ["file/a.onnx"]
     if command == "import_weights" or values.get("what") in ("peers", "predict"):  # a file, not a folder

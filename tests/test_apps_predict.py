@@ -114,6 +114,7 @@ def check_same(records: list[dict[str, Any]], expected: list[Detections]) -> Non
         np.testing.assert_allclose(np.reshape(record["boxes"], (-1, 4)), found.boxes, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_list_a_pattern_and_all_options(
     tmp_path: Path, folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_list_a_pattern_and_all_options(
             check_same(records, others)
 
 
+@pytest.mark.slow
 def test_results_of_an_earlier_run_are_not_searched(tmp_path: Path, folder: Path, checkpoint: Path) -> None:
     originals = {name: (folder / name).read_bytes() for name in files(folder)}
     for source in (".", "**/*.[jp][pn]g"):

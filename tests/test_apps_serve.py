@@ -619,6 +619,7 @@ def test_a_connection_that_does_not_get_on_is_closed(pieces: Callable[[], Iterat
         assert 0.3 < seconds_until_closed(port, pieces()) < 2
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_its_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MARGIN", 0.1)
     request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -631,6 +632,7 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(monkeypatch: pytest.
             client.sendall(request * 1_000_000)
 
 
+@pytest.mark.slow
 def test_requests_on_one_connection_may_take_longer_than_one_timeout() -> None:
     with listening(Limits(timeout=0.4)) as port:
         client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)

@@ -50,6 +50,7 @@ def test_crops_from_nothing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     root = write_classified_data(tmp_path / "data")
     path = root / "val/bee/1.png"

@@ -64,7 +64,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 def run_without(refused: set[str], path: Path, picture: Path) -> subprocess.CompletedProcess[str]:
-    code = WITHOUT_TORCH.format(refused=refused, picture=str(picture), path=str(path))
+    code = WITHOUT_TORCH.format(refused=refused, image=str(picture), path=str(path))
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 

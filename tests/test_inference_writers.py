@@ -380,6 +380,7 @@ def test_a_line_that_does_not_fit_leaves_no_half(small_disk: Path) -> None:
     assert (small_disk / "before.txt").read_text() == "whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [2, 60])  # the end, when the next image has its turn, or frames before it do not fit
 def test_a_video_that_cannot_be_written_costs_nothing_else(small_disk: Path, tmp_path: Path, frames: int) -> None:
     av = pytest.importorskip("av")

@@ -19,8 +19,14 @@ from detector.lab.cost import memory_access, multiply_adds
 from detector.models.backbones import parse_backbone
 from detector.models.backbones.classifier import build_classifier
 
+PUBLISHED = [path.stem for path in sorted(CONF.glob("*.yaml")) if entry(path.stem)["published"]]
+# Of other libraries, and deep: a second each.
+HEAVY = {"densenet121", "mobilenet_v3_large", "resnet50", "resnext50", "v1_50", "v2_50", "se_v2_164"}
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(CONF.glob("*.yaml")) if entry(path.stem)["published"]])
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in PUBLISHED]
+)
 def test_published_cost_is_met_or_explained(name: str) -> None:
     """3 % is what an unpublished block may cost more or less; above 0.5 % the file says why."""
     if entry(name)["name"] == "timm":

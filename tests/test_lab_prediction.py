@@ -84,8 +84,8 @@ def test_contestants_run_in_processes_of_their_own() -> None:
     ("where", "message"),
     [
         ("made", "b: ValueError: cannot be made"),
-        ("called", "b: ValueError: cannot be called"),
-        ("ended", "b: .* terminated abruptly"),
+        pytest.param("called", "b: ValueError: cannot be called", marks=pytest.mark.slow),
+        pytest.param("ended", "b: .* terminated abruptly", marks=pytest.mark.slow),
     ],
 )
 def test_a_contestant_that_fails_is_named(where: str, message: str) -> None:

@@ -54,6 +54,7 @@ def test_a_block_of_xception_sees_seven() -> None:
     assert theoretical_field(build("xception_1x")).blocks == {"c3": 7, "c4": 7, "c5": 7}  # Ma et al. 2018, section 4
 
 
+@pytest.mark.slow
 def test_resnet50_by_hand() -> None:
     """torchvision gives the stride to the 3x3 convolution of a stage's first bottleneck; 3 + 4 + 6 + 3 of them."""
     stages = [(3, 1)] * 3 + [(3, 2)] + [(3, 1)] * 3 + [(3, 2)] + [(3, 1)] * 5 + [(3, 2)] + [(3, 1)] * 2

@@ -166,6 +166,7 @@ def test_large_models(file_name: str, published: float) -> None:
     assert round(millions(file_name) / 1e3, 1) == published
 
 
+@pytest.mark.slow
 def test_the_deepest_model() -> None:
     """12.7 G in table 6, 164 layers: those of the stem, three of every unit, conv6 and the classifier."""
     network = classifier("se_v2_164")

@@ -167,6 +167,7 @@ def test_a_backbone_takes_the_best_weights(finished: Path) -> None:
     assert not torch.equal(current, load(finished / "run/best.pth")["fc.weight"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_undisturbed_one(finished: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     (finished / "run").rename(whole)

@@ -178,7 +178,9 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run: Run, stopped: Path, monke
     assert rows(resumed) == rows(Path("whole"))
 
 
-@pytest.mark.parametrize("place", [pytest.param("same", marks=pytest.mark.slow), "moved", "copied", "elsewhere"])
+@pytest.mark.parametrize(
+    "place", ["moved", *(pytest.param(place, marks=pytest.mark.slow) for place in ("same", "copied", "elsewhere"))]
+)
 def test_the_best_is_not_forgotten_where_a_run_moves(
     run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -206,7 +208,9 @@ def test_a_run_that_has_lost_its_best_finds_another(
     assert all((resumed / name.strip()).exists() for name in named.partition(" in ")[0].split(","))
 
 
-@pytest.mark.parametrize("left", ["last.ckpt alone", "half a table", pytest.param("no table", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "left", ["half a table", *(pytest.param(x, marks=pytest.mark.slow) for x in ("last.ckpt alone", "no table"))]
+)
 def test_a_run_goes_on_with_what_is_left_of_it(
     run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
