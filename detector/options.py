@@ -31,7 +31,6 @@ Positive = Annotated[float, Strict(), Field(gt=0)]
 NotNegative = Annotated[float, Strict(), Field(ge=0)]
 Share = Annotated[float, Strict(), Field(ge=0), Field(le=1)]
 BelowOne = Annotated[float, Strict(), Field(ge=0), Field(lt=1)]
-Finite = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 
 # A text in a type says in a message what is expected, where the type alone does not: Annotated[list[Positive], "..."].

@@ -122,3 +122,23 @@ def test_average_precision_stays_and_thresholds_are_on_the_new_scores() -> None:
     again = operating_point(mended, index)
     assert again["calibration"] == pytest.approx(IDENTITY, abs=0.05)  # but for the scores that are used
     assert again["thresholds"] == pytest.approx(found["thresholds"], abs=0.03)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 4, 5, 11])
+def test_few_right_among_thousands_are_fitted_too(seed: int) -> None:
+    """Where a full Newton step jumps away: no other scale and shift nearby explain the outcomes better."""
+    generator = np.random.default_rng(seed)
+    wrong, hits = int(generator.integers(300, 8000)), int(generator.integers(20, 80))
+    low = 0.05 + 0.2 * generator.beta(1, generator.uniform(1, 8), wrong)
+    scores, right = np.r_[low, generator.uniform(0.05, 1, hits)], np.arange(wrong + hits) >= wrong
+    scale, shift = fit_calibration(scores, right)
+    wanted = np.where(right, (hits + 1) / (hits + 2), 1 / (wrong + 2))
+
+    def unlikely(scale: float, shift: float) -> float:
+        logits = scale * logit(scores) + shift
+        return float(-(wanted * log_expit(logits) + (1 - wanted) * log_expit(-logits)).sum())
+
+    assert 0 < scale < 32
+    best = unlikely(scale, shift)
+    for other in ((scale + 0.01, shift), (scale - 0.01, shift), (scale, shift + 0.01), (scale, shift - 0.01)):
+        assert unlikely(*other) > best

@@ -8,7 +8,7 @@ import numpy as np
 
 from detector.evaluation.outcomes import FOREGROUND, Outcomes
 from detector.evaluation.records import evaluator
-from detector.models.calibrate import IDENTITY
+from detector.models.calibrate import IDENTITY, LARGEST
 
 # Chosen by this project: below, a threshold shows nothing; fewer tell nothing.
 LOWEST, FEWEST, STEPS = 0.05, 20, 50
@@ -52,7 +52,9 @@ def calibration(outcomes: Outcomes, bins: int = 10) -> dict[str, Any]:
 def fit_calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     """Scale and shift of `calibrated` by logistic regression of "is right" on the scores' logits, with Platt's targets.
 
-    Platt 1999, section 2.2; scores below LOWEST, which nobody is shown, have no part in it. Newton's method.
+    Platt 1999, section 2.2; scores below LOWEST, which nobody is shown, have no part in it. Newton's method, a step
+    halved until it is one downhill (Lin et al. 2007, A note on Platt's probabilistic outputs): a full one may jump to
+    where all curvature is gone.
 
     Args:
         scores: (D,) in [0, 1].
@@ -73,11 +75,18 @@ def fit_calibration(scores: np.ndarray, right: np.ndarray) -> tuple[float, float
         share = 1 / (1 + np.exp(-design @ fitted))
         curvature = (design * (share * (1 - share))[:, None]).T @ design
         step = np.linalg.lstsq(curvature, design.T @ (share - wanted), rcond=None)[0]
+        while np.abs(step).max() > 1e-10 and _loss(design @ (fitted - step), wanted) > _loss(design @ fitted, wanted):
+            step = step / 2
         fitted = fitted - step
-        if np.abs(step).max() < 1e-10:
+        if np.abs(step).max() <= 1e-10:
             scale, shift = fitted.tolist()
-            return (scale, shift) if scale > 0 else IDENTITY
+            return (scale, shift) if 0 < scale <= LARGEST and abs(shift) <= LARGEST else IDENTITY
     return IDENTITY  # it does not converge
+
+
+def _loss(logits: np.ndarray, wanted: np.ndarray) -> float:
+    """The cross-entropy of the logistic regression."""
+    return float(np.logaddexp(0, logits).sum() - wanted @ logits)
 
 
 def _bin(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.types import Strict
+
 from detector.errors import InputError
-from detector.models.calibrate import IDENTITY
-from detector.options import Finite, Options, Positive, Share
+from detector.models.calibrate import IDENTITY, LARGEST
+from detector.options import Options, Share
+
+Scale = Annotated[float, Strict(), Field(gt=0), Field(le=LARGEST)]
+Shift = Annotated[float, Strict(), Field(ge=-LARGEST), Field(le=LARGEST)]
 
 
 class OperatingPoint(Options):
     """Without any, nothing is known of the scores."""
 
-    calibration: tuple[Positive, Finite] = IDENTITY
+    calibration: tuple[Scale, Shift] = IDENTITY
     """Scale and shift of the scores' logits, so that of the detections with a score of 0.7 about 70% are right."""
     thresholds: tuple[Share, ...] | None = None
     """For each class the calibrated score with the best F1 at IoU 0.5; null: not known."""

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 Scores = TypeVar("Scores", bound=Any)  # a numpy array or a torch tensor
 # What changes nothing.
 IDENTITY = (1.0, 0.0)
+# A scale or shift beyond makes a step of the scores, and overflows. Chosen by this project.
+LARGEST = 32.0
 
 
 def calibrated(scores: Scores, scale: float, shift: float) -> Scores:
