@@ -204,7 +204,8 @@ def test_weights_of_another_backbone(tmp_path: Path, tiny_coco: Path, small_spec
 
 @pytest.mark.slow
 def test_a_checkpoint_with_another_backbone(tiny_coco: Path, checkpoint: Path) -> None:
-    assert_says(finetune(tiny_coco, f"ckpt={checkpoint}").error(), "backbone does not fit", "the same backbone=...")
+    message = finetune(tiny_coco, f"ckpt={checkpoint}").error()
+    assert_says(message, "backbone=v2_0.5x asks for backbone.stem_channels=24", "but it is 8", "ckpt=null")
 
 
 @pytest.mark.slow

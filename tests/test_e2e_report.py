@@ -172,7 +172,7 @@ CONTRASTS = """() => {
   const out = new Set();
   for (const node of document.querySelectorAll("body *")) {
     if (![...node.childNodes].some(c => c.nodeType === 3 && c.textContent.trim())) continue;
-    if (node.closest("script, style, noscript, title, .image, option, .skip")) continue;
+    if (node.closest("script, style, noscript, title, .picture, option, .skip")) continue;
     let ground = node;
     while (ground && clear(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
     const style = getComputedStyle(node), ink = node.closest("svg") ? style.fill : style.color;

@@ -67,8 +67,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
-    shutil.rmtree(sources / "detector" / "weights", ignore_errors=True)
-    (sources / "detector" / "weights").mkdir()
     (sources / "detector" / "weights" / "named.ckpt").write_bytes(b"trained")
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(sources)]
     subprocess.run([sys.executable, "-m", "pip", *build], check=True, timeout=300)

@@ -84,7 +84,9 @@ class ScheduleOptions(Options):
 
 
 def parameter_groups(network: nn.Module, options: OptimizerOptions, lr: float) -> list[dict[str, Any]]:
-    """Trainable parameters by learning rate and weight decay. Vectors (biases, normalisation) are not decayed.
+    """Trainable parameters by learning rate and weight decay, those at the rate itself first: it is what a run shows.
+
+    Vectors (biases, normalisation) are not decayed.
 
     Raises:
         InputError: a prefix of lr_scales fits no parameter.
@@ -102,7 +104,8 @@ def parameter_groups(network: nn.Module, options: OptimizerOptions, lr: float) -
         scales = [scale for prefix, scale in factors.items() if name.startswith(prefix)]
         decay = options.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((lr * math.prod(scales), decay), []).append(parameter)
-    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+    ordered = sorted(groups.items(), key=lambda group: group[0][0] != lr)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in ordered]
 
 
 def build_optimizer(network: nn.Module, options: OptimizerOptions, batch: int) -> torch.optim.Optimizer:
