@@ -83,7 +83,6 @@ class AugmentOptions(Options):
     """lowest and highest factor on the ratio of width to height, drawn log-uniformly (NanoDet's configurations)"""
     batch_scale: tuple[Positive, Positive] = (1.0, 1.0)
     """lowest and highest size factor of a whole batch, in steps of 32 pixels of the long side (PicoDet: 0.6 to 1.2)"""
-
     mosaic: Share = 0.0
     """probability that parts of four images make one (YOLOX-Nano: 0.5); no crop, scale, stretch or zoom_out then"""
     mosaic_scale: tuple[Positive, Positive] = (0.5, 1.5)

@@ -98,29 +98,8 @@ class Detector(Predictor):
         if precision not in get_args(Precision):
             raise InputError(f"precision={precision!r}: expected {' or '.join(get_args(Precision))}.")
         checkpoint = read_checkpoint(path := find(path))
-        about = checkpoint["detector"]
-        weights = {
-            key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
-        }
         try:
-            for key, kind in DESCRIPTION.items():
-                if not isinstance(about.get(key), kind):
-                    raise InputError(f"{key} is missing")
-            if not all(isinstance(name, str) for name in about["class_names"]):
-                raise InputError("a class name is no text")
-            if lacking := Preprocessing.model_fields.keys() - about["preprocessing"].keys():
-                raise InputError(f"preprocessing.{min(lacking)} is missing")
-            options = NetworkOptions.parse(about["spec"])
-            preprocessing = Preprocessing.parse(about["preprocessing"])
-            if not isinstance(provenance := about.get("provenance") or {}, dict):
-                raise InputError(f"provenance is a {type(provenance).__name__}")
-            check_fit(options, len(about["class_names"]), weights)
-            if not isinstance(point := about.get("operating_point") or {}, dict):
-                raise InputError(f"operating_point is a {type(point).__name__}")
-            worth = OperatingPoint.parse(point, "operating_point")
-            detector = cls(options, about["class_names"], preprocessing, provenance, worth)
-            check_weights(detector.network.state_dict(), weights)
-            detector.network.load_state_dict(weights)
+            detector = cls._described(checkpoint)
         except (InputError, RuntimeError) as error:  # the latter where there is not enough memory
             reason = " ".join(str(error).split())[:300]
             raise InputError(
@@ -134,6 +113,37 @@ class Detector(Predictor):
             prepare(detector.network)
             keep_freed_memory()
         return detector.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @classmethod
+    def _described(cls, checkpoint: Mapping[str, Any]) -> Detector:
+        """The detector that a checkpoint describes, with its weights.
+
+        Raises:
+            InputError, RuntimeError: they do not fit; or there is not enough memory.
+        """
+        about = checkpoint["detector"]
+        weights = {
+            key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
+        }
+        for key, kind in DESCRIPTION.items():
+            if not isinstance(about.get(key), kind):
+                raise InputError(f"{key} is missing")
+        if not all(isinstance(name, str) for name in about["class_names"]):
+            raise InputError("a class name is no text")
+        if lacking := Preprocessing.model_fields.keys() - about["preprocessing"].keys():
+            raise InputError(f"preprocessing.{min(lacking)} is missing")
+        options = NetworkOptions.parse(about["spec"])
+        preprocessing = Preprocessing.parse(about["preprocessing"])
+        if not isinstance(provenance := about.get("provenance") or {}, dict):
+            raise InputError(f"provenance is a {type(provenance).__name__}")
+        check_fit(options, len(about["class_names"]), weights)
+        if not isinstance(point := about.get("operating_point") or {}, dict):
+            raise InputError(f"operating_point is a {type(point).__name__}")
+        worth = OperatingPoint.parse(point, "operating_point")
+        detector = cls(options, about["class_names"], preprocessing, provenance, worth)
+        check_weights(detector.network.state_dict(), weights)
+        detector.network.load_state_dict(weights)
+        return detector
 
     def describe(self) -> dict[str, Any]:
         """Everything but the weights, in plain types: the `detector` entry of a checkpoint."""
