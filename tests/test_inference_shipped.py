@@ -85,7 +85,7 @@ def test_what_half_precision_cannot_hold_stays_as_it_is(small_detector: Detector
 def test_a_run_becomes_a_detector_that_is_used_by_name(
     small_detector: Detector, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    small_detector.provenance = {"config": CONFIG, "epoch": 11, "torch": "2.9"}
+    small_detector.provenance = {"config": CONFIG, "epoch": 11, "torch": "2.9", "metrics": {"AP": 0.9}}
     small_detector.save("run.ckpt")
     path = folder / f"{shipped.DEFAULT}.ckpt"
     export(ExportOptions(ckpt="run.ckpt", format="checkpoint", out=str(path), check=None))

@@ -113,7 +113,7 @@ def test_the_commands_of_an_installation_work_elsewhere(tmp_path: Path, wheel: P
         assert outcome.returncode == 0, outcome.stderr
         return outcome.stdout + outcome.stderr
 
-    assert "[demo] finetune paper" in run("light-head", "train", "--help")
+    assert "[demo] finetune paper voc" in run("light-head", "train", "--help")
     tiny = ("schedule.epochs=1", "data.generate={train: 4, val: 2, size: 96}", "input={short_side: 96, long_side: 96}")
     run("light-head", "train", "recipe=demo", "run_dir=1.10", *tiny)
     run("light-head", "eval", "ckpt=1.10/best.ckpt", "out=2024_01_15", "report=false")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 import detector
+from detector import cli
 from detector.inference import shipped
 from detector.inference.detector import Detector, read_checkpoint
 
@@ -32,6 +34,24 @@ def test_a_detector_of_the_package(name: str) -> None:
     # Where they are, by eye: she fills the left two thirds of 512 x 512, the cat's head the middle of 451 x 300.
     assert person.scores[0] > 0.9
     assert all(abs(got - seen) < 60 for got, seen in zip(person.boxes[0], (10, 0, 380, 512), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("v2_0.5x_voc", ["backbone=v2_0.5x", "schedule.epochs=25"]),
+        ("v2_1x_voc", ["backbone=v2_1x", "backbone.activation=leaky_relu", "freeze.stages=2"]),
+    ],
+)
+def test_recipe_voc_is_how_it_was_trained(name: str, words: list[str]) -> None:
+    """By what the file records of its training, all but places and the starting weights."""
+    recipe: Any = cli.compose("train", ["recipe=voc", *words]).options()
+    recorded = read_checkpoint(shipped.find(name))["detector"]["provenance"]["config"]
+    now = recipe.to_dict()
+    assert recorded["ema"] == now["ema"]
+    for part in ("rpn", "light_head", "neck", "input", "augment", "optimizer", "schedule", "freeze", "train"):
+        # What has become an option since was not there to be recorded.
+        assert recorded[part] == {key: now[part][key] for key in recorded[part]}, part
 
 
 def test_what_is_taken_without_a_name() -> None:

@@ -78,7 +78,7 @@ def train(recipe: str = "finetune", *, data_root: str | Path | None = None, **ov
     """Train a detector, as `light-head train` does, with the same recipes and defaults.
 
     Args:
-        recipe: a file of conf/recipe/: finetune, demo or paper.
+        recipe: a file of conf/recipe/: finetune, voc, demo or paper.
         data_root: the folder of the data set; None: that of the recipe.
         **overrides: groups (`backbone="v2_1x"`) and options, inner ones as dicts or by dotted name:
             `schedule={"epochs": 3}`, `**{"optimizer.lr": 0.001}`.

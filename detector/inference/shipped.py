@@ -11,8 +11,8 @@ from detector.errors import InputError
 FOLDER = Path(__file__).parents[1] / "weights"
 # What is used where no checkpoint is given.
 DEFAULT = "v2_1x_voc"
-# Of the configuration of a run: where its files lay, on which machine.
-_PLACES = ("data", "run_dir", "ckpt", "overrides")
+# Where the files of a run lay, on which machine; and metrics, which mean nothing without the images.
+_LEFT_OUT = ("data", "run_dir", "ckpt", "overrides", "metrics")
 
 
 def names() -> list[str]:
@@ -48,8 +48,8 @@ def folder_for(path_or_name: str | Path) -> Path:
 
 
 def published(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file of a shipped detector says of its origin: everything but the places on one machine."""
-    kept = {key: value for key, value in provenance.items() if key not in _PLACES}
+    """What the file of a shipped detector says of its origin: everything but places and metrics of one machine."""
+    kept = {key: value for key, value in provenance.items() if key not in _LEFT_OUT}
     return {
         key: published(value) if isinstance(value, Mapping) else value
         for key, value in kept.items()
