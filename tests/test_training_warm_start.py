@@ -78,6 +78,20 @@ def test_names_are_matched_as_written_first() -> None:
     assert matched(["Cat"], ["cat", "Cat"]) == [1]
 
 
+def test_voc_and_coco_name_the_same_classes() -> None:
+    """Four of VOC's 20 have another name in COCO, two are written in two words there."""
+    voc = [
+        "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+        "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    ]  # fmt: skip
+    coco = [
+        "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
+        "horse", "motorcycle", "person", "potted plant", "sheep", "couch", "train", "tv",
+    ]  # fmt: skip
+    assert matched(coco, voc) == matched(voc, coco) == list(range(20))
+    assert matched(["Dining-Table", "hot dog", "TV_monitor", "cattle"], voc) == [10, None, 19, None]
+
+
 def test_free_options_exist_and_the_rest_of_the_spec_decides_the_network() -> None:
     for part, free in FREE.items():
         assert free < set(NetworkOptions().spec()[part])
@@ -91,7 +105,8 @@ def ckpt(small_detector: Detector, tmp_path: Path) -> str:
 
 
 def options(*words: str) -> TrainOptions:
-    composed: Any = cli.compose("train", ["recipe=finetune", *words]).options()
+    given = any(word.startswith("recipe=") for word in words)
+    composed: Any = cli.compose("train", [*words] if given else ["recipe=finetune", *words]).options()
     return composed
 
 
@@ -99,7 +114,7 @@ def test_the_network_is_the_detectors_and_what_is_free_the_recipes(
     ckpt: str, small_spec: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        found, start = find_start(asked := options(f"ckpt={ckpt}", "rpn.nms_threshold=0.6"))
+        found, start = find_start(asked := options(f"ckpt={ckpt}", "rpn.nms_threshold=0.6", "backbone.weights=x.pth"))
     assert start is not None
     assert found.backbone.spec().items() >= small_spec["backbone"].items()
     assert found.neck.to_dict()["width"] == 16
@@ -108,7 +123,7 @@ def test_the_network_is_the_detectors_and_what_is_free_the_recipes(
     assert (found.light_head.kernel_size, found.light_head.sampling) == (5, "random")
     assert found.input == asked.input
     assert found.backbone_name == "v2star_1x"
-    assert "backbone.weights=imagenet is not read" in caplog.text
+    assert "backbone.weights=x.pth is not read" in caplog.text
     # Half precision in the file, float32 here.
     warm_start(detector := Detector(found, ("dog",), found.input), start)
     assert {value.dtype for value in detector.network.state_dict().values()} == {torch.float32, torch.int64}
@@ -156,7 +171,7 @@ def test_the_packages_detector_of_the_backbone(
 ) -> None:
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     (tmp_path / "start.ckpt").rename(tmp_path / "v2star_1x_voc.ckpt")
-    found, start = find_start(options("ckpt=auto", "backbone=v2star_1x", "input.short_side=320"))
+    found, start = find_start(options("backbone=v2star_1x", "input.short_side=320"))
     assert start is not None
     assert (found.ckpt, found.neck.to_dict()["width"]) == ("v2star_1x_voc", 16)
     for words, why in (
@@ -169,10 +184,11 @@ def test_the_packages_detector_of_the_backbone(
     ):
         caplog.clear()
         with caplog.at_level("INFO"):
-            found, start = find_start(asked := options("ckpt=auto", *words))
+            found, start = find_start(asked := options(*words))
         assert start is None
         assert found == asked.model_copy(update={"ckpt": None})
         (line,) = caplog.messages
         assert line.startswith(f"ckpt=auto: {why}")
-    assert cli.compose("train", ["recipe=demo"]).values["ckpt"] is None
+    for recipe in ("demo", "voc", "paper"):
+        assert options(f"recipe={recipe}").ckpt is None
     assert cli.compose("benchmark", []).values["ckpt"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,6 +40,8 @@ FREE = {
 }  # fmt: skip
 # V2 weights are a start for V2*, whose extra layers begin as the identity.
 EXTRA = "backbone.extra_depthwise"
+# Pascal VOC's names of classes that COCO's authors call otherwise.
+SAME = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}
 # The layers that know classes.
 BY_CLASS = ("head.class_logits.", "head.box_deltas.")
 
@@ -152,7 +155,7 @@ def _with_network_of(start: Detector, options: T) -> T:
     if differences:
         changed = [f"{key} {shown(other)} (not {shown(own)})" for key, (own, other) in differences.items()]
         log.info("the network is that of %s: %s", options.ckpt, first_three(changed))
-    if options.backbone.weights:
+    if any("backbone.weights" in keys for _, keys in _asked(options.overrides)):
         log.info("backbone.weights=%s is not read: %s has a backbone", options.backbone.weights, options.ckpt)
     return options.model_copy(update=parts)
 
@@ -160,7 +163,7 @@ def _with_network_of(start: Detector, options: T) -> T:
 def warm_start(detector: Detector, start: Detector) -> str:
     """Take over the weights of a detector with the same network (`find_start`), and the rows of the classes by name.
 
-    Names are compared without regard to case, where none is the same. New classes: see `LightHead.take_classes`.
+    Names are compared as `matched` says. New classes: see `LightHead.take_classes`.
 
     Returns:
         A table of what was kept, what is new, and which classes were left out.
@@ -192,7 +195,15 @@ def warm_start(detector: Detector, start: Detector) -> str:
 
 
 def matched(class_names: Sequence[str], theirs: Sequence[str]) -> list[int | None]:
-    """For each class the label that its name has there, if need be in another case; None: there is no such class."""
+    """For each class the label that its name has there; None: there is no such class.
+
+    As it is written, else without regard to case, spaces, hyphens and underscores, with VOC's and COCO's names as one.
+    """
     exact = {name: label for label, name in enumerate(theirs)}
-    folded = {name.casefold(): label for name, label in exact.items()}
-    return [exact.get(name, folded.get(name.casefold())) for name in class_names]
+    alike = {_plain(name): label for name, label in exact.items()}
+    return [exact.get(name, alike.get(_plain(name))) for name in class_names]
+
+
+def _plain(name: str) -> str:
+    plain = re.sub(r"[\s_-]", "", name.casefold())
+    return SAME.get(plain, plain)
