@@ -14,7 +14,7 @@ from detector import cli
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference import shipped
-from detector.inference.detector import Detector
+from detector.inference.detector import Detector, read_checkpoint
 from detector.models.build import NetworkOptions
 from detector.training.run import TrainOptions
 from detector.training.warm_start import FREE, find_start, matched, warm_start
@@ -80,10 +80,7 @@ def test_names_are_matched_as_written_first() -> None:
 
 def test_voc_and_coco_name_the_same_classes() -> None:
     """Four of VOC's 20 have another name in COCO, two are written in two words there."""
-    voc = [
-        "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-        "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-    ]  # fmt: skip
+    voc = read_checkpoint(shipped.find("v2_0.5x_voc"))["detector"]["class_names"]
     coco = [
         "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
         "horse", "motorcycle", "person", "potted plant", "sheep", "couch", "train", "tv",
@@ -104,9 +101,8 @@ def ckpt(small_detector: Detector, tmp_path: Path) -> str:
     return str(tmp_path / "start.ckpt")
 
 
-def options(*words: str) -> TrainOptions:
-    given = any(word.startswith("recipe=") for word in words)
-    composed: Any = cli.compose("train", [*words] if given else ["recipe=finetune", *words]).options()
+def options(*words: str, recipe: str = "finetune") -> TrainOptions:
+    composed: Any = cli.compose("train", [f"recipe={recipe}", *words]).options()
     return composed
 
 
@@ -190,5 +186,5 @@ def test_the_packages_detector_of_the_backbone(
         (line,) = caplog.messages
         assert line.startswith(f"ckpt=auto: {why}")
     for recipe in ("demo", "voc", "paper"):
-        assert options(f"recipe={recipe}").ckpt is None
+        assert options(recipe=recipe).ckpt is None
     assert cli.compose("benchmark", []).values["ckpt"] is None

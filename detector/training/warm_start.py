@@ -68,7 +68,7 @@ def find_start(options: T) -> tuple[T, Detector | None]:
 
 def _of_this_package(options: TrainOptions) -> tuple[str, str]:
     """The name of the package's detector with this backbone, and why there is none."""
-    if asked := [word for word, keys in _asked(options.overrides) if "backbone.weights" in keys]:
+    if asked := _asked_weights(options):
         return "", f"{asked[-1]} is given"
     known = [name for name in names() if name.startswith(f"{options.backbone_name}_")]
     return (known[0], "") if known else ("", f"this package has no detector with backbone={options.backbone_name}")
@@ -124,6 +124,11 @@ def _asked(words: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
             yield word, (key,)
 
 
+def _asked_weights(options: TrainOptions) -> list[str]:
+    """The words of a command line that set `backbone.weights`."""
+    return [word for word, keys in _asked(options.overrides) if "backbone.weights" in keys]
+
+
 def _names(tree: Any, prefix: str = "") -> list[str]:
     """The dotted names of the values in dicts of dicts."""
     if not isinstance(tree, Mapping):
@@ -155,7 +160,7 @@ def _with_network_of(start: Detector, options: T) -> T:
     if differences:
         changed = [f"{key} {shown(other)} (not {shown(own)})" for key, (own, other) in differences.items()]
         log.info("the network is that of %s: %s", options.ckpt, first_three(changed))
-    if any("backbone.weights" in keys for _, keys in _asked(options.overrides)):
+    if _asked_weights(options):
         log.info("backbone.weights=%s is not read: %s has a backbone", options.backbone.weights, options.ckpt)
     return options.model_copy(update=parts)
 
