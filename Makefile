@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all check format browser clean
+.PHONY: help setup demo test test-slow test-gpu test-all check format browser clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -25,6 +25,9 @@ test: $(STAMP) ## The fast tests
 
 test-slow: $(STAMP) ## The slow tests
 	$(PYTEST) -m slow
+
+test-gpu: $(STAMP) ## The tests that need a GPU
+	$(PY) -m pytest -m gpu
 
 test-all: $(STAMP) ## All tests
 	$(PYTEST)

@@ -16,10 +16,13 @@ import torch
 from timed_calls import broken, sleeper
 from tool_runner import run_tool
 
+from detector.data.annotations import load_annotations
+from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
 from detector.export.formats import export_onnx, export_openvino
 from detector.inference.detector import Detector
-from detector.lab import prediction
+from detector.lab import gpu, prediction
+from detector.lab.benchmark import BenchmarkOptions, benchmark
 from detector.lab.latency import take_turns_apart
 from detector.lab.prediction import (
     NO_PROPOSALS,
@@ -31,6 +34,7 @@ from detector.lab.prediction import (
     peak_memory,
     peer,
 )
+from detector.models.build import NetworkOptions
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
 
@@ -182,3 +186,22 @@ def test_two_exports_of_one_name(tmp_path: Path) -> None:
 
 def test_the_tool_needs_a_checkpoint(tmp_path: Path) -> None:
     assert "ckpt=RUN_DIR/best.ckpt" in run_tool("benchmark", "predict", cwd=tmp_path).error()
+
+
+def test_training_steps_and_predictions_are_measured_by_layout_and_precision(
+    small_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("BATCHES", (2,)), ("SIZE", 64), ("OTHERS", [])):
+        monkeypatch.setattr(gpu, name, value)
+    root = ensure_shapes(tmp_path, seed=1, train=2, val=1, size=64)
+    index = load_annotations(root / "annotations/train.json", root / "images")
+    rows = gpu.measure(NetworkOptions.parse(small_spec), index, torch.device("cpu"), 1)
+    assert [row["what"] for row in rows] == ["training step"] * 4 + ["prediction"] * 4
+    assert {(row["memory"], row["precision"]) for row in rows[:4]} == {one[1:] for one in gpu.OWN}
+    assert all(row["images_per_second"] == pytest.approx(2000 / row["ms"]) for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_is_not_measured_where_there_is_none() -> None:
+    with pytest.raises(InputError, match="torch sees no GPU here"):
+        benchmark(BenchmarkOptions(what="gpu"))

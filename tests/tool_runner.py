@@ -46,10 +46,11 @@ class Outcome:
 
 
 def tool_environment(**extra: str) -> dict[str, str]:
-    """For a process that runs a tool from any folder: this checkout, one thread, no rank."""
+    """For a process that runs a tool from any folder: this checkout before all else, one thread, no rank."""
     inherited = {key: value for key, value in os.environ.items() if key not in RANKS}
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return inherited | threads | {"PYTHONPATH": str(ROOT)} | extra
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return inherited | threads | {"PYTHONPATH": path} | extra
 
 
 def run_tool(tool: str, *overrides: str, cwd: Path, timeout: float = 240) -> Outcome:

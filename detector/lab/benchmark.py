@@ -9,6 +9,7 @@ python tools/benchmark.py speed out=DIR               the paper's speed tables: 
 python tools/benchmark.py speed tables=table8 only=[v2_1x,v1_1x]      one of them, these backbones alone
 python tools/benchmark.py predict ckpt=best.ckpt exports=[best.onnx,best.xml]   one image to its boxes, part by part,
                                                       beside torchvision's detectors, with 1 .. all threads
+python tools/benchmark.py gpu backbone=v2_1x          training steps and predictions on a GPU, beside torchvision's
 python tools/benchmark.py cost out=DIR                what predicts the time of every backbone: multiply-adds, memory
                                                       access or a roofline fitted without its family
 """
@@ -41,6 +42,7 @@ from detector.export.formats import import_packages
 from detector.files import check_writable, replacing, write_json
 from detector.inference.detector import Detector
 from detector.inference.runtime import ExportedDetector
+from detector.lab import gpu
 from detector.lab.backbones import CLASSES, BackboneProfile, alexnet_profile, profile, time_classifiers
 from detector.lab.cost_survey import cost_survey
 from detector.lab.latency import machine, milliseconds
@@ -67,7 +69,7 @@ from detector.options import Count, Flag
 
 log = logging.getLogger(__name__)
 # Turns of each contestant where the command line does not say: a 99th percentile needs a hundred.
-TURNS = {"peers": 15, "backbones": 15, "predict": 100, "cost": 15, "speed": 15}
+TURNS = {"peers": 15, "backbones": 15, "predict": 100, "cost": 15, "speed": 15, "gpu": 15}
 RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino"}
 # Shown in receptive_fields.png: the backbones of table 7 at 140 M, and what they are compared with.
 PLOTTED = (
@@ -94,12 +96,12 @@ class BenchmarkOptions(NetworkOptions):
 
     model_config = ConfigDict(extra="ignore")
 
-    what: Literal["peers", "backbones", "predict", "cost", "speed"] = "peers"
-    """Peers, backbones, predict, cost or speed; the word alone will do."""
+    what: Literal["peers", "backbones", "predict", "cost", "speed", "gpu"] = "peers"
+    """Peers, backbones, predict, gpu, cost or speed; the word alone will do."""
     turns: Count | None = None
     """Turns of each contestant, after three that are not counted; null: 15, for predict 100. Speed: at most."""
     out: str | None = None
-    """Peers, predict: a JSON file; backbones: a folder; cost, speed: a folder, null: cost, speed."""
+    """Peers, predict, gpu: a JSON file; backbones: a folder; cost, speed: a folder, null: cost, speed."""
     only: tuple[str, ...] | None = None
     """Backbones, cost, speed: their names, [v2_1x,v2star_1x]; null: every file of conf/backbone/."""
     tables: Annotated[tuple[SpeedTable, ...], BeforeValidator(_listed)] = get_args(SpeedTable)
@@ -129,9 +131,9 @@ def benchmark(options: BenchmarkOptions) -> None:
         InputError: an option, or a file that it names, is wrong; a contestant fails.
     """
     if options.out:
-        check_writable(options.out, file=options.what in ("peers", "predict"))
+        check_writable(options.out, file=options.what in ("peers", "predict", "gpu"))
     commands = {"peers": benchmark_peers, "backbones": benchmark_backbones, "predict": benchmark_predict}
-    (commands | {"cost": benchmark_cost, "speed": benchmark_speed})[options.what](
+    (commands | {"cost": benchmark_cost, "speed": benchmark_speed, "gpu": benchmark_gpu})[options.what](
         options, options.turns or TURNS[options.what]
     )
 
@@ -289,6 +291,25 @@ def benchmark_predict(options: BenchmarkOptions, turns: int) -> None:
     log.info("%s; %s\n%s", where, size, prediction_tables(timings, spent, memory, efficiency, threads[-1]))
     content = {"machine": where, "picture": size, "turns": turns, "contestants": timings}
     _write(options.out, content | {"parts_ms": spent, "peak_memory_mb": memory, "per_multiply_add": efficiency})
+
+
+def benchmark_gpu(options: BenchmarkOptions, turns: int) -> None:
+    """Training steps and predictions on a GPU.
+
+    Raises:
+        InputError: torch sees no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise InputError("benchmark.py gpu: torch sees no GPU here; `peers` and `predict` measure on the CPU.")
+    where = f"{torch.cuda.get_device_name()}, {machine()}"
+    with tempfile.TemporaryDirectory() as folder:
+        root = ensure_shapes(Path(folder) / "shapes", seed=1, train=max(gpu.BATCHES), val=1, size=gpu.SIZE)
+        index = load_annotations(root / "annotations/train.json", root / "images")
+        rows = gpu.measure(options, index, torch.device("cuda"), turns)
+    columns = {key: (key, "") for key in ("what", "batch", *gpu.Contestant._fields)}
+    columns |= {"ms": ("ms", ".1f"), "images/s": ("images_per_second", ".0f")}
+    log.info("%s; images of %d x %d\n%s", where, gpu.SIZE, gpu.SIZE, _table(rows, columns))
+    _write(options.out, {"machine": where, "turns": turns, "contestants": rows})
 
 
 def benchmark_cost(options: BenchmarkOptions, turns: int) -> None:

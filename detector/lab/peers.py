@@ -106,7 +106,7 @@ def training_contest(
     return contest(
         "training step, batch 8 at 320",
         _steps(own, batches, own.losses),
-        _steps(peer, batches, lambda batch: peer(*_torchvision_targets(batch))),
+        _steps(peer, batches, lambda batch: peer(*torchvision_targets(batch))),
         max(1, turns // 3),
     )
 
@@ -130,7 +130,8 @@ def _steps(
     return run
 
 
-def _torchvision_targets(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def torchvision_targets(batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Images in [0, 1] without padding, and their objects, as torchvision's detectors take them."""
     images = [image[:, :h, :w] / 255 for image, (h, w) in zip(batch.images, batch.image_sizes.tolist(), strict=True)]
     targets = [
         {"boxes": boxes[labels >= 0], "labels": labels[labels >= 0] + 1}  # torchvision's background is 0
