@@ -21,10 +21,10 @@ demo: $(STAMP) ## Train on generated images, evaluate, predict: minutes on a lap
 	$(PY) tools/demo.py
 
 test: $(STAMP) ## The fast tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(STAMP) ## The slow tests
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: $(STAMP) ## The tests that need a GPU
 	$(PY) -m pytest -m gpu

@@ -21,8 +21,7 @@ from detector.models.postprocess import Suppress, suppress_eagerly
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "no neck": {"neck": {"name": "none", "width": None}},
-    "attention": {"neck": {"attention": True}, "light_head": {"objectness": 0.5}},
-    "head at stride 8, attention": {"neck": {"head_stride": 8, "attention": True}},
+    "objectness in the score": {"light_head": {"objectness": 0.5}},
     "a box per class": {"light_head": {"class_agnostic": False}},
     "max of samples": {"light_head": {"align_reduce": "max"}},
     "kernel 15": {"light_head": {"kernel_size": 15}},

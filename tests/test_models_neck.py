@@ -6,13 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detector.models.neck import (
-    ContextEnhancement,
-    ContextEnhancementOptions,
-    NoNeck,
-    NoNeckOptions,
-    SpatialAttention,
-)
+from detector.models.neck import ContextEnhancement, ContextEnhancementOptions, NoNeck, NoNeckOptions
 
 CHANNELS = {"c3": 8, "c4": 12, "c5": 16}
 STRIDES = {"c3": 8, "c4": 16, "c5": 32}
@@ -79,26 +73,3 @@ def test_trains_with_one_image_in_the_batch() -> None:
     fused, _ = neck(maps(count=1))
     fused.sum().backward()
     assert all(parameter.grad is not None for parameter in neck.parameters())
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_attention_by_hand(same: bool) -> None:
-    """ThunderNet, section 3.3: F_SAM = F_CEM * sigmoid(BN(1x1 convolution of the RPN's map))."""
-    torch.manual_seed(0)
-    attention = SpatialAttention(6, 10, same=same).double().eval()
-    hidden, features = torch.randn(2, 6, 3, 4, dtype=torch.float64), torch.randn(2, 10, 6, 8, dtype=torch.float64)
-    larger = hidden.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    gate = 1 / (1 + torch.exp(-torch.einsum("oi,nihw->nohw", attention.gate[0].weight[..., 0, 0], larger) * UNIT))
-    torch.testing.assert_close(attention(features, larger if same else hidden), features * gate)
-
-
-def test_head_map_of_stride_8_by_hand() -> None:
-    torch.manual_seed(0)
-    neck = ContextEnhancement(CHANNELS, STRIDES, ContextEnhancementOptions(width=10, head_stride=8)).double().eval()
-    features = {key: value.double() for key, value in maps().items()}
-    fused, fine = neck(features)
-    assert (neck.rpn_stride, neck.head_stride, fine.shape) == (16, 8, (2, 10, 8, 12))
-    assert neck.fine is not None
-    c3 = torch.einsum("oi,nihw->nohw", neck.fine[0].weight[..., 0, 0], features["c3"]) * UNIT
-    torch.testing.assert_close(fine, torch.relu(c3 + fused.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)))
-    assert [len(neck.readers(name)) for name in ("c3", "c4", "c5")] == [2, 1, 2]

@@ -32,9 +32,9 @@ class Layers(nn.Module):
 
     def forward(self, images: Tensor) -> object:
         network: Any = self.network
-        hidden, head_map = network.stage_maps(images)
+        rpn_map, head_map = network.features(images)
         proposals = images.new_zeros(len(images), network.rpn.options.test_limits.after_nms, 4)
-        return network.rpn.outputs(hidden), network.head(network.head.thin(head_map), proposals)
+        return network.rpn(rpn_map), network.head(network.head.thin(head_map), proposals)
 
 
 def detection_operations(options: DetectorOptions) -> list[Operation]:

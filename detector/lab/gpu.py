@@ -129,7 +129,7 @@ def _training(
 def _prediction(
     options: NetworkOptions, classes: int, batch: Batch, contestant: Contestant, device: torch.device
 ) -> Callable[[], object]:
-    """From images of one size to boxes in its frame; this package's network folded, as it predicts."""
+    """From images of one size to boxes in its frame; this package's network folded (`fuse`), no more."""
     network = _network(options, classes, contestant, device).eval()
     if contestant in OWN:
         network = _as_it_lies(fuse(network), contestant)

@@ -243,9 +243,15 @@ class LightHead(nn.Module):
         valid = picked.foreground | picked.background
         return Proposals(gather_boxes(rois.boxes, kept), valid, rois.scores.gather(1, kept)), picked
 
-    def losses(self, output: HeadOutput, rois: Proposals, matches: Matches, batch: Batch) -> dict[str, Tensor]:
-        """Class and box loss over the chosen RoIs; finite with no RoI and no object, all outputs stay in the graph."""
+    def losses(
+        self, output: HeadOutput, rois: Proposals, matches: Matches, batch: Batch, taught: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Class and box loss over the chosen RoIs; finite with no RoI and no object, all outputs stay in the graph.
+
+        With class probabilities `taught` (N, P, K + 1) also head_teacher, see `imitation`, over all RoIs, mined or not.
+        """
         used = matches.foreground | matches.background
+        imitated = {} if taught is None else {"head_teacher": imitation(output.class_logits, taught, used)}
         labels = batch.labels.gather(1, matches.index).masked_fill(~matches.foreground, self.num_classes)
         class_loss = F.cross_entropy(output.class_logits.flatten(0, 1), labels.flatten(), reduction="none")
         class_loss = class_loss.view_as(labels)
@@ -259,7 +265,7 @@ class LightHead(nn.Module):
         return {
             "head_class": torch.where(used, class_loss, 0.0).sum() / count,
             "head_box": self.options.box_weight * torch.where(used, box_loss, 0.0).sum() / count,
-        }
+        } | imitated
 
     def _box_loss(self, deltas: Tensor, rois: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
         """Smooth L1 (N, P) between predicted and wanted deltas, of the RoI's own class if class-specific."""
@@ -297,6 +303,21 @@ class LightHead(nn.Module):
         if self.calibration != IDENTITY:
             scores = calibrated(scores, *self.calibration)
         return FixedDetections(boxes, scores, torch.where(found, index % self.num_classes, -1), found.sum(dim=1))
+
+
+def imitation(class_logits: Tensor, taught: Tensor, used: Tensor) -> Tensor:
+    """How far classes are from a teacher's: Kullback-Leibler divergence, mean over RoIs.
+
+    Chen et al. 2017 (Learning efficient object detection models with knowledge distillation), section 3.2. Chosen by
+    this project: temperature 1, weight 1 and background weighted as any class.
+
+    Args:
+        class_logits: (N, P, K + 1).
+        taught: (N, P, K + 1), probabilities.
+        used: (N, P), which RoIs count.
+    """
+    divergence = F.kl_div(class_logits.log_softmax(dim=-1), taught, reduction="none").sum(dim=-1)
+    return torch.where(used, divergence, 0.0).sum() / used.sum().clamp(min=1)
 
 
 def _rows(own: Tensor, given: Tensor, labels: Sequence[int | None]) -> Tensor:

@@ -12,12 +12,17 @@ from detector.models.backbones import Backbone
 from detector.models.backbones.input_frame import MEAN, STD
 from detector.models.backbones.unshuffled import reorder_inputs
 from detector.models.light_head import LightHead
-from detector.models.neck import Neck, SpatialAttention
+from detector.models.neck import Neck
 from detector.models.postprocess import FixedDetections, Suppress, suppress_eagerly
 from detector.models.rpn import RPN, Proposals
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from detector.data.collate import Batch
+
+    # Images (N, 3, H, W) and RoIs (N, P, 4) -> probabilities of classes and background (N, P, K + 1).
+    Teach = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,6 @@ class LightHeadRCNN(nn.Module):
         self.neck = neck
         self.rpn = rpn
         self.head = head
-        # None has no parameters, and no name in checkpoints.
-        same = neck.rpn_stride == neck.head_stride
-        hidden, channels = rpn.options.channels, neck.head_channels
-        self.attention = SpatialAttention(hidden, channels, same=same) if neck.attention else None
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
@@ -70,12 +71,6 @@ class LightHeadRCNN(nn.Module):
         """The map of the RPN and the map of the light head."""
         return self.neck(self.backbone(self.normalise(images)))
 
-    def stage_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden map of the RPN, and the map of the light head, gated where there is attention."""
-        rpn_map, head_map = self.features(images)
-        hidden = self.rpn.hidden(rpn_map)
-        return hidden, head_map if self.attention is None else self.attention(head_map, hidden)
-
     def to_inference(self) -> None:
         """Let the backbone order its channels as it likes, and reorder the weights of what reads its maps."""
         for name, order in self.backbone.unshuffle().items():
@@ -85,20 +80,28 @@ class LightHeadRCNN(nn.Module):
             for layers in readers:
                 reorder_inputs(layers, order)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, teach: Teach | None = None) -> dict[str, Tensor]:
         """The training losses: `network(batch)` is what a step of training calls, with the hooks of nn.Module."""
-        return self.losses(batch)
+        return self.losses(batch, teach)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """rpn_objectness, rpn_box, head_class, head_box: scalars whose sum is to be minimised."""
-        hidden, head_map = self.stage_maps(batch.images)
-        objectness, deltas, anchors = self.rpn.outputs(hidden)
+    def losses(self, batch: Batch, teach: Teach | None = None) -> dict[str, Tensor]:
+        """rpn_objectness, rpn_box, head_class, head_box: scalars whose sum is to be minimised.
+
+        With a teacher, which says of what class the RoIs are, also head_teacher.
+        """
+        rpn_map, head_map = self.features(batch.images)
+        objectness, deltas, anchors = self.rpn(rpn_map)
         losses = self.rpn.losses(objectness, deltas, anchors, batch)
         with torch.no_grad():
             proposals = self.rpn.propose(objectness, deltas, anchors, batch.image_sizes)
             rois, matches = self.head.rois_for_training(proposals, batch)
         output = self.head(self.head.thin(head_map), rois.boxes)
-        return losses | self.head.losses(output, rois, matches, batch)
+        taught = None if teach is None else teach(batch.images, rois.boxes)
+        return losses | self.head.losses(output, rois, matches, batch, taught)
+
+    def class_logits(self, images: Tensor, rois: Tensor) -> Tensor:
+        """(N, P, K + 1) of RoIs (N, P, 4), xyxy in pixels of these images."""
+        return self.head(self.head.thin(self.features(images)[1]), rois).class_logits
 
     @torch.inference_mode()
     def detect(self, images: Tensor, image_sizes: Tensor, max_proposals: int | None = None) -> FixedDetections:
@@ -113,8 +116,8 @@ class LightHeadRCNN(nn.Module):
 
     def propose(self, images: Tensor, image_sizes: Tensor, suppress: Suppress = suppress_eagerly) -> Regions:
         """The first stage, paid for once per image; arguments as of `detect`."""
-        hidden, head_map = self.stage_maps(images)
-        objectness, deltas, anchors = self.rpn.outputs(hidden)
+        rpn_map, head_map = self.features(images)
+        objectness, deltas, anchors = self.rpn(rpn_map)
         proposals = self.rpn.propose(objectness, deltas, anchors, image_sizes, suppress)
         return Regions(proposals, self.head.thin(head_map), anchors, image_sizes)
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from detector.models.layers import Channels, conv_bn, depthwise
-from detector.options import Flag, Options
+from detector.options import Options
 
 
 class NoNeckOptions(Options):
@@ -26,10 +26,6 @@ class ContextEnhancementOptions(Options):
     name: Literal["cem"] = "cem"
     width: Channels = 245
     """Channels of the fused map (ThunderNet, section 3.2: 245)."""
-    attention: Flag = False
-    """The RPN's hidden map gates the light head's, channel by channel (ThunderNet, section 3.3, SAM)."""
-    head_stride: Literal[8, 16] = 16
-    """Of the light head's map: at 8, C3 joins once more. Chosen by this project, for small objects."""
 
 
 AnyNeckOptions = Annotated[NoNeckOptions | ContextEnhancementOptions, Field(discriminator="name")]
@@ -41,7 +37,6 @@ class Neck(nn.Module):
     Attributes:
         rpn_channels, rpn_stride, head_channels, head_stride: of the maps that the RPN and the light head get.
         rpn_map, head_map: names of the backbone's maps that are handed on as they are; None: made here.
-        attention: the light head's map is gated by `SpatialAttention`.
     """
 
     rpn_channels: int
@@ -50,7 +45,6 @@ class Neck(nn.Module):
     head_stride: int
     rpn_map: str | None = None
     head_map: str | None = None
-    attention: bool = False
 
     def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The map of the RPN and the map of the light head."""
@@ -96,7 +90,6 @@ class ContextEnhancement(Neck):
     ) -> None:
         super().__init__()
         width = options.width
-        self.attention = options.attention
         self.rpn_channels = self.head_channels = width
         self.rpn_stride = self.head_stride = strides["c4"]
         self.c3 = conv_bn(channels["c3"], width, 3, stride=2)
@@ -105,43 +98,17 @@ class ContextEnhancement(Neck):
         # No normalisation on the global branch: one value per image and channel has no variance at batch size 1.
         self.context = nn.Conv2d(channels["c5"], width, 1)
         self.mix = nn.Sequential(*depthwise(width, 5), *conv_bn(width, width, activation="relu"))
-        self.fine: nn.Module | None = None
-        if options.head_stride == 8:
-            self.fine, self.head_stride = conv_bn(channels["c3"], width), strides["c3"]
 
     def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         c4 = self.c4(features["c4"])
         c5 = F.interpolate(self.c5(features["c5"]), size=c4.shape[-2:], mode="nearest")
         context = self.context(features["c5"].mean(dim=(2, 3), keepdim=True))
         fused = self.mix(torch.relu(c4 + c5 + context + self.c3(features["c3"])))
-        if self.fine is None:
-            return fused, fused
-        fine = self.fine(features["c3"])
-        return fused, torch.relu(fine + F.interpolate(fused, size=fine.shape[-2:], mode="nearest"))
+        return fused, fused
 
     def readers(self, name: str) -> list[nn.Module]:
-        fine = [] if self.fine is None else [self.fine]
-        readers: dict[str, list[nn.Module]] = {"c3": [self.c3, *fine], "c4": [self.c4], "c5": [self.c5, self.context]}
+        readers: dict[str, list[nn.Module]] = {"c3": [self.c3], "c4": [self.c4], "c5": [self.c5, self.context]}
         return readers[name]
-
-
-class SpatialAttention(nn.Module):
-    """Where the RPN sees objects, the light head's map speaks louder: Qin et al. 2019 (ThunderNet), section 3.3.
-
-    Args:
-        hidden: channels of the RPN's hidden map.
-        channels: of the light head's map.
-        same: both maps have one size.
-    """
-
-    def __init__(self, hidden: int, channels: int, *, same: bool) -> None:
-        super().__init__()
-        self.gate, self.same = conv_bn(hidden, channels), same
-
-    def forward(self, features: Tensor, hidden: Tensor) -> Tensor:
-        """The map (N, C, h, w) gated by the RPN's hidden map (N, D, h', w')."""
-        gate = self.gate(hidden).sigmoid()
-        return features * (gate if self.same else F.interpolate(gate, size=features.shape[-2:], mode="nearest"))
 
 
 NECKS: dict[str, type[NoNeck | ContextEnhancement]] = {"none": NoNeck, "cem": ContextEnhancement}

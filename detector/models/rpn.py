@@ -127,10 +127,7 @@ class RPN(nn.Module):
             objectness logits (N, A), deltas (N, A, 4), both float32, and the anchors (A, 4) in pixels of the padded
             input; A = h * w * shapes, ordered as AnchorGrid orders them.
         """
-        return self.outputs(self.hidden(features))
-
-    def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `forward`, of the hidden map (N, D, h, w)."""
+        hidden = self.hidden(features)
         objectness = self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)
         deltas = self.deltas(hidden).permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
         height, width = hidden.shape[-2:]

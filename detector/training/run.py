@@ -31,6 +31,7 @@ from detector.models.weights import first_three
 from detector.training.data_module import DetectionData
 from detector.training.resume import classes_of_run
 from detector.training.task import DetectionTask, FreezeOptions
+from detector.training.teacher import Teacher
 from detector.training.trainer import RunOptions, begin, fit, provenance, without_traces
 from detector.training.warm_start import find_start, warm_start
 
@@ -46,6 +47,8 @@ class TrainOptions(NetworkOptions, RunOptions):
     input: Preprocessing = Preprocessing()
     augment: AugmentOptions = AugmentOptions()
     freeze: FreezeOptions = FreezeOptions()
+    teacher: str | None = None
+    """a more able detector of the same classes, to be imitated: a file, or the name of one of this package"""
     calibrate: str = "auto"
     """what scores are worth: auto, found on the validation split; none; or as in this checkpoint of the same classes"""
 
@@ -72,6 +75,7 @@ def train(options: TrainOptions) -> Path:
         schedule=options.schedule,
         freeze=options.freeze,
         calibrate=options.calibrate == "auto",
+        teach=_teacher(options, train_index.class_names),
     )
     transform = TrainTransform(options.input, options.augment, seed=options.seed)
     data = DetectionData(
@@ -98,6 +102,21 @@ def _new_detector(options: TrainOptions, class_names: Sequence[str], start: Dete
         log.info("%s", load_weights(detector.network.backbone, options.backbone.weights))
     detector.network.to(memory_format=torch.channels_last)
     return detector
+
+
+def _teacher(options: TrainOptions, class_names: Sequence[str]) -> Teacher | None:
+    """
+    Raises:
+        InputError: it cannot teach these classes, or this run would overwrite it.
+    """
+    if not options.teacher:
+        return None
+    if options.run_dir and Path(options.run_dir).resolve() in Path(options.teacher).resolve().parents:
+        raise InputError(
+            f"teacher={options.teacher} lies in run_dir={options.run_dir}, where this run writes. "
+            "Choose another run_dir."
+        )
+    return Teacher(options.teacher, class_names)
 
 
 def _operating_point(calibrate: str, class_names: Sequence[str]) -> OperatingPoint:

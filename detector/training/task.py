@@ -28,6 +28,8 @@ from detector.training.schedule import OptimizerOptions, ScheduleOptions, config
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from detector.models.light_head_rcnn import Teach
+
 
 class FreezeOptions(Options):
     """What of the backbone stays as it is."""
@@ -52,7 +54,7 @@ class Task(lightning.LightningModule):
     """
 
     entry: ClassVar[str]
-    columns: ClassVar[Columns]
+    columns: Columns
 
     def __init__(
         self, network: nn.Module, optimizer: OptimizerOptions | None = None, schedule: ScheduleOptions | None = None
@@ -105,6 +107,7 @@ class DetectionTask(Task):
         val_index: what it is scored on.
         optimizer, schedule: see their classes; None for evaluation alone.
         freeze: what of the backbone stays as it is, see `Backbone.freeze`; None: nothing.
+        teach: says of what class RoIs are, for a loss more, `head_teacher`.
         calibrate: find in each validation what the scores are worth, for the checkpoint.
     """
 
@@ -124,9 +127,14 @@ class DetectionTask(Task):
         schedule: ScheduleOptions | None = None,
         freeze: FreezeOptions | None = None,
         calibrate: bool = False,
+        teach: Teach | None = None,
     ) -> None:
         super().__init__(detector.network, optimizer, schedule)
         self.detector, self.val_index, self.calibrate = detector, val_index, calibrate
+        self.teach = teach
+        if teach:
+            losses = (*self.columns.losses, "loss_head_teacher")
+            self.columns = self.columns._replace(losses=losses)
         self.operating_point = detector.operating_point
         self.results = Results.of([], [])
         self._found: list[Results] = []
@@ -157,7 +165,7 @@ class DetectionTask(Task):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         with big_enough():
-            losses = self.network(batch)
+            losses = self.network(batch, self.teach)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
             parts = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
