@@ -113,6 +113,8 @@ def test_a_checkpoint_says_from_which_score_on_each_class_is_shown(run: Run, mon
     assert dict(zip(own.class_names, own.thresholds, strict=True)) == dict(zip(names, found[0], strict=True))
     with pytest.raises(InputError, match=r"calibrate=other\.ckpt: it has no threshold for cow\."):
         _operating_point("other.ckpt", ["cat", "cow"])
+    with pytest.raises(InputError, match="calibrate=nowhere: No checkpoint at 'nowhere'"):
+        _operating_point("nowhere", names)
     assert _operating_point("none", names) == OperatingPoint()
 
 

@@ -123,11 +123,14 @@ def _operating_point(calibrate: str, class_names: Sequence[str]) -> OperatingPoi
     """What a run begins with: nothing, or what another detector knows of its scores, in the order of these classes.
 
     Raises:
-        InputError: the other one does not know all classes.
+        InputError: there is no other one, or it does not know all classes.
     """
     if calibrate in ("auto", "none"):
         return OperatingPoint()
-    other = Detector.load(find(calibrate), "cpu", fused=False)
+    try:
+        other = Detector.load(find(calibrate), "cpu", fused=False)
+    except InputError as error:
+        raise InputError(f"calibrate={calibrate}: {error}") from error
     known = dict(zip(other.class_names, other.thresholds or (), strict=bool(other.thresholds)))
     if unknown := [name for name in class_names if name not in known]:
         raise InputError(
