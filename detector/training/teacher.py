@@ -17,7 +17,8 @@ from detector.training.warm_start import matched
 class Teacher:
     """What a detector says of RoIs that it has not proposed.
 
-    It sees the pixels that the learner sees, at the learner's size. It learns nothing, and no checkpoint holds it.
+    It sees the pixels that the learner sees, at the learner's size, in bfloat16 on a processor with units for it (AMX).
+    It learns nothing, and no checkpoint holds it.
 
     Args:
         ckpt: as of `Detector.load`.
@@ -30,7 +31,7 @@ class Teacher:
 
     def __init__(self, ckpt: str, class_names: Sequence[str]) -> None:
         try:
-            detector = Detector.load(find(ckpt), "cpu")
+            detector = Detector.load(find(ckpt), "cpu", precision="bf16" if fast_in_bf16() else "float32")
         except InputError as error:
             raise InputError(f"teacher={ckpt}: {error} A run goes on without one with teacher=null.") from error
         labels = matched(class_names, detector.class_names)
@@ -43,6 +44,7 @@ class Teacher:
                 f"teacher={ckpt}: it has one class for {first_three(doubled)}. Merge them, or teacher=null."
             )
         self.network, self.labels = detector.network.eval(), torch.tensor(labels)
+        self.bf16 = detector.precision == "bf16"
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rois: Tensor) -> Tensor:
@@ -53,5 +55,12 @@ class Teacher:
             rois: (N, P, 4) xyxy in pixels of `images`.
         """
         self.network, self.labels = self.network.to(images.device), self.labels.to(images.device)
-        known = self.network.class_logits(images, rois).float().softmax(dim=-1)[..., self.labels]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.network.class_logits(images, rois)
+        known = logits.float().softmax(dim=-1)[..., self.labels]
         return torch.cat((known, (1 - known.sum(dim=-1, keepdim=True)).clamp(min=0)), dim=-1)
+
+
+def fast_in_bf16() -> bool:
+    """Whether this processor has tiles for bfloat16; torch has no public word for it."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
