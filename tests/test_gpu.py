@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from skimage import data as pictures
 from tool_runner import run_tool
 
 import detector
@@ -42,6 +41,7 @@ def exact() -> Iterator[None]:
 
 def photographs() -> list[np.ndarray]:
     """Two, and parts of them: a person, a cat."""
+    pictures = pytest.importorskip("skimage.data")
     whole = [pictures.astronaut(), pictures.cat()]
     return [
         np.ascontiguousarray(view) for image in whole for view in (image, image[:, ::-1], image[40:], image[:, 60:])

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from detector.data.collate import Batch, collate
 from detector.data.dataset import DetectionDataset
@@ -78,8 +77,8 @@ def _repeat(call: Callable[[], object]) -> None:
 
 def _batch(index: AnnotationIndex, size: int) -> Batch:
     transform = TrainTransform(Preprocessing(short_side=SIZE, long_side=SIZE), AugmentOptions(), seed=0)
-    batch: Batch = next(iter(DataLoader(DetectionDataset(index, transform), batch_size=size, collate_fn=collate)))
-    return batch
+    samples = DetectionDataset(index, transform)
+    return collate([samples[i] for i in range(size)])
 
 
 def _network(options: NetworkOptions, classes: int, contestant: Contestant, device: torch.device) -> Any:

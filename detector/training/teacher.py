@@ -54,7 +54,8 @@ class Teacher:
             images: uint8 RGB (N, 3, H, W).
             rois: (N, P, 4) xyxy in pixels of `images`.
         """
-        self.network, self.labels = self.network.to(images.device), self.labels.to(images.device)
+        if self.labels.device != images.device:
+            self.network, self.labels = self.network.to(images.device), self.labels.to(images.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.network.class_logits(images, rois)
         known = logits.float().softmax(dim=-1)[..., self.labels]
