@@ -112,6 +112,14 @@ def test_every_form_of_a_split(folder: Path, given: str) -> None:
     assert [index.image_ids for index in splits.values()] == [["a.png", "b.png", "c.png"], ["d.png"]]
 
 
+def test_a_list_that_is_given_is_no_json(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "few.txt").write_text("images/val/d.png")
+    with caplog.at_level(logging.INFO):
+        splits = load_splits(DataOptions.parse({"root": str(folder), "val": {"annotations": "few.txt"}}))
+    assert splits["val"].image_ids == ["d.png"]
+    assert "YOLO: 3 train, 1 val images, 2 classes" in caplog.messages
+
+
 def test_without_a_description(folder: Path) -> None:
     (folder / "data.yaml").unlink()
     (folder / "labels/classes.txt").write_text("\n".join(["cat", *"123456", "dog"]))

@@ -158,8 +158,10 @@ def _read(
 def find_format(options: DataOptions) -> Format:
     """The layout of a folder, by what lies in it."""
     root = options.prepared()
-    if any((root / one.annotations).is_file() and (root / one.images).is_dir() for one in (options.train, options.val)):
-        return "coco"
+    for one in (options.train, options.val):
+        file = root / one.annotations
+        if file.suffix == ".json" and file.is_file() and (root / one.images).is_dir():
+            return "coco"
     if any(map(has_xml, (root / "Annotations", root, root / "train"))):
         return "voc"
     return "yolo" if yaml_of(root) or (root / "labels").is_dir() else "coco"

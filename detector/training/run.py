@@ -3,7 +3,7 @@
 python tools/train.py backbone=v2_1x                            the embedded data set, minutes on a CPU
 python tools/train.py recipe=finetune data.root=DIR             your folder, from a detector of this package
 python tools/train.py recipe=finetune data.root=DIR ckpt=PATH   from another one; ckpt=null: ImageNet weights
-python tools/train.py recipe=voc data.root=DIR                  Pascal VOC, as this package's detectors were trained
+python tools/train.py recipe=voc data.root=DIR                  Pascal VOC, as docs/weights.md says
 python tools/train.py recipe=paper backbone=v2star_1x           a cell of the ShuffleNet V2 paper's table 7, on COCO
 python tools/train.py ckpt=RUN_DIR/last.ckpt resume=true        go on where a run stopped
 python tools/train.py trainer.devices=2 trainer.accelerator=cpu data parallel
