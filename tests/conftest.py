@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,3 +193,24 @@ def small_detector(small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.
     )
     excite(detector.network)
     return detector
+
+
+@pytest.fixture
+def small_onnx(small_detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the small detector as ONNX with these inputs, written once for all tests: that takes seconds. Read only."""
+    from detector.export.formats import export_onnx
+
+    def written(**inputs: Any) -> Path:
+        made_of = small_detector.options.spec(), small_detector.network.head.calibration, sorted(inputs.items())
+        digest = hashlib.sha256(repr(made_of).encode())
+        for values in small_detector.network.state_dict().values():
+            digest.update(values.numpy().tobytes())
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a folder in that of the run
+            folder = folder.parent
+        path = folder / f"{digest.hexdigest()}.onnx"
+        if not path.exists():
+            export_onnx(small_detector, path, **inputs)
+        return path
+
+    return written

@@ -34,7 +34,6 @@ WRITERS = {".onnx": formats.export_onnx, ".xml": formats.export_openvino, ".pt2"
 # Largest difference of a score; of a box a hundred times that. torch's own operators are the same code; the others
 # round differently, and the small network's logits are steep (`excite`).
 TOLERANCE = {".onnx": 1e-4, ".xml": 1e-4, ".pt2": 1e-6}
-_written: dict[str, Path] = {}
 
 
 @pytest.fixture
@@ -45,13 +44,9 @@ def small_detector(small_detector: Detector) -> Detector:
 
 
 @pytest.fixture
-def onnx_file(small_detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small detector as ONNX, any batch and size; written once, because that takes seconds."""
-    if "onnx" not in _written:
-        path = tmp_path_factory.mktemp("export") / "small.onnx"
-        formats.export_onnx(small_detector, path)
-        _written["onnx"] = path
-    return _written["onnx"]
+def onnx_file(small_onnx: Callable[..., Path]) -> Path:
+    """The small detector as ONNX, any batch and size."""
+    return small_onnx()
 
 
 def check_detector(detector: Detector, exported: ExportedDetector, canvases: list[tuple[int, int, int]]) -> int:
@@ -209,14 +204,27 @@ def test_properties_survive_the_round_trip(small_detector: Detector) -> None:
         ExportInfo.from_properties(properties | {"version": "Infinity"}, "a.onnx")
 
 
+# An export takes many seconds: variants that do not touch each other share one. Each alone is in test_export_graph.py.
+TOGETHER = [
+    ["plain"],
+    ["no neck", "objectness in the score", "paper's layout"],
+    ["a box per class", "V2*", "fewer candidates than detections"],
+    ["max of samples", "kernel 15", "more proposals than candidates"],
+    ["dense RPN, dilated"],
+    ["nothing found"],
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("names", TOGETHER, ids=", ".join)
 def test_every_variant_in_both_runtimes_without_torch(
-    small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module], name: str, tmp_path: Path
+    small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module], names: list[str], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
+    for name in names:
+        small_spec = changed(small_spec, VARIANTS[name])
     detector = Detector(
-        NetworkOptions.parse(changed(small_spec, VARIANTS[name])),
+        NetworkOptions.parse(small_spec),
         ("cat", "dog", "bird"),
         Preprocessing(short_side=64, long_side=96),
     )
@@ -230,17 +238,23 @@ def test_every_variant_in_both_runtimes_without_torch(
     for path in paths:
         exported = ExportedDetector.load(path, threads=1)
         compared = check_detector(detector, exported, [(1, 64, 96), (3, 128, 64), (2, 96, 96)])
-        assert (compared == 0) == (name == "nothing found")
+        assert (compared == 0) == (names == ["nothing found"])
+
+
+def test_no_variant_is_left_out() -> None:
+    assert sorted(name for names in TOGETHER for name in names) == sorted(VARIANTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".xml", ".pt2"])
 def test_other_runtimes_equal_torch_at_any_batch_and_size(
-    small_detector: Detector, suffix: str, tmp_path: Path
+    small_detector: Detector, onnx_file: Path, suffix: str, tmp_path: Path
 ) -> None:
     if suffix == ".xml":
         pytest.importorskip("openvino")
-    WRITERS[suffix](small_detector, tmp_path / f"a{suffix}")
+        formats.export_openvino(small_detector, tmp_path / "a.xml", onnx_file)
+    else:
+        formats.export_torch(small_detector, tmp_path / "a.pt2")
     exported = ExportedDetector.load(tmp_path / f"a{suffix}", threads=1)
     canvases = [(1, 64, 96), (3, 64, 96), (2, 128, 64), (1, 160, 224), (5, 96, 96)]
     assert check_detector(small_detector, exported, canvases) > 300
@@ -286,10 +300,10 @@ def test_fixed_batch_and_size(small_detector: Detector, suffix: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_openvino_is_two_files_that_belong_together(small_detector: Detector, tmp_path: Path) -> None:
+def test_openvino_is_two_files_that_belong_together(small_detector: Detector, onnx_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     path = tmp_path / "a.xml"
-    formats.export_openvino(small_detector, path)
+    formats.export_openvino(small_detector, path, onnx_file)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.bin", "a.xml"]
     exported = ExportedDetector.load(path)
     assert exported.class_names == ("cat", "dog", "bird")

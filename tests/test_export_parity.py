@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,24 +191,25 @@ def test_a_fixed_canvas_is_compared_on_that_canvas(small_detector: Detector) -> 
 
 
 @pytest.mark.slow
-def test_an_onnx_file_with_swapped_channels_fails(small_detector: Detector, tmp_path: Path) -> None:
+def test_an_onnx_file_with_swapped_channels_fails(
+    small_detector: Detector, small_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from detector.export.formats import export_onnx
     from detector.inference.runtime import ExportedDetector
 
-    export_onnx(small_detector, tmp_path / "good.onnx")
-    model = onnx.load(tmp_path / "good.onnx")
+    good, broken = small_onnx(), tmp_path / "broken.onnx"
+    model = onnx.load(good)
     # What a careless writer does: the first convolution's kernels for blue, green, red.
     weights = {entry.name: entry for entry in model.graph.initializer}
     first = next(node for node in model.graph.node if node.op_type == "Conv")
     kernel = weights[first.input[1]]
     swapped = onnx.numpy_helper.from_array(np.ascontiguousarray(onnx.numpy_helper.to_array(kernel)[:, ::-1]))
     kernel.raw_data = swapped.raw_data
-    onnx.save(model, str(tmp_path / "broken.onnx"))
+    onnx.save(model, str(broken))
     contestants: dict[str, Predictor] = {REFERENCE: small_detector}
-    contestants |= {name: ExportedDetector.load(tmp_path / f"{name}.onnx", threads=1) for name in ("good", "broken")}
+    contestants |= {name: ExportedDetector.load(path, threads=1) for name, path in (("good", good), ("broken", broken))}
     rows = compare_contestants(
         take_turns(contestants, noise(6)),
         lambda _: 0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
-from detector.export.formats import export_onnx, openvino_model
+from detector.export.formats import openvino_model
 from detector.export.parity import REFERENCE, difference, take_turns
 from detector.export.quantize import (
     LAYERS,
@@ -76,19 +76,19 @@ def noise(count: int, seed: int = 0) -> list[np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("canvas", [None, (64, 96)])
 def test_int8_onnx_finds_nearly_the_same(
-    small_detector: Detector, tmp_path: Path, canvas: tuple[int, int] | None
+    small_detector: Detector, small_onnx: Callable[..., Path], tmp_path: Path, canvas: tuple[int, int] | None
 ) -> None:
-    info = export_int8_onnx(small_detector, tmp_path / "a.onnx", noise(40, seed=1), batch=None, canvas=canvas)
+    plain = small_onnx(canvas=canvas)
+    info = export_int8_onnx(small_detector, tmp_path / "a.onnx", noise(40, seed=1), plain, canvas=canvas)
     assert info.precision == "int8"
     assert info.provenance["export"]["calibration_pictures"] == 40
-    export_onnx(small_detector, tmp_path / "float.onnx", canvas=canvas)
     quantized = onnx.load(tmp_path / "a.onnx")
     assert {entry.domain for entry in quantized.opset_import} == {""}
     assert {step.domain for step in quantized.graph.node} == {""}
     # Weights are stored as int8: of the 130 KB of this network nearly all of it.
     kinds = Counter(entry.data_type for entry in quantized.graph.initializer)
     assert kinds[onnx.TensorProto.INT8] > 25
-    check_nearly_the_same(small_detector, tmp_path / "float.onnx", tmp_path / "a.onnx", info, share=0.7)
+    check_nearly_the_same(small_detector, plain, tmp_path / "a.onnx", info, share=0.7)
 
 
 def check_nearly_the_same(detector: Detector, plain: Path, quantized: Path, info: ExportInfo, *, share: float) -> None:
@@ -111,11 +111,12 @@ def check_nearly_the_same(detector: Detector, plain: Path, quantized: Path, info
 @pytest.mark.slow
 @pytest.mark.parametrize("canvas", [None, (64, 96)])
 def test_openvino_int8_finds_nearly_the_same(
-    small_detector: Detector, tmp_path: Path, canvas: tuple[int, int] | None
+    small_detector: Detector, small_onnx: Callable[..., Path], tmp_path: Path, canvas: tuple[int, int] | None
 ) -> None:
     openvino = pytest.importorskip("openvino")
     nncf = pytest.importorskip("nncf")
-    info = export_int8(small_detector, tmp_path / "a.xml", noise(40, seed=1), canvas=canvas)
+    plain = small_onnx(canvas=canvas)
+    info = export_int8(small_detector, tmp_path / "a.xml", noise(40, seed=1), source=plain, canvas=canvas)
     assert info.precision == "int8"
     assert info.provenance["export"]["calibration_pictures"] == 40
     assert info.provenance["export"]["nncf"] == nncf.__version__
@@ -126,21 +127,20 @@ def test_openvino_int8_finds_nearly_the_same(
         node.output(0).element_type for node in model.get_ordered_ops() if node.get_type_name() == "Constant"
     )
     assert stored[openvino.Type.i8] > 25
-    export_onnx(small_detector, tmp_path / "float.onnx", canvas=canvas)
     # NNCF cuts off outliers, of which random weights have more: on a trained detector it is the nearer one of the two.
-    check_nearly_the_same(small_detector, tmp_path / "float.onnx", tmp_path / "a.xml", info, share=0.6)
+    check_nearly_the_same(small_detector, plain, tmp_path / "a.xml", info, share=0.6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("canvas", [None, (64, 96)])
 def test_the_same_layers_stay_in_float_in_both_runtimes(
-    small_detector: Detector, tmp_path: Path, canvas: tuple[int, int] | None
+    small_detector: Detector, small_onnx: Callable[..., Path], canvas: tuple[int, int] | None
 ) -> None:
     pytest.importorskip("openvino")
-    export_onnx(small_detector, tmp_path / "a.onnx", canvas=canvas)
+    plain = small_onnx(canvas=canvas)
     graphs = [
-        onnx_nodes(onnx.load(tmp_path / "a.onnx").graph),
-        openvino_nodes(openvino_model(small_detector, canvas=canvas)[0]),
+        onnx_nodes(onnx.load(plain).graph),
+        openvino_nodes(openvino_model(small_detector, plain, canvas=canvas)[0]),
     ]
     for nodes in graphs:
         layers = [name for name, step in nodes.items() if step.kind in LAYERS]
@@ -174,7 +174,7 @@ def test_weights_have_a_scale_per_channel_however_large_they_are(small_spec: dic
 
 @pytest.mark.slow
 def test_accuracy_control_measures_the_detector_itself(
-    small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_detector: Detector, small_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NNCF's search takes minutes: what it is given is looked at here, once in float, and it gives the float back."""
     openvino = pytest.importorskip("openvino")
@@ -203,6 +203,7 @@ def test_accuracy_control_measures_the_detector_itself(
         small_detector,
         tmp_path / "a.xml",
         noise(20, seed=1),
+        source=small_onnx(canvas=(64, 96)),
         canvas=(64, 96),
         accuracy=AccuracyControl(measure, 6, 2.0),
     )
@@ -227,7 +228,7 @@ def test_accuracy_control_gives_layers_back(
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("nncf")
     small_spec["backbone"]["repeats"] = [1, 1, 1]  # the search compiles the network once for each layer
-    small_detector = request.getfixturevalue("small_detector")
+    small_detector, small_onnx = (request.getfixturevalue(name) for name in ("small_detector", "small_onnx"))
     pictures = noise(3)
     expected = small_detector.predict(pictures, score_threshold=0)
 
@@ -240,8 +241,10 @@ def test_accuracy_control_gives_layers_back(
         return sum(each) / len(each), each
 
     quantized = []
+    plain = small_onnx(canvas=(64, 96))
     for accuracy in (None, AccuracyControl(measure, 3, 20.0)):
-        export_int8(small_detector, tmp_path / "a.xml", noise(10, seed=1), canvas=(64, 96), accuracy=accuracy)
+        images, path = noise(10, seed=1), tmp_path / "a.xml"
+        export_int8(small_detector, path, images, source=plain, canvas=(64, 96), accuracy=accuracy)
         model = openvino.Core().read_model(tmp_path / "a.xml")
         quantized.append(sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()))
     assert quantized[1] < quantized[0]

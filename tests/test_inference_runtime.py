@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,17 +44,12 @@ import detector
 assert "torch" not in sys.modules
 print(json.dumps(found.to_dict()))
 """
-_written: dict[str, Path] = {}
 
 
 @pytest.fixture
-def fixed(small_detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small detector as ONNX for one image of 64 x 96; written once."""
-    if "fixed" not in _written:
-        path = tmp_path_factory.mktemp("export") / "fixed.onnx"
-        formats.export_onnx(small_detector, path, batch=1, canvas=(64, 96))
-        _written["fixed"] = path
-    return _written["fixed"]
+def fixed(small_onnx: Callable[..., Path]) -> Path:
+    """The small detector as ONNX for one image of 64 x 96."""
+    return small_onnx(batch=1, canvas=(64, 96))
 
 
 @pytest.fixture
@@ -85,10 +81,10 @@ def test_onnx_predicts_where_torch_cannot_be_imported(small_detector: Detector, 
 
 @pytest.mark.slow
 def test_openvino_predicts_where_torch_cannot_be_imported(
-    small_detector: Detector, tmp_path: Path, picture: Path
+    small_detector: Detector, small_onnx: Callable[..., Path], tmp_path: Path, picture: Path
 ) -> None:
     pytest.importorskip("openvino")
-    formats.export_openvino(small_detector, tmp_path / "a.xml")
+    formats.export_openvino(small_detector, tmp_path / "a.xml", small_onnx())
     check_without_torch(small_detector, tmp_path / "a.xml", picture)
 
 
@@ -175,11 +171,11 @@ def test_a_graph_that_loads_but_cannot_run(fixed: Path, picture: Path, tmp_path:
 
 @pytest.mark.slow
 def test_an_openvino_graph_that_cannot_be_compiled_or_run(
-    small_detector: Detector, tmp_path: Path, picture: Path
+    small_detector: Detector, fixed: Path, tmp_path: Path, picture: Path
 ) -> None:
     pytest.importorskip("openvino")
     path = tmp_path / "changed.xml"
-    formats.export_openvino(small_detector, path, batch=1, canvas=(64, 96))
+    formats.export_openvino(small_detector, path, fixed, batch=1, canvas=(64, 96))
     content = path.read_text()
     assert 'names="labels"' in content
     path.write_text(content.replace('names="labels"', 'names="lost"'))
@@ -270,7 +266,9 @@ def assert_the_same(one: Detections, other: Detections) -> None:
 
 
 @pytest.mark.slow
-def test_an_own_graph_finds_the_same(small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_own_graph_finds_the_same(
+    small_detector: Detector, small_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     openvino = pytest.importorskip("openvino")
     monkeypatch.setattr(runtime, "OFTEN", 1)
     compiled = []
@@ -281,7 +279,7 @@ def test_an_own_graph_finds_the_same(small_detector: Detector, tmp_path: Path, m
             compiled.append(str(model.inputs[0].partial_shape)) or plain(self, model, *rest)
         ),
     )
-    formats.export_openvino(small_detector, tmp_path / "a.xml")
+    formats.export_openvino(small_detector, tmp_path / "a.xml", small_onnx())
     exported = ExportedDetector.load(tmp_path / "a.xml", threads=1)
     pictures = [noise(64, 96, seed) for seed in range(2)]
     runs = [exported.predict(pictures, score_threshold=0) for _ in range(4)]
@@ -295,15 +293,24 @@ def test_an_own_graph_finds_the_same(small_detector: Detector, tmp_path: Path, m
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.xml", "a.onnx", "a.pt2"])
 def test_threads_share_an_export(
-    small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    small_detector: Detector,
+    small_onnx: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     """Every call gets the boxes of its own image, also while graphs for the two sizes are being compiled."""
     if name == "a.xml":
         pytest.importorskip("openvino")
     monkeypatch.setattr(runtime, "OFTEN", 20)
-    writer = {"a.xml": formats.export_openvino, "a.onnx": formats.export_onnx, "a.pt2": formats.export_torch}[name]
-    writer(small_detector, tmp_path / name)
-    exported = ExportedDetector.load(tmp_path / name, threads=1)
+    path = tmp_path / name
+    if name == "a.xml":
+        formats.export_openvino(small_detector, path, small_onnx())
+    elif name == "a.pt2":
+        formats.export_torch(small_detector, path)
+    else:
+        path = small_onnx()
+    exported = ExportedDetector.load(path, threads=1)
     pictures = [noise(64, 96, 0), noise(96, 64, 1)]
     alone = [exported.predict(picture, score_threshold=0)[0] for picture in pictures]
     with ThreadPoolExecutor(4) as pool:

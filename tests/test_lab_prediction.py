@@ -19,7 +19,7 @@ from tool_runner import run_tool
 from detector.data.annotations import load_annotations
 from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
-from detector.export.formats import export_onnx, export_openvino
+from detector.export.formats import Inputs, export_onnx, export_openvino
 from detector.inference.detector import Detector
 from detector.lab import gpu, prediction
 from detector.lab.benchmark import BenchmarkOptions, benchmark
@@ -124,27 +124,6 @@ def test_what_a_peer_with_random_weights_works_on(name: str, proposals: int | No
     assert seen == ([] if proposals is None else [proposals])
 
 
-@pytest.mark.slow
-def test_peers_are_exported_as_we_export(small_detector: Detector, tmp_path: Path) -> None:
-    """With a fixed size, in float32 and with the convolutions in int8; each runs, and so do our exports."""
-    openvino, _ = pytest.importorskip("openvino"), pytest.importorskip("nncf")
-    files = prediction.write_peers(IMAGE, tmp_path)
-    assert list(files) == [exported for name in PEERS for exported in prediction.exported_peer_names(name)]
-    for name, path in files.items():
-        model = openvino.Core().read_model(path)
-        assert list(model.input(0).shape) == [3, *IMAGE.shape[:2]]
-        layers = [node for node in model.get_ops() if "Convolution" in node.get_type_name()]
-        before = [node.input(0).get_source_output().get_node().get_type_name() for node in layers]
-        share = before.count("FakeQuantize") / len(layers)
-        assert share > 0.95 if name.endswith("int8)") else share == 0
-    export_openvino(small_detector, tmp_path / "ours.xml", batch=1, canvas=(32, 64))
-    times = prediction.contest_networks(IMAGE, [tmp_path / "ours.xml"], threads=[1], turns=2)
-    assert list(times) == [1]
-    for contest in times.values():
-        assert list(contest) == [*files, "ours.xml"]
-        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in contest.values())
-
-
 def test_peak_memory_sees_what_is_held() -> None:
     small, large = peak_memory("x = 0"), peak_memory("x = bytearray(200_000_000)")
     assert 150 < large - small < 260
@@ -153,14 +132,37 @@ def test_peak_memory_sees_what_is_held() -> None:
 
 
 @pytest.mark.slow
-def test_the_tool_prints_and_writes(tmp_path: Path, small_detector: Detector) -> None:
+def test_predictions_are_measured_beside_peers_that_are_exported_as_we_export(
+    tmp_path: Path, small_detector: Detector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torchvision's have a fixed size, in float32 and with the convolutions in int8. All in one: exports take long."""
     for package in ("onnxruntime", "openvino", "nncf"):
         pytest.importorskip(package)
     small_detector.save(tmp_path / "d.ckpt")
-    export_onnx(small_detector, tmp_path / "d.onnx")
-    export_openvino(small_detector, tmp_path / "d.xml", batch=1, canvas=(32, 64))
-    overrides = ["ckpt=d.ckpt", "exports=[d.onnx,d.xml]", "turns=1", "threads=[1]", "budgets=[5]", "out=p.json"]
-    outcome = run_tool("benchmark", "predict", *overrides, "peers_exported=true", cwd=tmp_path, timeout=600).ok()
+    inputs: Inputs = {"batch": 1, "canvas": (32, 64)}
+    export_onnx(small_detector, tmp_path / "d.onnx", **inputs)
+    export_openvino(small_detector, tmp_path / "d.xml", tmp_path / "d.onnx", **inputs)
+    written_peers: list[tuple[str, list[int], float]] = []
+
+    def looked_at(image: np.ndarray, folder: Path, write: Any = prediction.write_peers) -> dict[str, Path]:
+        files: dict[str, Path] = write(image, folder)
+        written_peers.extend((name, *shape_and_int8(path)) for name, path in files.items())
+        return files
+
+    monkeypatch.setattr(prediction, "write_peers", looked_at)
+    caplog.set_level("INFO")
+    exports = [str(tmp_path / name) for name in ("d.onnx", "d.xml")]
+    benchmark(
+        BenchmarkOptions(
+            what="predict", ckpt=str(tmp_path / "d.ckpt"), exports=exports, turns=1,
+            threads=[1], budgets=[5], out=str(tmp_path / "p.json"), peers_exported=True,
+        )
+    )  # fmt: skip
+    exported = {name: name.partition(" ")[0] for peer in PEERS for name in exported_peer_names(peer)}
+    assert [name for name, _, _ in written_peers] == list(exported)
+    for name, shape, share in written_peers:
+        assert shape == [3, 480, 640]
+        assert share > 0.95 if name.endswith("int8)") else share == 0
     written = json.loads((tmp_path / "p.json").read_text())
     peers = [f"torchvision {name}" for name in PEERS]
     names = ["torch", "torch, 5 proposals", "d.onnx", "d.xml", *peers, f"torchvision {NO_PROPOSALS}"]
@@ -169,14 +171,25 @@ def test_the_tool_prints_and_writes(tmp_path: Path, small_detector: Detector) ->
     assert all(megabytes > 50 for megabytes in written["peak_memory_mb"].values())
     assert "640 x 480" in written["picture"]
     assert re.search(r"torch \d.*, onnxruntime \d.*, openvino \d", written["machine"])
-    costs = {row["name"]: row["multiply_adds"] for row in written["per_multiply_add"]}
-    exported = {name: name.partition(" ")[0] for peer in PEERS for name in exported_peer_names(peer)}
-    assert set(costs) == {"d.onnx", "d.xml", *exported}
+    rows = written["per_multiply_add"]
+    assert [row["name"] for row in rows] == [*exported, "d.onnx", "d.xml"]
+    assert all(row["ms"] > 0 for row in rows)
+    costs = {row["name"]: row["multiply_adds"] for row in rows}
     image = np.zeros((480, 640, 3), np.uint8)
-    assert costs["d.onnx"] == network_multiply_adds(small_detector, image)
-    assert costs["d.xml"] == network_multiply_adds(small_detector, image, (32, 64)) < costs["d.onnx"]
+    assert costs["d.onnx"] == costs["d.xml"] == network_multiply_adds(small_detector, image, (32, 64))
+    assert costs["d.xml"] < network_multiply_adds(small_detector, image)
     for name in (*names, *exported):
-        assert f"| {name} " in outcome.err
+        assert f"| {name} " in caplog.text
+
+
+def shape_and_int8(path: Path) -> tuple[list[int], float]:
+    """The size of the input of an OpenVINO model, and what share of its convolutions has activations in int8."""
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    layers = [node for node in model.get_ops() if "Convolution" in node.get_type_name()]
+    before = [node.input(0).get_source_output().get_node().get_type_name() for node in layers]
+    return list(model.input(0).shape), before.count("FakeQuantize") / len(layers)
 
 
 def test_two_exports_of_one_name(tmp_path: Path) -> None:

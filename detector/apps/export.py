@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ from detector.errors import InputError
 from detector.evaluation.metrics import compute_metrics
 from detector.evaluation.tables import markdown_table
 from detector.export import parity
-from detector.export.formats import export_onnx, export_openvino, export_torch, import_packages
+from detector.export.formats import Inputs, export_onnx, export_openvino, export_torch, import_packages
 from detector.export.parity import REFERENCE, Comparison, compare_contestants, take_turns
 from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx
 from detector.files import check_writable, write_json
@@ -173,16 +174,25 @@ def export(options: ExportOptions) -> None:
     int8 = [name for name in files if FORMATS[name].precision == "int8"]
     read, items = calibration_images(options, detector) if int8 else (None, [])
     control = accuracy_control(options, detector) if "int8" in files else None
-    for name, path in files.items():
-        log.info("%s: %s", name, path)
-        arguments: dict[str, Any] = {"batch": None if options.batch == "dynamic" else options.batch, "canvas": canvas}
-        if read and name in int8:
-            arguments["images"] = map(read, items)  # one by one: some hundreds of a camera's would fill the memory
-        if name == "int8":
-            arguments["accuracy"] = control
-        # The others take the form for inference, which cannot be saved.
-        given = Detector.load(options.ckpt, "cpu", fused=False) if name == "checkpoint" else detector
-        FORMATS[name].write(given, path, **arguments)
+    inputs: Inputs = {"batch": None if options.batch == "dynamic" else options.batch, "canvas": canvas}
+    with tempfile.TemporaryDirectory() as folder:
+        # Several formats are made from ONNX, which takes longer than what comes after: it is written once, and first.
+        source = files.get("onnx", Path(folder) / "detector.onnx")
+        from_onnx = {name for name in files if "onnx" in FORMATS[name].needs} - {"onnx"}
+        for name, path in sorted(files.items(), key=lambda item: item[0] != "onnx"):
+            log.info("%s: %s", name, path)
+            arguments: dict[str, Any] = dict(inputs)
+            if read and name in int8:
+                arguments["images"] = map(read, items)  # one by one: some hundreds of a camera's would fill the memory
+            if name == "int8":
+                arguments["accuracy"] = control
+            if name in from_onnx:
+                if not source.exists():
+                    export_onnx(detector, source, **inputs)
+                arguments["source"] = source
+            # The others take the form for inference, which cannot be saved.
+            given = Detector.load(options.ckpt, "cpu", fused=False) if name == "checkpoint" else detector
+            FORMATS[name].write(given, path, **arguments)
     if options.check is None or index is None:
         return
     rows = check(options, options.check, detector, index)

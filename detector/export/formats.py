@@ -142,24 +142,40 @@ def save_onnx(model: Any, info: ExportInfo, path: str | Path) -> None:
         partial.write_bytes(model.SerializeToString())
 
 
-def export_openvino(detector: Detector, path: str | Path, **inputs: Unpack[Inputs]) -> ExportInfo:
-    """Write OpenVINO IR, an .xml and a .bin beside it, float32.
+def export_openvino(
+    detector: Detector, path: str | Path, source: Path | None = None, **inputs: Unpack[Inputs]
+) -> ExportInfo:
+    """Write OpenVINO IR, an .xml and a .bin beside it, float32; source as of `onnx_source`.
 
     Raises:
         InputError: openvino, or what ONNX needs, is not installed; the path ends otherwise.
     """
     check_openvino_path(path)
-    model, info = openvino_model(detector, **inputs)
+    model, info = openvino_model(detector, source, **inputs)
     save_openvino(model, info, path)
     return info
 
 
-def openvino_model(detector: Detector, **inputs: Unpack[Inputs]) -> tuple[Any, ExportInfo]:
-    """The detector as an openvino.Model, by way of ONNX."""
+def openvino_model(detector: Detector, source: Path | None = None, **inputs: Unpack[Inputs]) -> tuple[Any, ExportInfo]:
+    """The detector as an openvino.Model, by way of ONNX (`onnx_source`)."""
     import_packages("openvino")
+    with onnx_source(detector, source, **inputs) as (path, info):
+        return convert_for_openvino(path), info
+
+
+@contextlib.contextmanager
+def onnx_source(detector: Detector, source: Path | None, **inputs: Unpack[Inputs]) -> Iterator[tuple[Path, ExportInfo]]:
+    """An ONNX file from which another format is made, which takes longer than what comes after.
+
+    Args:
+        source: what `export_onnx` wrote of this detector with these inputs; None: it is written for the time.
+    """
+    if source is not None:
+        yield source, export_info(detector, **inputs)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        info = export_onnx(detector, Path(folder) / "detector.onnx", **inputs)
-        return convert_for_openvino(Path(folder) / "detector.onnx"), info
+        path = Path(folder) / "detector.onnx"
+        yield path, export_onnx(detector, path, **inputs)
 
 
 def convert_for_openvino(source: Any, **options: Any) -> Any:

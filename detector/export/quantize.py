@@ -21,8 +21,8 @@ from detector.errors import InputError
 from detector.export.formats import (
     Inputs,
     check_openvino_path,
-    export_onnx,
     import_packages,
+    onnx_source,
     openvino_model,
     quiet,
     save_onnx,
@@ -63,6 +63,7 @@ def export_int8(
     images: Iterable[np.ndarray],
     *,
     accuracy: AccuracyControl | None = None,
+    source: Path | None = None,
     **inputs: Unpack[Inputs],
 ) -> ExportInfo:
     """Write OpenVINO IR in int8, an .xml and a .bin beside it.
@@ -73,6 +74,7 @@ def export_int8(
         images: uint8 RGB (h, w, 3), like those that the detector will see; some hundreds fix the ranges. They are
             preprocessed here.
         accuracy: None: quantize and leave it at that.
+        source: as of `onnx_source`.
         inputs: batch, canvas.
 
     Raises:
@@ -80,7 +82,7 @@ def export_int8(
     """
     nncf = import_packages("nncf")
     check_openvino_path(path)
-    model, info = openvino_model(detector, **inputs)
+    model, info = openvino_model(detector, source, **inputs)
     samples = _samples(images, info)
 
     def validate(compiled: Any, numbers: Iterable[int]) -> tuple[float, list[float]]:
@@ -102,7 +104,11 @@ def export_int8(
 
 
 def export_int8_onnx(
-    detector: Detector, path: str | Path, images: Iterable[np.ndarray], **inputs: Unpack[Inputs]
+    detector: Detector,
+    path: str | Path,
+    images: Iterable[np.ndarray],
+    source: Path | None = None,
+    **inputs: Unpack[Inputs],
 ) -> ExportInfo:
     """Write an .onnx in int8, for where there is no OpenVINO. Arguments as of `export_int8`; path ends in .onnx.
 
@@ -112,21 +118,20 @@ def export_int8_onnx(
     quantization = import_packages("onnxruntime.quantization")
     import onnx
 
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        info = export_onnx(detector, source, **inputs)
+    with onnx_source(detector, source, **inputs) as (plain, info), tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "int8.onnx"
         samples = _samples(images, info)
         left = iter(samples)
         get_next = {"get_next": lambda _: next(left, None)}
         reader = type("Reader", (quantization.CalibrationDataReader,), get_next)()
         with quiet():
             quantization.quantize_static(
-                str(source),
+                str(plain),
                 str(target),
                 reader,
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(LAYERS),
-                nodes_to_exclude=sorted(float_nodes(onnx_nodes(onnx.load(source).graph))),
+                nodes_to_exclude=sorted(float_nodes(onnx_nodes(onnx.load(plain).graph))),
                 per_channel=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
