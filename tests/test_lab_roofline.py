@@ -170,7 +170,7 @@ def test_prediction_is_fast_and_leaves_the_network_alone() -> None:
     network = fuse(classifier("v2_1x"))
     before = [one.data_ptr() for one in network.parameters()]
     seconds = []
-    for _ in range(3):
+    for _ in range(15):  # the least: what else runs makes it longer, never shorter
         start = time.process_time()
         predicted = TRUTH.predict(network, 224, 224)
         seconds.append(time.process_time() - start)
