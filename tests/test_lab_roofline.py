@@ -169,13 +169,17 @@ def test_a_family_left_out_is_left_out() -> None:
 def test_prediction_is_fast_and_leaves_the_network_alone() -> None:
     network = fuse(classifier("v2_1x"))
     before = [one.data_ptr() for one in network.parameters()]
-    seconds = []
-    for _ in range(15):  # the least: what else runs makes it longer, never shorter
+    images = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    predicting, running = [], []
+    for _ in range(15):  # the least of each: what else runs makes it longer, never shorter
         start = time.process_time()
         predicted = TRUTH.predict(network, 224, 224)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 0.05
-    images = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+        predicting.append(time.process_time() - start)
+        start = time.process_time()
+        with torch.inference_mode():
+            network(images)
+        running.append(time.process_time() - start)
+    assert min(predicting) < 8 * min(running)  # a measurement takes hundreds
     assert predicted == pytest.approx(1.3 * sum(TRUTH.seconds([one]) / 1.3 for one in operations(network, images)))
     assert TRUTH.predict(network, 224, 224, batch=8) > 4 * predicted
     assert [one.data_ptr() for one in network.parameters()] == before

@@ -120,8 +120,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
 def test_a_normalisation_that_does_more_is_not_lost() -> None:
     x = torch.randn(2, 3, 8, 8)
     pair = randomise(nn.Sequential(nn.Conv2d(3, 5, 3), BatchNormAct2d(5))).eval()
+    fused = fuse(pair)
+    assert norms(fused) == 1
+    left, given = fused.state_dict(), pair.state_dict()
+    assert left.keys() == given.keys()
+    assert all(torch.equal(left[key], given[key]) for key in given)
     with torch.no_grad():
-        assert torch.equal(fuse(pair)(x), pair(x))  # left alone
+        # In another memory layout, and so not to the last bit: a processor without AVX-512 adds in another order there.
+        torch.testing.assert_close(fused(x), pair(x), rtol=1e-5, atol=1e-6)
         assert (pair(x) == 0).any()
 
 
