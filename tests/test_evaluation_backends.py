@@ -77,9 +77,9 @@ def small_case(seed: int) -> tuple[list[dict], dict, list[int] | None]:
 
 
 def large_case() -> tuple[list[dict], dict]:
-    """The size of COCO val2017 with a hundred detections an image: half of them on objects, scores with ties."""
+    """A fifth of COCO val2017, a hundred detections an image: half of them on objects, scores with ties."""
     rng = np.random.default_rng(0)
-    images, classes, objects, detections = 5000, 80, 36_000, 500_000
+    images, classes, objects, detections = 1000, 80, 7_200, 100_000
     image_ids = np.sort(rng.choice(600_000, images, replace=False))
     category_ids = np.sort(rng.choice(np.arange(1, 91), classes, replace=False))
     often = 1 / np.arange(1, classes + 1) ** 0.8
@@ -206,7 +206,7 @@ def test_golden_example_equals_pycocotools_to_the_last_digit(shared: Path) -> No
 
 
 @pytest.mark.slow
-def test_half_a_million_detections_are_scored_fifty_times_faster(tmp_path: Path) -> None:
+def test_a_hundred_thousand_detections_are_scored_fifty_times_faster(tmp_path: Path) -> None:
     results, truth = large_case()
     write_json(tmp_path / "truth.json", truth)
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -224,7 +224,7 @@ def test_half_a_million_detections_are_scored_fifty_times_faster(tmp_path: Path)
     )
     assert gap <= EXACT
     assert theirs / inside >= 50
-    assert theirs / min(times) >= 25  # with numbering and checking half a million rows
+    assert theirs / min(times) >= 25  # with numbering and checking all rows
 
 
 def timed(call: Any) -> float:
