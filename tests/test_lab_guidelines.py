@@ -138,19 +138,15 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "openvino", "onnxruntime"])
 def test_command(tmp_path: Path, backend: str) -> None:
+    tables = [("g1", "paper"), ("g1", "equal"), ("g4", "paper")]
     if backend != "torch":
         pytest.importorskip(backend)
-    outcome = run_tool(
-        "guidelines", "g1", "g4", f"backend={backend}", "turns=1", "processes=1", "out=found", cwd=tmp_path
-    )
-    outcome.ok()
+        tables = tables[2:]  # each cell is an export
+    asked = sorted({guideline for guideline, _ in tables})
+    run_tool("guidelines", *asked, f"backend={backend}", "turns=1", "processes=1", "out=found", cwd=tmp_path).ok()
     assert (tmp_path / "found/guidelines.png").stat().st_size > 10_000
     found = json.loads((tmp_path / "found/guidelines.json").read_text())
-    assert [(table["guideline"], table["widths"]) for table in found["tables"]] == [
-        ("g1", "paper"),
-        ("g1", "equal"),
-        ("g4", "paper"),
-    ]
+    assert [(table["guideline"], table["widths"]) for table in found["tables"]] == tables
     for table in found["tables"]:
         seconds = np.array([cell["seconds"] for cell in table["cells"]])
         assert seconds.shape == (12, 1, 1)
