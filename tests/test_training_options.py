@@ -40,7 +40,7 @@ CHANGED: dict[str, Any] = {
     "freeze.stages": [1],  # 2 in recipe=paper; the released code freezes up to stride 4. 0 in recipe=finetune, as ...
     "freeze.batch_norm": [True],  # ... false, and
     "optimizer.lr": [0.002],  # 0.001, with
-    "optimizer.lr_scales": [{"backbone": 0.15}],  # null: photographs and blood cells gain (docs/photographs.md)
+    "optimizer.lr_scales": [{"backbone": 0.15}],  # null: photographs gain (docs/photographs.md)
     "schedule.images": [2_000_000, 307_200_000],  # null; not looked at where epochs are given
     "schedule.milestones": [[0.75]],  # []; not looked at but with kind=steps
 }
