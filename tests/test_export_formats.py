@@ -18,6 +18,7 @@ from torch import nn
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.export import formats
+from detector.export.formats import Inputs
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.inference.export_info import FORMAT, ExportInfo
@@ -205,20 +206,27 @@ def test_properties_survive_the_round_trip(small_detector: Detector) -> None:
 
 
 # An export takes many seconds: variants that do not touch each other share one. Each alone is in test_export_graph.py.
-TOGETHER = [
-    ["plain"],
-    ["no neck", "objectness in the score", "paper's layout"],
-    ["a box per class", "V2*", "fewer candidates than detections"],
-    ["max of samples", "kernel 15", "more proposals than candidates"],
-    ["dense RPN, dilated"],
-    ["nothing found"],
+# One of any size takes three times as long: those are for what computes with the size, the maps and their anchors.
+ANY_SIZE: Inputs = {}
+FIXED: Inputs = {"batch": 1, "canvas": (96, 128)}
+TOGETHER: list[tuple[list[str], Inputs]] = [
+    (["plain"], ANY_SIZE),
+    (["no neck", "objectness in the score", "paper's layout"], ANY_SIZE),
+    (["dense RPN, dilated"], ANY_SIZE),
+    (["a box per class", "V2*", "fewer candidates than detections"], FIXED),
+    (["max of samples", "kernel 15", "more proposals than candidates"], FIXED),
+    (["nothing found"], FIXED),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", TOGETHER, ids=", ".join)
+@pytest.mark.parametrize(("names", "inputs"), TOGETHER, ids=[", ".join(names) for names, _ in TOGETHER])
 def test_every_variant_in_both_runtimes_without_torch(
-    small_spec: dict[str, Any], excite: Callable[[nn.Module], nn.Module], names: list[str], tmp_path: Path
+    small_spec: dict[str, Any],
+    excite: Callable[[nn.Module], nn.Module],
+    names: list[str],
+    inputs: Inputs,
+    tmp_path: Path,
 ) -> None:
     torch.manual_seed(0)
     for name in names:
@@ -229,7 +237,7 @@ def test_every_variant_in_both_runtimes_without_torch(
         Preprocessing(short_side=64, long_side=96),
     )
     excite(detector.network)
-    info = formats.export_onnx(detector, tmp_path / "a.onnx")
+    info = formats.export_onnx(detector, tmp_path / "a.onnx", **inputs)
     paths = [tmp_path / "a.onnx"]
     if importlib.util.find_spec("openvino"):
         # What export_openvino does, without tracing the network once more.
@@ -237,12 +245,13 @@ def test_every_variant_in_both_runtimes_without_torch(
         paths.append(tmp_path / "a.xml")
     for path in paths:
         exported = ExportedDetector.load(path, threads=1)
-        compared = check_detector(detector, exported, [(1, 64, 96), (3, 128, 64), (2, 96, 96)])
+        canvases = [(3, 96, 128)] if inputs else [(1, 64, 96), (3, 128, 64), (2, 96, 96)]
+        compared = check_detector(detector, exported, canvases)
         assert (compared == 0) == (names == ["nothing found"])
 
 
 def test_no_variant_is_left_out() -> None:
-    assert sorted(name for names in TOGETHER for name in names) == sorted(VARIANTS)
+    assert sorted(name for names, _ in TOGETHER for name in names) == sorted(VARIANTS)
 
 
 @pytest.mark.slow
@@ -265,20 +274,20 @@ def test_other_runtimes_equal_torch_at_any_batch_and_size(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", WRITERS)
-@pytest.mark.parametrize("candidates", [0, 1])
+@pytest.mark.parametrize(("candidates", "inputs"), [(0, ANY_SIZE), (1, FIXED)], ids=["0", "1"])
 def test_an_image_with_one_candidate_or_none(
-    small_detector: Detector, suffix: str, candidates: int, tmp_path: Path
+    small_detector: Detector, suffix: str, candidates: int, inputs: Inputs, tmp_path: Path
 ) -> None:
     """A trained detector leaves hardly any candidate; an untrained one, hundreds."""
     if suffix == ".xml":
         pytest.importorskip("openvino")
-    images, sizes = pictures(1, 64, 96, 0), torch.tensor([[64, 96]])
+    images, sizes = pictures(1, 96, 128, 0), torch.tensor([[96, 128]])
     small_detector.network.head.calibration = IDENTITY  # the network's own threshold is for scores as they come
     _, scores, _ = fuse(small_detector.network).detect(images, sizes).per_image()[0]
     head, threshold = small_detector.network.head, float(scores[0]) + (1e-3 if candidates == 0 else -1e-4)
     head.options = head.options.model_copy(update={"score_threshold": threshold})
     assert len(fuse(small_detector.network).detect(images, sizes).per_image()[0][1]) == candidates
-    WRITERS[suffix](small_detector, tmp_path / f"a{suffix}")
+    WRITERS[suffix](small_detector, tmp_path / f"a{suffix}", **inputs)
     exported = ExportedDetector.load(tmp_path / f"a{suffix}", threads=1)
     [found] = exported.detect(prepared(images, sizes))
     assert len(found.boxes) == len(found.scores) == len(found.labels) == candidates

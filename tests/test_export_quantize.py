@@ -235,7 +235,8 @@ def test_accuracy_control_gives_layers_back(
     """NNCF's own search, with a limit that int8 does not meet: fewer layers end in int8, and the file still works."""
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    small_spec["backbone"]["repeats"] = [1, 1, 1]  # the search compiles the network once for each layer
+    # The search compiles the network for each layer, and again after each that it gives back: few layers, a low limit.
+    small_spec["backbone"]["repeats"], small_spec["neck"] = [1, 1, 1], {"name": "none"}
     small_detector, small_onnx = (request.getfixturevalue(name) for name in ("small_detector", "small_onnx"))
     pictures = noise(3)
     expected = small_detector.predict(pictures, score_threshold=0)
@@ -248,12 +249,13 @@ def test_accuracy_control_gives_layers_back(
         ]
         return sum(each) / len(each), each
 
-    quantized = []
+    quantized, agree = [], []
     plain = small_onnx(canvas=(64, 96))
-    for accuracy in (None, AccuracyControl(measure, 3, 20.0)):
+    for accuracy in (None, AccuracyControl(measure, 3, 60.0)):
         images, path = noise(10, seed=1), tmp_path / "a.xml"
         export_int8(small_detector, path, images, source=plain, canvas=(64, 96), accuracy=accuracy)
         model = openvino.Core().read_model(tmp_path / "a.xml")
         quantized.append(sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()))
+        agree.append(measure(ExportedDetector.load(path, threads=1), [0, 1, 2])[0])
     assert quantized[1] < quantized[0]
-    assert measure(ExportedDetector.load(tmp_path / "a.xml", threads=1), [0, 1, 2])[0] >= 0.8
+    assert agree[0] < 0.4 <= agree[1]

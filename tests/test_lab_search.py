@@ -192,6 +192,16 @@ def test_the_command(tmp_path: Path) -> None:
     run_tool("search", *words, "trials=14", cwd=tmp_path).ok()
     assert "14 trials" in (tmp_path / "found" / "search.md").read_text()
     assert "proxy" in run_tool("search", *words, "proxy=naswot", cwd=tmp_path).error()
-    assert (
-        "target_ms" in run_tool("search", *words[:2], "target_ms=0.01", *words[3:5], "out=none", cwd=tmp_path).error()
-    )
+
+
+@pytest.mark.slow
+def test_a_target_that_no_detector_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_detectors(_: object, detectors: dict[str, Any], __: str) -> dict[str, list[float]]:
+        return {name: [0.01] for name in detectors}
+
+    monkeypatch.setattr(search, "SAMPLES", 1)
+    monkeypatch.setattr(search, "time_detectors", time_detectors)
+    monkeypatch.setattr(search, "take_cores", lambda _: None)  # of this process, which has other tests to run
+    words = ("trials=1", "turns=1", "target_ms=0.01", "input.short_side=32", "input.long_side=32")
+    with pytest.raises(InputError, match=r"No detector takes 0\.01 ms or less; raise target_ms"):
+        search.search(cli.compose("search", [*words, f"out={tmp_path}"]).options())
