@@ -110,3 +110,112 @@ def test_what_is_refused(tiny_coco: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         convert(tiny_coco, "voc", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def change(root: Path, split: str, **changes: object) -> None:
+    path = root / "annotations" / f"{split}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_splits_that_declare_other_classes_are_refused(tiny_coco: Path, tmp_path: Path) -> None:
+    """As training does: a number of YOLO's would be one class here and another there."""
+    change(tiny_coco, "val", categories=[{"id": i, "name": n} for i, n in ((17, "kite"), (3, "car"), (90, "cat"))])
+    with pytest.raises(InputError, match=r"splits that declare different classes.*same `categories`"):
+        convert(tiny_coco, "yolo", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])
+def test_a_size_that_is_not_the_files_is_refused(tiny_coco: Path, tmp_path: Path, layout: str) -> None:
+    Image.new("RGB", (128, 96)).save(tiny_coco / "images/a.png")
+    with pytest.raises(InputError, match=r"a\.png: declared 64 x 48, is 128 x 96.*correct `width`"):
+        convert(tiny_coco, layout, tmp_path / "new")
+
+
+def test_an_image_that_cannot_be_read_is_refused_and_nothing_stays(tiny_coco: Path, tmp_path: Path) -> None:
+    (tiny_coco / "images/empty.jpg").write_bytes(b"no image")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"empty\.jpg"):
+        convert(tiny_coco, "yolo", tmp_path / "new")
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", "", ".mpo"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_suffixes_that_no_folder_reader_knows(tiny_coco: Path, tmp_path: Path, suffix: str, turned: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    image = Image.open(tiny_coco / "images/b.jpg")
+    (image.rotate(90, expand=True) if turned else image).save(tiny_coco / "images/b.jpg", exif=exif)
+    (tiny_coco / "images/b.jpg").rename(tiny_coco / f"images/b{suffix}")
+    for split in ("train", "val"):
+        path = tiny_coco / "annotations" / f"{split}.json"
+        path.write_text(path.read_text().replace("b.jpg", f"b{suffix}"))
+    written = read(convert(tiny_coco, "yolo", tmp_path / "yolo"))["train"]
+    assert written.read(written.file_names.index("b.jpg")).shape == (60, 40, 3)
+    assert len(written) == 4
+
+
+def test_a_format_of_another_suffix_is_encoded_anew(tiny_coco: Path, tmp_path: Path) -> None:
+    pixels = Image.open(tiny_coco / "images/a.png")
+    pixels.save(tiny_coco / "images/a.tga")
+    for split in ("train", "val"):
+        path = tiny_coco / "annotations" / f"{split}.json"
+        path.write_text(path.read_text().replace("a.png", "a.tga"))
+    written = read(convert(tiny_coco, "yolo", tmp_path / "yolo"))["train"]
+    np.testing.assert_array_equal(written.read(written.file_names.index("a.png")), np.asarray(pixels))
+
+
+@pytest.mark.parametrize("name", ["🐱", 'a"b\\c', "\x7f\x85\u2028", "Bär", "no", "  x "])
+def test_any_class_name_comes_back_from_yolo(tiny_coco: Path, tmp_path: Path, name: str) -> None:
+    categories = [{"id": i, "name": n} for i, n in ((90, name), (3, "car"), (17, "cat"))]
+    for split in ("train", "val"):
+        change(tiny_coco, split, categories=categories)
+    before, after = read(tiny_coco)["train"], read(convert(tiny_coco, "yolo", tmp_path / "yolo"))["train"]
+    assert after.class_names == before.class_names
+    assert name in after.class_names
+
+
+@pytest.mark.parametrize("file", ["photo .jpg", " photo.jpg", ".photo.jpg"])
+def test_names_that_lists_or_folders_lose(tiny_coco: Path, tmp_path: Path, file: str) -> None:
+    (tiny_coco / "images/b.jpg").rename(tiny_coco / "images" / file)
+    for split in ("train", "val"):
+        path = tiny_coco / "annotations" / f"{split}.json"
+        path.write_text(path.read_text().replace("b.jpg", file))
+    for layout in ("voc", "yolo"):
+        written = read(convert(tiny_coco, layout, tmp_path / layout))["train"]
+        assert sorted(written.file_names) == ["a.png", "c.jpg", "empty.jpg", "photo.jpg"]
+
+
+def test_links_are_followed_and_an_interrupt_leaves_nothing(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "target")
+    convert(tiny_coco, "yolo", tmp_path / "link")
+    assert (tmp_path / "far/target/data.yaml").is_file()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detector.data.convert._write_lines", interrupted)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_coco, "yolo", tmp_path / "new")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_the_frame_of_boxes_can_be_said(tiny_coco: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down: both frames have the same sides
+    Image.open(tiny_coco / "images/b.jpg").save(tiny_coco / "images/b.jpg", exif=exif)
+    options = {"source": str(tiny_coco), "to": "yolo"}
+    with pytest.raises(InputError, match=r"in tools/prepare_data\.py exif_boxes="):
+        prepare_data(PrepareDataOptions.parse(options | {"out": str(tmp_path / "a")}))
+    for frame in ("turned", "stored"):
+        out = tmp_path / frame
+        prepare_data(PrepareDataOptions.parse(options | {"out": str(out), "exif_boxes": frame}))
+        written = read(out)["train"]
+        stored = np.asarray(Image.open(tiny_coco / "images/b.jpg"))
+        pixels = written.read(written.file_names.index("b.jpg"))
+        expected = stored[::-1, ::-1] if frame == "turned" else stored
+        assert np.abs(pixels.astype(int) - expected).mean() < 8  # JPEG once more

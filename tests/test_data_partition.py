@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,3 +104,48 @@ def test_what_cannot_be_split(unsplit: Path, tiny_coco: Path) -> None:
         prepare_data(PrepareDataOptions(what="split", source=str(tiny_coco)))
     with pytest.raises(InputError, match="no such folder"):
         prepare_data(PrepareDataOptions(what="split", source=str(unsplit / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON|JSON"),
+        ("", "JSON"),
+        ("[]", "JSON|object"),
+        ('{"images": [], "annotations": []}', "images"),
+    ],
+)
+def test_a_file_without_images_is_named(unsplit: Path, content: str, message: str) -> None:
+    (unsplit / "annotations/all.json").write_text(content)
+    with pytest.raises(InputError, match=rf"all\.json.*({message})"):
+        load_splits(DataOptions(root=str(unsplit)))
+    with pytest.raises(InputError, match=r"all\.json"):
+        prepare_data(PrepareDataOptions(what="split", source=str(unsplit)))
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_list_that_is_empty_or_names_an_image_twice(unsplit: Path, name: str) -> None:
+    prepare_data(PrepareDataOptions(what="split", source=str(unsplit)))
+    path = unsplit / f"{name}.txt"
+    lines = path.read_text()
+    path.write_text("\n \n")
+    with pytest.raises(InputError, match=rf"{name}\.txt: this list of images is empty"):
+        load_splits(DataOptions(root=str(unsplit)))
+    path.write_text(lines + lines.splitlines()[0] + "\n")
+    with pytest.raises(InputError, match=rf"{name}\.txt:\d+: .* is listed before"):
+        load_splits(DataOptions(root=str(unsplit)))
+
+
+def test_a_split_that_cannot_be_written_is_not_written_in_half(unsplit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.write_text
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> int:
+        if ".val." in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare_data(PrepareDataOptions(what="split", source=str(unsplit)))
+    assert not list(unsplit.glob("*.txt"))
+    assert not list(unsplit.glob(".*"))

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,41 @@ def test_the_users_own_pipeline_replaces_the_colours(tmp_path: Path) -> None:
     assert draws(train_transform(60, 80, pipeline=path), 30) == own
     assert draws(pickle.loads(pickle.dumps(train_transform(60, 80, pipeline=path))), 30) == own
     assert draws(train_transform(60, 80, pipeline=path, seed=1), 30) != own
+
+
+CROPS = {
+    "RandomCrop": A.RandomCrop(60, 80, p=1),
+    "CenterCrop": A.CenterCrop(40, 50, p=1),
+    "Crop": A.Crop(50, 60, 120, 110, p=1),
+    "RandomResizedCrop": A.RandomResizedCrop((120, 160), scale=(0.1, 0.3), p=1),
+    "RandomSizedCrop": A.RandomSizedCrop((30, 60), (120, 160), p=1),
+}
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_objects_that_the_users_crop_leaves_out_are_gone(tmp_path: Path, name: str) -> None:
+    transform = train_transform(120, 160, pipeline=save_pipeline(tmp_path / "mine.yaml", CROPS[name]))
+    image, *objects = scene()
+    counts = []
+    for _ in range(60):
+        result = transform(image, *objects)
+        assert is_valid(result)
+        counts.append(len(result.boxes))
+        assert ((result.boxes[:, 2:] - result.boxes[:, :2]) > 0).all()
+    assert min(counts) < 3
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("PadIfNeeded", {"min_height": 200}), ("SafeRotate", {}), ("RGBShift", {}), ("ShiftScaleRotate", {})],
+)
+def test_what_albumentations_writes_is_read(tmp_path: Path, name: str, arguments: dict[str, int]) -> None:
+    """Also arguments that it writes and does not take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one of them is called old
+        path = save_pipeline(tmp_path / "mine.yaml", getattr(A, name)(**arguments, p=1))
+    image, *objects = scene()
+    assert is_valid(train_transform(120, 160, pipeline=path)(image, *objects))
 
 
 STEP = "{__class_fullname__: %s, p: 1.0%s}"

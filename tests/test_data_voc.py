@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import VOCDetection
 
 from detector.data.index import AnnotationIndex
-from detector.data.splits import DataOptions, load_split, load_splits, read_splits
+from detector.data.splits import DataOptions, load_split, load_splits, read_splits, read_unsplit
 from detector.errors import InputError
 
 OBJECT = (
@@ -191,3 +191,46 @@ def test_the_same_as_torchvision(shared: Path, tmp_path: Path) -> None:
         assert mine.difficult[rows].tolist() == [o["difficult"] == "1" for o in objects]
         ends = [[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
         np.testing.assert_allclose(mine.corners[rows] + (1, 1, 0, 0), ends)
+
+
+def test_suffixes_in_capitals(devkit: Path) -> None:
+    (devkit / "Annotations/a.xml").rename(devkit / "Annotations/a.XML")
+    assert len(read(devkit).labels) == 2
+    for path in (devkit / "ImageSets/Main").iterdir():
+        path.unlink()
+    whole = read_unsplit(DataOptions(root=str(devkit)))
+    assert whole is not None
+    assert sorted(whole.image_ids) == ["a", "b", "c", "d"]
+
+
+def test_a_list_of_training_images_alone_is_split(devkit: Path) -> None:
+    """What it leaves out is kept for a test: nothing of that is trained on."""
+    (devkit / "ImageSets/Main/val.txt").rename(devkit / "ImageSets/Main/test.txt")
+    (devkit / "ImageSets/Main/train.txt").write_text("a\nd\n")
+    whole = read_unsplit(DataOptions(root=str(devkit)))
+    assert whole is not None
+    assert whole.image_ids == ["a", "d"]
+    given = DataOptions.parse({"root": str(devkit), "val": {"annotations": "ImageSets/Main/test.txt"}})
+    assert {name: index.image_ids for name, index in load_splits(given).items()} == {
+        "train": ["a", "d"],
+        "val": ["b", "c"],
+    }
+
+
+def test_one_folder_of_training_images(devkit: Path) -> None:
+    flat = devkit / "flat"
+    (flat / "train").mkdir(parents=True)
+    for name in "acd":
+        shutil.copy(devkit / "JPEGImages" / f"{name}.jpg", flat / "train")
+        shutil.copy(devkit / "Annotations" / f"{name}.xml", flat / "train")
+    whole = read_unsplit(DataOptions(root=str(flat)))
+    assert whole is not None
+    assert whole.image_ids == ["a", "c", "d"]
+
+
+def test_a_folder_without_a_split_that_cannot_be_read_is_named(devkit: Path) -> None:
+    for path in (*(devkit / "ImageSets/Main").iterdir(), *(devkit / "Annotations").glob("[bcd].xml")):
+        path.unlink()
+    (devkit / "Annotations/a.xml").write_text("<annotation>")
+    with pytest.raises(InputError, match=r"Annotations/a\.xml: not an annotation in XML"):
+        load_splits(DataOptions(root=str(devkit)))

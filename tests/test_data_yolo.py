@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from detector.data.index import AnnotationIndex
 from detector.data.splits import DataOptions, load_split, load_splits, read_splits
@@ -160,3 +160,39 @@ def test_against_a_naive_reader(tmp_path: Path) -> None:
         rows = slice(*index.offsets[i : i + 2])
         found = np.column_stack((index.labels[rows], index.corners[rows]))
         np.testing.assert_allclose(found, np.array(expected[name]).reshape(-1, 5), atol=1e-9)
+
+
+@pytest.mark.parametrize("line", [r"images\{}.png", r"D:\data\images\{}.png", "/home/other/images/{}.png"])
+def test_labels_of_a_list_from_another_machine(folder: Path, line: str) -> None:
+    (folder / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: {0: cat, 7: dog}\n")
+    for name, stems in (("train", ("train/a", "train/b", "train/c")), ("val", ("val/d",))):
+        lines = [line.format(stem) for stem in stems]
+        if "\\" in line:
+            lines = [one.replace("/", "\\") for one in lines]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    assert read(folder).offsets.tolist() == [0, 2, 2, 2]
+    assert len(read(folder, "val").labels) == 1
+
+
+def test_labels_with_a_suffix_in_capitals(folder: Path) -> None:
+    (folder / "labels/train/a.txt").rename(folder / "labels/train/a.TXT")
+    assert read(folder).offsets.tolist() == [0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("size", [(40, 30), (30, 30)])
+def test_boxes_of_a_rotated_photograph_need_no_option(folder: Path, orientation: int, size: tuple[int, int]) -> None:
+    """Also where both frames have the same sides: a white pixel in a corner, as people see it, is in its box."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((*size[::-1], 3), np.uint8)
+    pixels[: size[1] // 4, : size[0] // 2] = 255
+    Image.fromarray(pixels).save(folder / "images/train/a.png", exif=exif)
+    seen = np.asarray(ImageOps.exif_transpose(Image.open(folder / "images/train/a.png")))[..., 0] > 0
+    (rows, columns), (height, width) = np.nonzero(seen), seen.shape
+    x1, y1, x2, y2 = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+    (folder / "labels/train/a.txt").write_text("0 " + " ".join(map(str, box)))
+    index = read(folder)
+    np.testing.assert_array_equal(index.read(0)[..., 0] > 0, seen)
+    np.testing.assert_allclose(index.objects(0)[0], [[x1, y1, x2, y2]], atol=1e-4)

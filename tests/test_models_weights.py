@@ -416,3 +416,15 @@ def test_misfits_are_named_in_the_order_of_the_network() -> None:
         "count": "count is of float32, expected int64",
         "other": "other has no place here",
     }
+
+
+def test_a_file_with_code_is_told_without_advice_to_run_it(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": Code()}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match=r"a\.ckpt.*may be code, and is not loaded") as refused:
+        Detector.load(tmp_path / "a.ckpt")
+    assert "weights_only" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 from detector.data.convert import convert
-from detector.data.image_files import match_files
+from detector.data.image_files import ExifBoxes, match_files
 from detector.data.partition import lists_of, parts
+from detector.data.split_checks import check_categories
 from detector.data.splits import DataOptions, Format, read_splits, read_unsplit
 from detector.errors import InputError
 from detector.files import check_writable, replacing
@@ -43,6 +45,8 @@ class PrepareDataOptions(Options):
     """share of the images that validates, where there is no split"""
     seed: Natural = 0
     """of the split that is drawn"""
+    exif_boxes: ExifBoxes | None = None
+    """convert: frame of the boxes where images have an EXIF rotation, turned or stored; null: the one that they fit"""
 
 
 def prepare_data(options: PrepareDataOptions) -> None:
@@ -58,14 +62,15 @@ def prepare_data(options: PrepareDataOptions) -> None:
         return _split(data)
     if options.to is None or options.out is None:
         raise InputError("convert needs to=coco|voc|yolo and out=NEW_DIR.")
-    out = Path(options.out)
+    out = Path(options.out).resolve()  # what a link points to
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={out} is not empty; give a new folder.")
-    splits = {name: match_files(index).check() for name, index in read_splits(data).items()}
+        raise InputError(f"out={options.out} is not empty; give a new folder.")
+    splits = {name: match_files(index, options.exif_boxes).check() for name, index in read_splits(data).items()}
+    check_categories(splits)
     check_writable(out.parent)
     with replacing(out) as partial:
         convert(splits, partial, options.to)
-    log.info("%s", out)
+    log.info("%s", options.out)
 
 
 def _split(data: DataOptions) -> None:
@@ -76,8 +81,10 @@ def _split(data: DataOptions) -> None:
     if whole is None:
         raise InputError(f"{root} has a split for training and validation already; nothing was written.")
     chosen = parts(whole, root, data.val_share, data.split_seed)
-    for name, path in lists.items():
-        images = [Path(os.path.relpath(whole.path(i), root)).as_posix() for i in chosen[name]]
-        with replacing(path) as partial:
+    with ExitStack() as both:  # one list alone would be taken for no split
+        for name, path in lists.items():
+            images = (Path(os.path.relpath(whole.path(i), root)).as_posix() for i in chosen[name])
+            partial = both.enter_context(replacing(path))
             partial.write_text("".join(f"./{image}\n" for image in images), encoding="utf-8")
-        log.info("%s: %d images", path, len(images))
+    for name, path in lists.items():
+        log.info("%s: %d images", path, len(chosen[name]))

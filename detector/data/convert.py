@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +13,23 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-from detector.data.images import exif_orientation
+from detector.data.images import IMAGE_SUFFIXES, exif_orientation
 from detector.data.index import AnnotationIndex, Splits
 from detector.data.progress import progress
+from detector.errors import InputError
 from detector.files import write_json
 
 _DECIMALS = 6  # of a pixel: far below what annotators see
+# By Pillow's name of the format; an MPO is a JPEG with more images behind it.
+_SUFFIXES = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "BMP": ".bmp",
+    "GIF": ".gif",
+    "TIFF": ".tif",
+    "WEBP": ".webp",
+}
 
 
 def convert(splits: Splits, out: Path, layout: str) -> None:
@@ -35,7 +44,7 @@ def convert(splits: Splits, out: Path, layout: str) -> None:
             and boxes inside their image only: crowd regions, and boxes without area, are left out.
 
     Raises:
-        InputError: an image cannot be read.
+        InputError: an image cannot be read, or has another size than declared.
     """
     folder, write = {
         "coco": ("images", _write_coco),
@@ -53,23 +62,47 @@ def convert(splits: Splits, out: Path, layout: str) -> None:
     if layout == "voc":
         _write_lines(out / "classes.txt", names)
     if layout == "yolo":
-        numbered = (f"  {number}: {json.dumps(name)}" for number, name in enumerate(names))  # JSON is YAML
+        numbered = (f"  {number}: {_quoted(name)}" for number, name in enumerate(names))
         _write_lines(out / "data.yaml", [*(f"{split}: images/{split}" for split in splits), "names:", *numbered])
 
 
 def _copy(index: AnnotationIndex, i: int, folder: Path, taken: set[str]) -> tuple[str, tuple[int, ...]]:
     """Write an image. Returns its name there, and its height and width."""
-    stem, suffix = os.path.splitext(index.path(i).name)
+    path, (orientation, size) = index.path(i), exif_orientation(index.path(i))
+    stem, suffix = path.stem.strip(" .") or "image", path.suffix  # spaces are lost in lists, dots hide a file
+    if suffix.lower() not in IMAGE_SUFFIXES:  # a folder's readers would not see it
+        suffix = _suffix_of(path)
     # Labels and XML files are named after the stem alone.
     stem = next(one for n in count(1) if (one := stem if n == 1 else f"{stem}_{n}").lower() not in taken)
     taken.add(stem.lower())
-    name, (orientation, size) = f"{stem}{suffix}", exif_orientation(index.path(i))
-    if orientation == 1:
-        shutil.copyfile(index.path(i), folder / name)
-        return name, tuple(index.sizes[i].tolist()) if index.sizes[i].all() else size
+    name = f"{stem}{suffix or '.png'}"
+    if orientation == 1 and suffix and all(size):
+        if index.sizes[i].all() and tuple(index.sizes[i].tolist()) != size:
+            (h, w), (height, width) = index.sizes[i].tolist(), size
+            raise InputError(
+                f"{path}: declared {w} x {h}, is {width} x {height}, so that its boxes are in the wrong place; correct "
+                "`width`, `height` and boxes, or restore the original image."
+            )
+        shutil.copyfile(path, folder / name)
+        return name, size
     image = index.read(i)
     Image.fromarray(image).save(folder / name, quality=95)
     return name, image.shape[:2]
+
+
+def _suffix_of(path: Path) -> str:
+    """What an image of this format is called, "" for a format that needs a suffix of its own."""
+    try:
+        with Image.open(path) as image:
+            return _SUFFIXES.get(str(image.format), "")
+    except OSError:  # whoever reads the pixels says what is wrong
+        return ""
+
+
+def _quoted(name: str) -> str:
+    """A text in YAML."""
+    plain = (one if one.isprintable() and one not in '"\\' else f"\\U{ord(one):08x}" for one in name)
+    return f'"{"".join(plain)}"'
 
 
 def _write_coco(index: AnnotationIndex, out: Path, split: str) -> None:

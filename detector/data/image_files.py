@@ -40,18 +40,18 @@ def match_files(index: AnnotationIndex, exif_boxes: ExifBoxes | None = None) -> 
 
     Args:
         index: what `read_annotations` gave.
-        exif_boxes: the frame of all boxes of images with an EXIF rotation; None: as above.
+        exif_boxes: the frame of all boxes of images with an EXIF rotation; None: the layout's, else as above.
     """
     given = index.file_names
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda name: _name_on_disk(index.image_dir, name), given))
+        found = list(pool.map(lambda name: name_on_disk(index.image_dir, name), given))
         # A file that several names lead to is nobody's, but for the entry that names it.
         names_of = Counter(name for name, own in set(zip(found, given, strict=True)))
         certain = [name if name == own or names_of[name] == 1 else "" for name, own in zip(found, given, strict=True)]
         index = replace(index, file_names=[name or own for name, own in zip(certain, given, strict=True)])
         boxed = [i for i in np.flatnonzero(np.diff(index.offsets)).tolist() if certain[i]]
         headers = dict(zip(boxed, pool.map(lambda i: exif_orientation(index.path(i)), boxed), strict=True))
-    index, swapped, unknown = _in_frames(index, headers, exif_boxes)
+    index, swapped, unknown = _in_frames(index, headers, exif_boxes or index.frame)
     ids = [f"image id {image_id!r}" for image_id in index.image_ids]
     missing = [i for i, name in enumerate(certain) if not name]
     moved = [i for i, name in enumerate(index.file_names) if name != given[i]]
@@ -66,7 +66,7 @@ def match_files(index: AnnotationIndex, exif_boxes: ExifBoxes | None = None) -> 
     return replace(index, faults=tuple(faults))
 
 
-def _name_on_disk(folder: Path, name: str) -> str:
+def name_on_disk(folder: Path, name: str) -> str:
     """The name itself where that file exists, or the longest end of a path of another machine that does, or ""."""
     if os.path.isfile(folder / name):
         return name

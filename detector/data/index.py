@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class AnnotationIndex:
         lvis: for each image its LVIS lists of classes, see detector.evaluation.metrics; None where no image has them.
         frequencies: LVIS's `frequency` of each class, None where there is none.
         other_ids: of images of the file that are not in this index (see `select`).
+        frame: of boxes on images with an EXIF rotation, where the layout says it; None: `match_files` finds out.
     """
 
     annotation_file: Path
@@ -72,6 +73,7 @@ class AnnotationIndex:
     lvis: list[dict[str, Any]] | None = None
     frequencies: tuple[str | None, ...] = ()
     other_ids: frozenset[Any] = frozenset()
+    frame: Literal["turned", "stored"] | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -29,8 +29,11 @@ def parts(index: AnnotationIndex, root: Path, share: float, seed: int) -> dict[s
         seed: of the draw.
 
     Raises:
-        InputError: a list names what is no image of the folder; or nothing would be left for one side.
+        InputError: there is no image; a list is empty, names one twice or what is no image of the folder; or nothing
+            would be left for one side.
     """
+    if not len(index):
+        index.check()  # which says why, where it can
     lists = lists_of(root)
     if all(path.is_file() for path in lists.values()):
         return {name: _listed(path, index) for name, path in lists.items()}
@@ -42,7 +45,7 @@ def parts(index: AnnotationIndex, root: Path, share: float, seed: int) -> dict[s
     if not validates.any() or validates.all():
         raise InputError(
             f"{root}: no split, and its {len(index)} images that do not look alike are too few to draw one with "
-            f"val={share:g}; add images, or give another share."
+            f"val={share:g}; add images, give another share, or write your own train.txt and val.txt there."
         )
     log.info("%s has no split: val=%g is drawn by class, seed %d, look-alikes together.", root, share, seed)
     return {"train": np.flatnonzero(~validates), "val": np.flatnonzero(validates)}
@@ -56,9 +59,15 @@ def lists_of(root: Path) -> dict[str, Path]:
 def _listed(path: Path, index: AnnotationIndex) -> np.ndarray:
     place = {os.path.abspath(index.path(i)): i for i in range(len(index))}
     found = [(number, line, place.get(os.path.abspath(path.parent / line))) for number, line in read_list(path)]
+    if not found:
+        raise InputError(f"{path}: this list of images is empty; name images in it, or remove both lists.")
+    seen: set[int] = set()
     for number, line, i in found:
         if i is None:
             raise InputError(f"{path}:{number}: {line!r} is no image of this data set; correct or remove the line.")
+        if i in seen:
+            raise InputError(f"{path}:{number}: {line!r} is listed before, and would count twice; remove the line.")
+        seen.add(i)
     return np.array([i for _, _, i in found], np.int64)
 
 

@@ -59,10 +59,14 @@ def _build(entry: Any, where: str) -> Any:
         remedy = f"did you mean {close[0]}?" if close and close[0] != name else "name one that holds no code."
         raise InputError(f"{where}, {name}: albumentations {A.__version__} has no such transform for files; {remedy}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # what albumentations says of an argument that it does not know
-            warnings.filterwarnings("ignore", "Transform .* has no 'p' parameter")
-            return A.from_dict({"transform": dict(entry)})
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            built = A.from_dict({"transform": dict(entry)})
+        unknown = [str(one.message) for one in said if "are not valid" in str(one.message)]
+        # Some transforms write arguments into files that they do not take again.
+        if unknown and not entry.keys() <= built.to_dict()["transform"].keys():
+            raise ValueError(unknown[0])
+        return built
     except Exception as error:  # whatever a transform raises for its arguments
         why = " ".join(str(error).split())
         raise InputError(f"{where}, {name}: {why}; correct its arguments.") from error

@@ -72,7 +72,8 @@ RULES: dict[str, Rule] = {
         "check image_dir (data.train.images, data.val.images) and `file_name`, or remove these entries"),
     "exif_unknown": Rule(ERROR,
         "images with an EXIF rotation whose boxes may be in the frame before it or after it",
-        "say which one: data.exif_boxes=turned (after it, as people see the image), or data.exif_boxes=stored"),
+        "say which one: data.exif_boxes=turned (after it, as people see the image), or data.exif_boxes=stored; in "
+        "tools/prepare_data.py exif_boxes="),
     "repaired_values": Rule(WARNING,
         "values that are not as COCO writes them, but plain",
         "nothing need be done; other tools may fail on them"),

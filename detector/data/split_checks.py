@@ -44,6 +44,16 @@ def refuse_pointless(splits: Splits) -> None:
             log.warning("%s", finding)
 
 
+def check_categories(splits: Splits) -> None:
+    """
+    Raises:
+        InputError: splits declare different classes, so that a number means one class here and another there.
+    """
+    for finding in _categories(splits):
+        if finding.severity == ERROR:
+            raise InputError(str(finding))
+
+
 def check_splits(splits: Splits) -> list[Finding]:
     """What is wrong with splits as training data and as a measure of it.
 

@@ -130,7 +130,7 @@ def read_splits(
         InputError: there is no data set, or what describes it cannot be read.
     """
     splits, layout = _read(options, names, class_names)
-    if whole := splits.get(""):
+    if (whole := splits.get("")) is not None:
         chosen = parts(whole, options.prepared(), options.val_share, options.split_seed)
         splits = {name: whole.select(chosen[name]) for name in names}
         for name in names[1:]:  # the faults of its one file are told once

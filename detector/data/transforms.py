@@ -33,6 +33,7 @@ _BLUR = (0.3, 1.5)  # standard deviation in pixels: a lens a little out of focus
 _NOISE = (0.02, 0.06)  # standard deviation by the range of values: a camera at dusk
 # Shares of the images that `photometric` changes: rarer, because they take away what small objects are known by.
 _BLUR_SHARE, _GREY_SHARE = 1 / 5, 1 / 20
+_LEAST_SIDE = 0.01  # of a box in pixels: what is left of one outside the image
 
 
 # An image uint8 RGB (h, w, 3), its boxes (G, 4), labels (G,) and crowd flags (G,).
@@ -294,12 +295,15 @@ def _compose(options: AugmentOptions) -> Any:
     ]
     return A.Compose(
         steps,
-        # Nothing built in cuts objects off, so one check at the end will do; clip and filter absorb rounding.
+        # Nothing built in cuts objects off, so one check at the end will do; clip and filter absorb rounding, and what
+        # the user's crops leave of objects outside: a box without area, which is refused elsewhere.
         bbox_params=A.BboxParams(
             format="pascal_voc",
             label_fields=["rows"],
             clip=True,
             filter_invalid_bboxes=True,
+            min_width=_LEAST_SIDE,
+            min_height=_LEAST_SIDE,
             check_each_transform=False,
         ),
     )

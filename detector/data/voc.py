@@ -33,7 +33,11 @@ class _Split(NamedTuple):
 
 
 def has_xml(folder: Path) -> bool:
-    return folder.is_dir() and any(name.endswith(".xml") for name in os.listdir(folder))
+    return folder.is_dir() and any(map(_is_xml, os.listdir(folder)))
+
+
+def _is_xml(name: str) -> bool:
+    return name.lower().endswith(".xml")
 
 
 def read_voc(
@@ -51,12 +55,12 @@ def read_voc(
     Raises:
         InputError: a list cannot be read, or there is no XML file.
     """
-    splits = _find_splits(root)
+    splits = _find_splits(root, given)
     splits |= {name: splits[""]._replace(names=path) for name, path in given.items()}
     parsed: dict[Path, Any] = {}
     for folder in dict.fromkeys(split.annotations for split in splits.values()):
-        files = sorted(folder / name for name in os.listdir(folder) if name.endswith(".xml")) if folder.is_dir() else []
-        parsed |= {path: _parse(path, os.path.relpath(path, root)) for path in files}
+        files = sorted(folder / name for name in os.listdir(folder) if _is_xml(name)) if folder.is_dir() else []
+        parsed |= {path.with_suffix(".xml"): _parse(path, os.path.relpath(path, root)) for path in files}
     if not parsed:
         raise InputError(f"{splits[''].annotations}: no XML file here; data.format=voc needs one for each image.")
     used = {item["name"] for one in parsed.values() if isinstance(one, dict) for item in one["objects"]}
@@ -66,16 +70,20 @@ def read_voc(
     return {name: _index(root, splits[name], parsed, classes) for name in wanted}
 
 
-def _find_splits(root: Path) -> dict[str, _Split]:
-    """All of a folder as ""; beside it both splits, or none."""
+def _find_splits(root: Path, given: Mapping[str, Path]) -> dict[str, _Split]:
+    """All of a folder as ""; beside it both splits, as far as they are not given, or none."""
     annotations, lists = _folder(root, "Annotations"), root / "ImageSets" / "Main"
-    names = lists / "trainval.txt" if (lists / "trainval.txt").is_file() else annotations
+    # A list of training images alone: what is not on it is somebody's test split.
+    listed = (lists / name for name in ("trainval.txt", "train.txt"))
+    names = next((path for path in listed if path.is_file()), annotations)
     everything = _Split(names, annotations, _folder(root, "JPEGImages", "images"))
-    found = {name: everything._replace(names=lists / f"{name}.txt") for name in ("train", "val")}
+    found = {name: everything._replace(names=lists / f"{name}.txt") for name in {"train", "val"} - given.keys()}
     if not all(split.names.is_file() for split in found.values()):
         folders = {"train": root / "train", "val": root / ("val" if has_xml(root / "val") else "valid")}
-        own = all(map(has_xml, folders.values()))
-        found = {name: _Split(folder, folder, folder) for name, folder in folders.items() if own}
+        own = {name: _Split(folder, folder, folder) for name, folder in folders.items() if has_xml(folder)}
+        found = own if len(own) == 2 else {}
+        if len(own) == 1 and not has_xml(annotations):
+            [everything] = own.values()
     return found | {"": everything}
 
 

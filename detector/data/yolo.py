@@ -14,13 +14,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from detector.data.annotations import index_of
-from detector.data.image_files import THREADS
+from detector.data.image_files import THREADS, name_on_disk
 from detector.data.images import exif_orientation, list_images
 from detector.data.index import AnnotationIndex
 from detector.data.rules import brief, fault
@@ -104,7 +105,8 @@ def _index(root: Path, file: Path, categories: list[dict[str, Any]], places: Seq
             label, (x1, y1, x2, y2) = read[0], (read[1] * (width, height, width, height)).tolist()
             row = {"id": f"{shown}:{number}", "image_id": name, "category_id": label}
             content["annotations"].append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
-    return index_of(file, base, content, [*fault("broken_files", broken), *fault("entries", wrong)])
+    index = index_of(file, base, content, [*fault("broken_files", broken), *fault("entries", wrong)])
+    return replace(index, frame="turned")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -135,7 +137,9 @@ def _places(base: Path, value: Any, what: str) -> list[Path]:
 def _images(place: Path) -> list[Path]:
     if place.is_dir():
         return [Path(os.path.abspath(path)) for path in list_images(place)]
-    return [Path(os.path.abspath(place.parent / line)) for _, line in read_list(place)]
+    # Found now, names of another machine too: the labels are found by the image.
+    names = (name_on_disk(place.parent, line) or line for _, line in read_list(place))
+    return [Path(os.path.abspath(place.parent / name)) for name in names]
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -145,10 +149,10 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _label_file(image: Path) -> Path:
-    beside = image.with_suffix(".txt")
-    head, images, tail = str(beside).rpartition(f"{os.sep}images{os.sep}")
-    apart = Path(f"{head}{os.sep}labels{os.sep}{tail}")
-    return apart if images and (apart.exists() or not beside.exists()) else beside
+    head, images, tail = str(image).rpartition(f"{os.sep}images{os.sep}")
+    beside = [image, Path(f"{head}{os.sep}labels{os.sep}{tail}")] if images else [image]
+    places = [one.with_suffix(suffix) for one in reversed(beside) for suffix in (".txt", ".TXT")]
+    return next((path for path in places if path.exists()), places[0])
 
 
 def _read_line(words: Sequence[str]) -> tuple[int, np.ndarray] | str:

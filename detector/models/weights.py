@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -41,8 +42,15 @@ def read_tensors(path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # on damaged bytes both raise anything: IndexError, KeyError, TypeError ...
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DamagedFileError(lines[0][:200]) from error
+        raise DamagedFileError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line. Not torch's advice to load what may be code, nor a byte of the file, which is all that some say."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds what is neither a tensor nor a plain value, may be code, and is not loaded"
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines and len(lines[0]) > 5 else type(error).__name__
 
 
 def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any], named: Callable[[str], str] = str) -> dict[str, str]:
