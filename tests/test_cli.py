@@ -457,8 +457,9 @@ def test_the_console_script_names_its_commands(
     shown = capsys.readouterr().out
     assert [name for name in cli.COMMANDS if f"\n  {name} " not in shown] == []
     monkeypatch.setattr(sys, "argv", ["light-head", "trian"])
-    with pytest.raises(SystemExit, match="there is no command 'trian'; did you mean train"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         cli.light_head()
+    assert "there is no command 'trian'; did you mean train" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["light-head", "predict", "--help"])
     cli.light_head()
     shown = capsys.readouterr().out

@@ -241,6 +241,30 @@ def test_lines_come_at_intervals_and_tell_what_is_left(caplog: pytest.LogCapture
     assert second == "validation: 4 of 7 batches"
 
 
+@pytest.mark.parametrize(
+    ("threads", "lost", "told"), [(2, 120, True), (2, 80, False), (1, 500, False), (8, 300, False)]
+)
+def test_threads_that_wait_for_each_other_are_told(
+    threads: int, lost: int, told: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cores lost a second, beside 50 for each thread."""
+    now, line = 0.0, TimeEstimate()
+    monkeypatch.setattr("detector.training.callbacks.time.monotonic", lambda: now)
+    monkeypatch.setattr("detector.training.callbacks.cores_lost", lambda: int(1000 + now * lost))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    trainer: Any = FakeTrainer()
+    trainer.max_epochs, trainer.check_val_every_n_epoch, trainer.estimated_stepping_batches = 6, 4, 1260
+    trainer.accumulate_grad_batches, trainer.world_size, trainer.strategy = 1, 1, trainer_on("cpu").strategy
+    trainer.datamodule = SimpleNamespace(val_order=range(1200), train_batch_size=4)
+    trainer.global_step = trainer.current_epoch = 0
+    with caplog.at_level("INFO"):
+        for batch in range(20):
+            now += 0.5
+            line.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
+    hints = [message for message in caplog.messages if "wait for each other" in message]
+    assert [f"OMP_NUM_THREADS={threads - 1} before" in message for message in hints] == [True] * told
+
+
 def test_the_time_is_told_once_without_slow_beginnings(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,9 @@ def prepare_data(options: PrepareDataOptions) -> None:
     check_writable(out.parent)
     with replacing(out) as partial:
         convert(splits, partial, options.to)
-    log.info("%s", options.out)
+    for name, index in splits.items():
+        log.info("%s: %d images", name, len(index))
+    log.info("%s: look at it with tools/doctor.py data.root=%s", options.out, options.out)
 
 
 def _split(data: DataOptions) -> None:

@@ -71,7 +71,8 @@ def light_head() -> None:
             print(f"  {name:{max(map(len, COMMANDS))}}  {docstring(module).partition(chr(10))[0]}")
         return None
     guesses = did_you_mean(nearest(command, list(COMMANDS)))
-    sys.exit(f"error: there is no command {command!r}{guesses} Commands: {', '.join(COMMANDS)}.")
+    print(f"error: there is no command {command!r}{guesses} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+    sys.exit(USAGE_ERROR)
 
 
 def train(recipe: str = "finetune", *, data_root: str | Path | None = None, **overrides: Any) -> Path:

@@ -207,7 +207,7 @@ def _objects(splits: Splits) -> list[Finding]:
             WARNING,
             unlearnt,
             "classes that are scored, but have no box to train on",
-            "move images between the splits, or annotate some",
+            "annotate some, or move images between the splits (one that is drawn: after tools/prepare_data.py split)",
         ),
         *found(
             "one_class",
@@ -252,7 +252,8 @@ def _copies(splits: Splits) -> list[Finding]:
         WARNING,
         copies,
         "image files that are scored have a copy in the training split: scores are too good",
-        "take them out of one split: what is trained on must not be scored on",
+        "take them out of one split: what is trained on must not be scored on; where both splits name one folder, name "
+        "it once, and a split is drawn",
     )
 
 

@@ -176,7 +176,7 @@ def _coco(options: DataOptions, names: Sequence[str]) -> dict[str, AnnotationInd
             images = root / options.train.images
             return {"": read_annotations(only[0], images if images.is_dir() else root)}
     if absent and options.missing:
-        where = f"(looked in '{root.resolve()}')"
+        where = f"(looked in '{root.resolve()}'{'' if root.is_dir() else ', which is no folder'})"
         raise InputError(f"No {options.files(absent[0])[0]} here {where}. {options.missing}")
     return {name: read_annotations(*options.files(name)) for name in names}
 

@@ -237,13 +237,19 @@ class TimeEstimate(lightning.Callback):
 
     The first steps are slow, and the first of an epoch waits for a validation or for the loader: they do not count. An
     image that is scored is taken for a third of one that is trained on, which goes through the network both ways.
+
+    Also whether threads wait for each other because something else has a core: on two cores beside one busy process,
+    a step on two threads took 2.8 times as long as on one.
     """
 
     skipped, timed = 3, 10
+    # Times a second that a thread loses its core: 17 on an idle machine of two cores, 97 beside one busy process.
+    crowded = 50
 
     def __init__(self) -> None:
         self.last: float | None = None
         self.seconds: list[float] = []  # of batches
+        self.began = 0.0, 0  # these batches: when, and how many cores had been lost
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.last = None
@@ -256,8 +262,19 @@ class TimeEstimate(lightning.Callback):
         before, self.last = self.last, time.monotonic()
         if before is not None:
             self.seconds.append(self.last - before)
+        if len(self.seconds) == self.skipped:
+            self.began = time.monotonic(), cores_lost()
         if len(self.seconds) == self.skipped + self.timed and trainer.is_global_zero:
             self._tell(trainer, sum(self.seconds[self.skipped :]) / self.timed)
+            threads, (start, lost) = torch.get_num_threads(), self.began
+            often = cores_lost() - lost > self.crowded * threads * (time.monotonic() - start)
+            if trainer.strategy.root_device.type == "cpu" and threads > 1 and often:
+                log.warning(
+                    "Something else uses this machine, and %d threads wait for each other. Fewer may be several times "
+                    "as fast: OMP_NUM_THREADS=%d before the command.",
+                    threads,
+                    threads - 1,
+                )
 
     @staticmethod
     def _tell(trainer: lightning.Trainer, batch_seconds: float) -> None:
@@ -279,6 +296,15 @@ class TimeEstimate(lightning.Callback):
             f"{images:,}",
             where,
         )
+
+
+def cores_lost() -> int:
+    """How often the threads of this process had to give up their core to others; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _spoken(seconds: float) -> str:

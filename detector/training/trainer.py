@@ -112,7 +112,7 @@ def progress(options: DeviceOptions, callbacks: list[lightning.Callback]) -> dic
         logging.getLogger(name).setLevel(logging.WARNING)  # advertisements, and which devices there are not
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 0  # no bar fits into none
     shown = parts.ProgressBar(refresh_rate=options.progress_every) if terminal else parts.ProgressLines()
     return {"callbacks": [*callbacks, EndAtOnce(), shown], "enable_progress_bar": terminal}
 

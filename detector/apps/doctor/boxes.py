@@ -112,7 +112,8 @@ def check_balance(splits: Splits) -> list[Finding]:
             WARNING,
             unused,
             "declared classes without a box in a split",
-            "annotate some, move images between the splits, or remove the class from all files",
+            "annotate some, move images between the splits (one that is drawn: after tools/prepare_data.py split), or "
+            "remove the class from all files",
         ),
         *found(
             "rare_classes",
