@@ -109,7 +109,7 @@ def test_what_cannot_be_split(unsplit: Path, tiny_coco: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not valid JSON|JSON"),
+        ("{", "JSON"),
         ("", "JSON"),
         ("[]", "JSON|object"),
         ('{"images": [], "annotations": []}', "images"),

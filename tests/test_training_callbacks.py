@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import io
 import json
+import os
+import struct
+import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +27,7 @@ from detector.models.build import NetworkOptions, build_network
 from detector.training.callbacks import EMA, History, ProgressLines, TimeEstimate
 from detector.training.run import train
 from detector.training.task import DetectionTask
+from detector.training.trainer import bar_fits
 
 
 def naive_average(states: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
@@ -290,3 +297,18 @@ def test_the_time_is_told_once_without_slow_beginnings(
         f"about {(1255 * 6 + 2 * 300 * 2 / 3) / 3600:.1f} hours: 1,255 steps of 6 s and 2 validations of 1,200 images "
         "on 2 threads"
     )
+
+
+def test_a_terminal_without_a_size_has_no_room_for_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, terminal = os.openpty()
+    try:
+        with open(terminal, "w", closefd=False) as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            for rows, columns in ((0, 0), (0, 120), (40, 120)):
+                fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+                assert bar_fits() == (rows > 0)
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True, fileno=io.StringIO().fileno))
+        assert not bar_fits()
+    finally:
+        os.close(leader)
+        os.close(terminal)

@@ -106,13 +106,21 @@ class RunOptions(Options):
     trainer: TrainerOptions = TrainerOptions()
 
 
+def bar_fits() -> bool:
+    """Whether stdout is a terminal with room for a bar: those of some containers have a size of 0 x 0."""
+    try:
+        return sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 0
+    except OSError:  # a stream without a descriptor, whatever it says of itself
+        return False
+
+
 def progress(options: DeviceOptions, callbacks: list[lightning.Callback]) -> dict[str, Any]:
     """Lightning's arguments for callbacks and for progress: a bar in a terminal, else lines in the log."""
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # advertisements, and which devices there are not
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
-    terminal = sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 0  # no bar fits into none
+    terminal = bar_fits()
     shown = parts.ProgressBar(refresh_rate=options.progress_every) if terminal else parts.ProgressLines()
     return {"callbacks": [*callbacks, EndAtOnce(), shown], "enable_progress_bar": terminal}
 
