@@ -407,6 +407,12 @@ def test_without_the_extra_a_command_says_what_to_install(command: str, tmp_path
     assert result.stderr.count("\n") == 1
 
 
+def test_a_package_that_is_missed_on_the_way_is_named_too() -> None:
+    message = "lightning is not installed; the command needs it: pip install 'light-head-detector[train]'."
+    assert cli.explain(ModuleNotFoundError(name="lightning")) == message
+    assert cli.explain(ModuleNotFoundError(name="detector.nothing")) is None
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_a_tool_and_says_what_its_keys_are(command: str) -> None:
     module, options_class, _ = cli.COMMANDS[command]

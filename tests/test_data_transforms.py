@@ -539,11 +539,23 @@ def test_a_probability_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["scale", "stretch", "batch_scale", "mosaic_scale"])
 def test_a_bad_range_is_named(name: str) -> None:
-    for value in ((0.0, 1.0), (1.0, float("inf")), (1.0,)):
+    for value in ((0.0, 1.0), (1.0, float("inf")), (1.0,), (0.04, 1.0), (1.0, 21.0)):
         with pytest.raises(InputError, match=rf"^augment\.{name}=?.*: expected |^augment\.{name}.* is missing"):
             AugmentOptions.parse({name: value}, "augment")
     with pytest.raises(InputError, match=rf"augment\.{name}=\[1\.5, 1\.0\]: expected lowest <= highest"):
         AugmentOptions.parse({name: (1.5, 1.0)})
+
+
+@pytest.mark.parametrize("factor", [0.05, 20.0])
+@pytest.mark.parametrize("name", ["scale", "stretch", "batch_scale", "mosaic_scale"])
+def test_the_last_factors_that_are_allowed_give_an_image(name: str, factor: float) -> None:
+    options = AugmentOptions.parse({name: (factor, factor), "mosaic": float(name == "mosaic_scale")})
+    transform = TrainTransform(Preprocessing(short_side=48, long_side=64), options, seed=0)
+    image, boxes = np.zeros((60, 80, 3), np.uint8), np.array([[8, 8, 72, 52]], np.float32)
+    view = (image, boxes, np.zeros(1, np.int64), np.zeros(1, bool))
+    out = transform(*view, transform.batch_factors()[0], [view] * 3 if name == "mosaic_scale" else [])
+    assert out.image.size > 0
+    assert np.isfinite(out.boxes).all()
 
 
 def test_albumentations_does_not_ask_the_network() -> None:

@@ -22,7 +22,7 @@ from detector.inference.export_info import ExportInfo
 from detector.inference.runtime import ExportedDetector
 from detector.lab.prediction import _network_call, parts
 from detector.training.data_module import DetectionData
-from detector.training.trainer import RunOptions
+from detector.training.run_options import RunOptions
 
 IMAGE = np.zeros((60, 90, 3), np.uint8)
 

@@ -97,8 +97,9 @@ def test_exports_are_opened_without_torch() -> None:
     assert "torch" not in modules_after("import detector; detector.load; detector.predict; detector.Detections")
 
 
-def test_exporting_needs_no_lightning() -> None:
-    assert "lightning" not in modules_after("import detector.apps.export")
+@pytest.mark.parametrize("module", ["detector.apps.export", "detector.apps.doctor.run", "detector.training.run"])
+def test_only_what_trains_waits_for_lightning(module: str) -> None:
+    assert "lightning" not in modules_after(f"import {module}")
 
 
 def test_public_names() -> None:

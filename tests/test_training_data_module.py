@@ -20,7 +20,7 @@ from detector.data.preprocess import Preprocessing
 from detector.data.transforms import AugmentOptions, TrainTransform
 from detector.errors import InputError
 from detector.training.data_module import ClassificationData, DetectionData, ShapeSampler, by_canvas, share
-from detector.training.trainer import RunOptions
+from detector.training.run_options import RunOptions
 
 PREPROCESSING = Preprocessing(short_side=64, long_side=96)
 

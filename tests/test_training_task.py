@@ -13,10 +13,12 @@ from detector.data.collate import Batch
 from detector.data.preprocess import Preprocessing
 from detector.errors import InputError
 from detector.inference.detector import Detector
+from detector.inference.operating_point import OperatingPoint
 from detector.models.build import NetworkOptions
 from detector.models.fuse import fuse
+from detector.training.run_options import FreezeOptions
 from detector.training.schedule import OptimizerOptions, build_optimizer
-from detector.training.task import DetectionTask, FreezeOptions
+from detector.training.task import DetectionTask, worth
 
 SGD = OptimizerOptions(lr=0.1, base_batch=None, weight_decay=0.1, lr_scales=None)
 STAGES = {"conv1": 1, "stage2": 2, "stage3": 3, "stage4": 4}
@@ -129,3 +131,13 @@ def test_frozen_normalisation_is_computed_with_its_convolution(small_spec: dict[
         for name, value in one.items():
             torch.testing.assert_close(value, another[name], msg=name)
     assert list(folded.state_dict()) == list(plain.state_dict())
+
+
+def test_what_scores_are_worth_is_said_in_words() -> None:
+    assert worth(OperatingPoint(), ["cat", "dog"]) == "scores: as the network gives them"
+    # By hand: odds of 1 and 9, squared, times e**0.2: 1.2214 / 2.2214 and 98.93 / 99.93.
+    point = OperatingPoint(calibration=(2.0, 0.2), thresholds=(0.4, 0.25))
+    assert worth(point, ["cat", "dog"]) == (
+        "scores: calibrated; 0.5 now reads 0.55, 0.9 now reads 0.99; "
+        "score_threshold=auto shows a class from 0.25 (dog) to 0.40 (cat) on"
+    )

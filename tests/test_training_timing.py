@@ -17,9 +17,10 @@ from detector.evaluation.clock import Clock
 from detector.inference.detector import Detector
 from detector.training import task as task_module
 from detector.training.data_module import DetectionData
+from detector.training.run_options import RunOptions
 from detector.training.task import DetectionTask
 from detector.training.timing import PartTimes
-from detector.training.trainer import NOISE, RunOptions
+from detector.training.trainer import NOISE
 
 # Of each batch of two: passes through the network, one for each canvas size, and images.
 STEPS = ((1, 2), (2, 2), (1, 1))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detector.cli.failures import missing
 from detector.cli.words import as_typed, did_you_mean, is_text, key_of, nearest, read_value, usage
 from detector.errors import InputError
 from detector.files import CONF
@@ -83,11 +84,9 @@ def compose(command: str, words: Sequence[str], changes: Mapping[str, Any] | Non
             if word not in groups:
                 apply(word, command, options_class, values)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("detector", ""):
+        if (message := missing(error)) is None:
             raise
-        raise InputError(
-            f"{error.name} is not installed; the command needs it: pip install 'light-head-detector[train]'."
-        ) from error
+        raise InputError(message) from error
     leaves = dict(_leaves(command, options_class, changes or {}))
     for key, value in leaves.items():
         set_in(values, key.split("."), value)

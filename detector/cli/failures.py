@@ -29,10 +29,19 @@ UNWRITABLE = {
 GRACE = 5.0
 
 
+def missing(error: ModuleNotFoundError) -> str | None:
+    """One line for a package of the extra `train` that is not installed; None for a module of this package."""
+    if (error.name or "").partition(".")[0] in ("detector", ""):
+        return None
+    return f"{error.name} is not installed; the command needs it: pip install 'light-head-detector[train]'."
+
+
 def explain(error: Exception) -> str | None:
     """One line for an error that the user can mend; None for an error of this package."""
     if isinstance(error, InputError):
         return without_worker(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        return missing(error)
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}: choose another place, or change who may use this one."
     if isinstance(error, OSError) and error.errno in UNWRITABLE:

@@ -22,7 +22,7 @@ from detector.data.pipeline import check_result, failures_named, load_pipeline
 from detector.data.preprocess import STRIDE, Preprocessing
 from detector.data.windows import MIN_SIDE, crop_by_iou, crop_whole, place
 from detector.errors import InputError
-from detector.options import Options, Positive, Share
+from detector.options import Options, Share
 
 # Factors on brightness and contrast, and on saturation: what another lamp, hour or camera does to a photograph. Chosen
 # by this project, as all numbers here without another source.
@@ -59,6 +59,10 @@ class Transformed(NamedTuple):
     scale: np.ndarray
 
 
+# Bounds: what is drawn beyond them is no photograph any more, and takes all memory or ends in an error of OpenCV.
+Factor = Annotated[float, Strict(), Field(ge=0.05), Field(le=20)]
+
+
 class AugmentOptions(Options):
     """How training images are changed at random. The defaults are the released code of Li et al. 2017: mirroring."""
 
@@ -68,7 +72,7 @@ class AugmentOptions(Options):
     """probability of top for bottom"""
     rotate90: Share = 0.0
     """probability of a turn by a multiple of 90 degrees (0 is one of four)"""
-    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    scale: tuple[Factor, Factor] = (1.0, 1.0)
     """lowest and highest size factor, drawn log-uniformly (Li et al. 2017: a single scale but in section 4.2)"""
     photometric: Share = 0.0
     """probability that brightness, contrast, saturation and hue change; blur, noise and grey come more rarely"""
@@ -78,15 +82,15 @@ class AugmentOptions(Options):
     """probability of a crop that overlaps an object by a drawn IoU (Liu et al. 2016, SSD, section 2.2: 0.86)"""
     zoom_out: Share = 0.0
     """probability that the image lies, smaller, on a canvas of the mean colour (SSD's expansion: 0.5)"""
-    zoom_out_factor: Annotated[float, Strict(), Field(ge=1)] = 4.0
+    zoom_out_factor: Annotated[float, Strict(), Field(ge=1), Field(le=20)] = 4.0
     """how many times the image's sides those of that canvas are at most"""
-    stretch: tuple[Positive, Positive] = (1.0, 1.0)
+    stretch: tuple[Factor, Factor] = (1.0, 1.0)
     """lowest and highest factor on the ratio of width to height, drawn log-uniformly (NanoDet's configurations)"""
-    batch_scale: tuple[Positive, Positive] = (1.0, 1.0)
+    batch_scale: tuple[Factor, Factor] = (1.0, 1.0)
     """lowest and highest size factor of a whole batch, in steps of 32 pixels of the long side (PicoDet: 0.6 to 1.2)"""
     mosaic: Share = 0.0
     """probability that parts of four images make one (YOLOX-Nano: 0.5); no crop, scale, stretch or zoom_out then"""
-    mosaic_scale: tuple[Positive, Positive] = (0.5, 1.5)
+    mosaic_scale: tuple[Factor, Factor] = (0.5, 1.5)
     """lowest and highest size factor of each of the four, drawn log-uniformly (YOLOX-Nano)"""
     pipeline: str | None = None
     """YAML file of an albumentations pipeline (albumentations.save), in the place of `photometric`"""

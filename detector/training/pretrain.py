@@ -43,16 +43,9 @@ from detector.training.checkpoints import CheckpointFiles
 from detector.training.classification import ClassificationTask
 from detector.training.data_module import ClassificationData
 from detector.training.run_directory import is_first_process
+from detector.training.run_options import RunOptions, TrainBatchOptions, ValidationOptions, provenance
 from detector.training.schedule import OptimizerOptions, ScheduleOptions
-from detector.training.trainer import (
-    RunOptions,
-    TrainBatchOptions,
-    ValidationOptions,
-    begin,
-    fit,
-    provenance,
-    without_traces,
-)
+from detector.training.trainer import begin, fit, without_traces
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from detector.training.schedule import build_optimizer
 if TYPE_CHECKING:
     import lightning
 
+    from detector.training.run_options import RunOptions
     from detector.training.task import Task
-    from detector.training.trainer import RunOptions
 
 # What a run goes on from, and what it says of itself.
 STATE = {"epoch": int, "global_step": int, "optimizer_states": list, "lr_schedulers": list, "loops": dict}

@@ -28,11 +28,8 @@ from detector.inference.shipped import find
 from detector.models.backbones.pretrained import load_weights
 from detector.models.build import NetworkOptions
 from detector.models.weights import first_three
-from detector.training.data_module import DetectionData
-from detector.training.resume import classes_of_run
-from detector.training.task import DetectionTask, FreezeOptions
+from detector.training.run_options import FreezeOptions, RunOptions, provenance
 from detector.training.teacher import Teacher
-from detector.training.trainer import RunOptions, begin, fit, provenance, without_traces
 from detector.training.warm_start import find_start, warm_start
 
 log = logging.getLogger(__name__)
@@ -53,13 +50,25 @@ class TrainOptions(NetworkOptions, RunOptions):
     """what scores are worth: auto, found on the validation split; none; or as in this checkpoint of the same classes"""
 
 
-@without_traces()
 def train(options: TrainOptions) -> Path:
     """Train a detector. Returns the run directory.
 
     Raises:
         InputError: something in the options, the data or the checkpoint is wrong.
     """
+    # Lightning takes seconds to import, which --help, a misspelt key and tools/doctor.py need not wait for.
+    from detector.training.trainer import without_traces
+
+    with without_traces():
+        return _train(options)
+
+
+def _train(options: TrainOptions) -> Path:
+    from detector.training.data_module import DetectionData
+    from detector.training.resume import classes_of_run
+    from detector.training.task import DetectionTask
+    from detector.training.trainer import begin, fit
+
     options, checkpoint = begin(options, entry=DetectionTask.entry, read=read_checkpoint, group="recipe")
     options, start = find_start(options)
     options = _free_what_is_random(options, start)

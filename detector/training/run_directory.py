@@ -20,7 +20,7 @@ from detector.files import check_writable, replacing
 from detector.options import typed
 
 if TYPE_CHECKING:
-    from detector.training.trainer import RunOptions
+    from detector.training.run_options import RunOptions
 
 log = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning
 import torch
@@ -19,25 +19,17 @@ from detector.evaluation.metrics import METRICS, compute_metrics, format_table
 from detector.evaluation.operating_point import operating_point
 from detector.inference.detector import Detector
 from detector.inference.operating_point import OperatingPoint
-from detector.options import Flag, Options
+from detector.models.calibrate import IDENTITY, calibrated
 from detector.training.callbacks import Columns
 from detector.training.plots import draw_batch
 from detector.training.processes import rank, share_buffers, world_size
+from detector.training.run_options import FreezeOptions
 from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from detector.models.light_head_rcnn import Teach
-
-
-class FreezeOptions(Options):
-    """What of the backbone stays as it is."""
-
-    stages: Literal[0, 1, 2, 3, 4] = 1
-    """stages: 1 to stride 4, 2 to stride 8, 3 to 16, 4 all (Li et al. 2017: ResNet's conv1 and block1, to stride 4)"""
-    batch_norm: Flag = True
-    """normalisation keeps its statistics and weights (Li et al. 2017, section 4.1: "all batch normalisation fixed")"""
 
 
 class Task(lightning.LightningModule):
@@ -99,6 +91,16 @@ class Task(lightning.LightningModule):
         )
 
 
+def worth(point: OperatingPoint, class_names: Sequence[str]) -> str:
+    """What is known of the scores, in a line for people."""
+    raw = ", ".join(f"{score} now reads {calibrated(score, *point.calibration):.2f}" for score in (0.5, 0.9))
+    line = "scores: as the network gives them" if point.calibration == IDENTITY else f"scores: calibrated; {raw}"
+    if not point.thresholds:
+        return line
+    (low, easy), (high, hard) = (pick(zip(point.thresholds, class_names, strict=True)) for pick in (min, max))
+    return f"{line}; score_threshold=auto shows a class from {low:.2f} ({easy}) to {high:.2f} ({hard}) on"
+
+
 class DetectionTask(Task):
     """One detector, its losses, and COCO's metrics over the validation split.
 
@@ -149,10 +151,8 @@ class DetectionTask(Task):
 
     def summary(self) -> str:
         assert self.val_index is not None
-        (scale, shift), known = self.operating_point.calibration, self.operating_point.thresholds
-        scores = f"scores: scale {scale:.2f} and shift {shift:.2f} of their logits"
-        scores += f", shown from {min(known):.2f} to {max(known):.2f} by class" if known else ""
-        return f"\n{format_table(self.metrics, f'{self.val_index.annotation_file}, last epoch')}\n\n{scores}\n"
+        table = format_table(self.metrics, f"{self.val_index.annotation_file}, last epoch")
+        return f"\n{table}\n\n{worth(self.operating_point, self.detector.class_names)}\n"
 
     def train(self, mode: bool = True) -> DetectionTask:
         super().train(mode)

@@ -1,4 +1,4 @@
-"""What every run has, whatever it trains: its options, progress, the run directory, Lightning's trainer."""
+"""What every run does, whatever it trains: progress, the run directory, Lightning's trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,14 +18,13 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector.options import BelowOne, Count, Flag, Natural, Options
 from detector.training import callbacks as parts
 from detector.training.checkpoints import CheckpointFiles, KeptCheckpoint
 from detector.training.device_options import DeviceOptions
 from detector.training.processes import EndAtOnce, devices, ranks_end_together
 from detector.training.resume import check_can_go_on, check_state, read_resumable, resumed_options
 from detector.training.run_directory import WRITTEN, check_free, run_directory, settle
-from detector.training.schedule import OptimizerOptions, ScheduleOptions
+from detector.training.run_options import RunOptions
 
 if TYPE_CHECKING:
     from detector.training.data_module import SplitData
@@ -47,63 +45,6 @@ NOISE = (
     r"`broadcast_buffers` is deprecated",  # torch 2.6 knows no other name for it
     r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the metrics are those of all ranks already
 )
-
-
-class TrainerOptions(DeviceOptions):
-    """Where a training runs, and what it notes."""
-
-    accumulate: Count = 1
-    """batches for one step of the optimiser"""
-    log_every: Count = 20
-    """steps between rows of metrics.csv"""
-
-
-class TrainBatchOptions(Options):
-    """How training images come."""
-
-    batch_size: Count = 2
-    """images a step and device (Li et al. 2017, section 4.1)"""
-    by_shape: Flag = True
-    """upright and other images in batches of their own, which saves padding (Li et al. 2017, released code)"""
-
-
-class ValidationOptions(Options):
-    """When and how the validation split is scored."""
-
-    batch_size: Count = 4
-    """images a step and device (Ma et al. 2018, table 7: speed at batch 4)"""
-    every: Count = 1
-    """epochs between validations; the last epoch is always scored"""
-
-
-class RunOptions(Options):
-    """What every run has, whatever it trains."""
-
-    recipe_name: str = "none"
-    """names the run directory"""
-    backbone_name: str = "none"
-    """names the run directory"""
-    overrides: tuple[str, ...] = ()
-    """the command line, for the record; of a resumed run, what it changes"""
-    run_dir: str | None = None
-    """null: runs/<recipe>/<backbone>/<time>"""
-    overwrite: Flag = False
-    """start anew in a run_dir that holds a run, and remove that"""
-    ckpt: str | None = None
-    """start from these weights ..."""
-    resume: Flag = False
-    """... or go on with that run, as configured then: ckpt=RUN_DIR/last.ckpt resume=true"""
-    seed: Natural = 0
-    """seed of all random draws: first weights, order of the images, augmentation"""
-    workers: Natural = 4
-    """loader processes per device; 0 loads in the training process"""
-    ema: BelowOne | None = None
-    """decay of the moving average of the weights; null: none (the released code of Li et al. 2017)"""
-    train: TrainBatchOptions = TrainBatchOptions()
-    val: ValidationOptions = ValidationOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    schedule: ScheduleOptions = ScheduleOptions()
-    trainer: TrainerOptions = TrainerOptions()
 
 
 def bar_fits() -> bool:
@@ -215,15 +156,6 @@ def _trainer(
         default_root_dir=run_dir,
         plugins=[CheckpointFiles(weights)],
     )
-
-
-def provenance(options: RunOptions) -> dict[str, Any]:
-    """Where a network comes from, for its checkpoint."""
-    return {
-        "config": options.to_dict(),
-        "torch": str(torch.__version__),
-        "created": datetime.now().isoformat(timespec="seconds"),
-    }
 
 
 @contextmanager
