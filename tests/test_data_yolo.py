@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from detector.data.index import AnnotationIndex
-from detector.data.splits import DataOptions, load_split, load_splits, read_splits
+from detector.data.splits import DataOptions, find_format, load_split, load_splits, read_splits, read_unsplit
 from detector.errors import InputError
 
 YAML = "path: {}\ntrain: images/train\nval: images/val\nnames: {{0: cat, 7: dog}}\n"
@@ -196,3 +196,16 @@ def test_boxes_of_a_rotated_photograph_need_no_option(folder: Path, orientation:
     index = read(folder)
     np.testing.assert_array_equal(index.read(0)[..., 0] > 0, seen)
     np.testing.assert_allclose(index.objects(0)[0], [[x1, y1, x2, y2]], atol=1e-4)
+
+
+def test_labels_beside_the_images_as_labelimg_writes_them(folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (*(folder / "images").glob("*/*"), *(folder / "labels").glob("*/*")):
+        (flat / path.name).write_bytes(path.read_bytes().replace(b"7 ", b"1 "))
+    (flat / "classes.txt").write_text("cat\ndog\n")
+    assert find_format(DataOptions(root=str(flat))) == "yolo"
+    whole = read_unsplit(DataOptions(root=str(flat)))
+    assert whole is not None
+    assert whole.file_names == ["a.png", "b.png", "c.png", "d.png"]
+    assert [whole.class_names[label] for label in whole.labels] == ["cat", "dog", "dog"]

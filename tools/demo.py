@@ -92,10 +92,10 @@ def main() -> None:
         "  predictions/*.png          held-out images with boxes\n"
         "  curves.png, metrics.csv    how training went; train_batch.png: what it saw\n"
         "Beside it, photographs/*.png: what a detector of the package finds, if one is there\n"
-        "\nYour own data, a folder with images/ and annotations/{train,val}.json:\n"
+        "\nYour own data, in COCO's, Pascal VOC's or YOLO's layout:\n"
         "  .venv/bin/python tools/train.py recipe=finetune data.root=DIR\n"
-        "Your own images:\n"
-        f"  .venv/bin/python tools/predict.py ckpt={RUN_DIR}/best.ckpt source=FOLDER"
+        "Your own photographs, by v2_1x_voc of this package (what was trained here knows drawn shapes alone):\n"
+        "  .venv/bin/python tools/predict.py source=FOLDER"
     )
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from detector.data.annotations import read_annotations, usable
+from detector.data.coco import beside_its_images, find_file, find_only_file
 from detector.data.image_files import ExifBoxes
 from detector.data.index import AnnotationIndex
 from detector.data.partition import parts
 from detector.data.shapes import ShapesOptions, ensure_shapes
-from detector.data.voc import has_xml, read_voc
+from detector.data.voc import has_xml, listed_classes, read_voc
 from detector.data.yolo import read_yolo, yaml_of
 from detector.errors import InputError
 from detector.options import Count, Flag, Natural, Options, Share
@@ -21,6 +23,7 @@ from detector.options import Count, Flag, Natural, Options, Share
 log = logging.getLogger(__name__)
 
 Format = Literal["coco", "voc", "yolo"]
+_IMAGES = "images"
 _JSON = {name: f"annotations/{name}.json" for name in ("train", "val")}
 
 
@@ -29,8 +32,8 @@ class SplitOptions(Options):
 
     annotations: str
     """COCO's JSON; or VOC's or YOLO's list of images, or a folder of them; relative to data.root"""
-    images: str = "images"
-    """COCO: folder of the images, relative to data.root"""
+    images: str = _IMAGES
+    """COCO: folder of the images, relative to data.root; where none of them is there, it is found by itself"""
     limit: Count | None = None
     """only the first N images; null: all"""
 
@@ -164,21 +167,45 @@ def find_format(options: DataOptions) -> Format:
             return "coco"
     if any(map(has_xml, (root / "Annotations", root, root / "train"))):
         return "voc"
-    return "yolo" if yaml_of(root) or (root / "labels").is_dir() else "coco"
+    if yaml_of(root) or (root / "labels").is_dir():
+        return "yolo"
+    # Labels beside the images and a file of classes, as LabelImg writes them.
+    return "yolo" if listed_classes(root) and not any(find_file(root, name) for name in _JSON) else "coco"
 
 
 def _coco(options: DataOptions, names: Sequence[str]) -> dict[str, AnnotationIndex]:
-    root = options.prepared()
-    absent = [name for name in names if not options.files(name)[0].is_file()]
-    if absent and not _given(options).keys() & set(absent):
-        only = [*(root / "annotations").glob("*.json"), *root.glob("*.json")]
-        if len(only) == 1 and only[0].name != "val.json":
-            images = root / options.train.images
-            return {"": read_annotations(only[0], images if images.is_dir() else root)}
+    root, files = options.prepared(), _coco_files(options, names)
+    absent = [name for name, file in files.items() if not file.is_file()]
     if absent and options.missing:
         where = f"(looked in '{root.resolve()}'{'' if root.is_dir() else ', which is no folder'})"
-        raise InputError(f"No {options.files(absent[0])[0]} here {where}. {options.missing}")
-    return {name: read_annotations(*options.files(name)) for name in names}
+        raise InputError(f"No {files[absent[0]]} here {where}. {options.missing}")
+    return {name: _read_coco(options, name or "train", file) for name, file in files.items()}
+
+
+def _coco_files(options: DataOptions, names: Sequence[str]) -> dict[str, Path]:
+    """The annotation file of each split; of a folder without a split its only one, or that of its train, as ""."""
+    root, given = options.prepared(), _given(options)
+    files = {name: options.files(name)[0] for name in names}
+    absent = [name for name, file in files.items() if name not in given and not file.is_file()]
+    if not absent:
+        return files
+    found = {name: path for name in _JSON if (path := find_file(root, name))}
+    if found.keys() >= set(absent):
+        return files | {name: found[name] for name in absent}
+    whole = found.get("train") or (None if found else find_only_file(root))
+    return {"": whole} if whole and not given else files
+
+
+def _read_coco(options: DataOptions, split: str, file: Path) -> AnnotationIndex:
+    """A file of annotations, with the folder of its images: the one that was asked for, or else where they are."""
+    root, (usual, images) = options.prepared(), options.files(split)
+    index = read_annotations(file, images)
+    if options.split(split).images == _IMAGES:
+        index = beside_its_images(index, root)
+    if (file, index.image_dir) != (usual, images):
+        shown = [os.path.relpath(path, root) for path in (file, index.image_dir)]
+        log.info("%s: the images of %s are in %s", root, *shown)
+    return index
 
 
 def _given(options: DataOptions) -> dict[str, Path]:

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from detector.data.progress import SECONDS
 from detector.files import replacing, write_json
 from detector.training.plots import plot_curves
 from detector.training.run_directory import dispensable
@@ -198,7 +199,7 @@ class ProgressLines(lightning.Callback):
         seconds: time between lines.
     """
 
-    def __init__(self, seconds: float = 30.0) -> None:
+    def __init__(self, seconds: float = SECONDS) -> None:
         self.seconds = seconds
         self.first_step = 0
         self.start = self.last = time.monotonic()
