@@ -228,6 +228,21 @@ def test_one_folder_of_training_images(devkit: Path) -> None:
     assert whole.image_ids == ["a", "c", "d"]
 
 
+@pytest.mark.parametrize("given", ["train", "val"])
+def test_a_list_for_one_split_leaves_the_others_to_the_other(devkit: Path, given: str) -> None:
+    """Not drawn from all: what is scored would have been trained on."""
+    for path in (devkit / "ImageSets/Main").iterdir():
+        path.unlink()
+    (devkit / "mine.txt").write_text("d\na\n")
+    options = DataOptions.parse({"root": str(devkit), given: {"annotations": "mine.txt"}})
+    splits = load_splits(options)
+    other = {"train": "val", "val": "train"}[given]
+    assert splits[given].image_ids == ["d", "a"]
+    assert sorted(splits[other].image_ids) == ["b", "c"]
+    for name in ("train", "val"):
+        assert load_splits(options, (name,))[name].image_ids == splits[name].image_ids
+
+
 def test_a_folder_without_a_split_that_cannot_be_read_is_named(devkit: Path) -> None:
     for path in (*(devkit / "ImageSets/Main").iterdir(), *(devkit / "Annotations").glob("[bcd].xml")):
         path.unlink()

@@ -198,6 +198,16 @@ def test_boxes_of_a_rotated_photograph_need_no_option(folder: Path, orientation:
     np.testing.assert_allclose(index.objects(0)[0], [[x1, y1, x2, y2]], atol=1e-4)
 
 
+def test_a_folder_for_one_split_leaves_the_others_to_the_other(folder: Path) -> None:
+    (folder / "data.yaml").write_text("names: {0: cat, 7: dog}\n")
+    (folder / "images/val").rename(folder / "images/test")
+    (folder / "images/train").rename(folder / "images/all")
+    options = DataOptions.parse({"root": str(folder), "val": {"annotations": "images/test"}})
+    splits = load_splits(options)
+    assert [splits["train"].path(i).name for i in range(len(splits["train"]))] == ["a.png", "b.png", "c.png"]
+    assert [splits["val"].path(i).name for i in range(len(splits["val"]))] == ["d.png"]
+
+
 def test_labels_beside_the_images_as_labelimg_writes_them(folder: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()

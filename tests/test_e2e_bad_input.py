@@ -67,6 +67,8 @@ def checkpoint(tmp_path: Path, small_spec: dict[str, Any]) -> Path:
         (["optimizer.name=lion"], ["optimizer.name=lion: expected sgd or adamw"]),
         (["optimizer.lr_scales={hed: 2}"], ["no parameter starts with 'hed'"]),
         (["trainer.devices=0"], ["trainer.devices=0"]),
+        (["trainer.devices=[0]", "trainer.accelerator=cpu"], ["trainer.devices=[0]", "a CPU has no number", "=1"]),
+        (["seed=4294967296"], ["seed=4294967296: expected a whole number from 0 to"]),
         (["trainer.precision=8"], ["trainer.precision=8: expected 32-true or bf16-mixed"]),
         (["freeze.stages=7"], ["freeze.stages=7: expected 0 or 1 or 2"]),
         (["augment.scale=[1.5, 0.5]"], ["augment.scale=[1.5, 0.5]", "lowest <= highest"]),

@@ -98,6 +98,17 @@ def test_training_with_two_processes(tmp_path: Path, small_detector: Detector, l
     assert [figures[name] for name in METRICS] == pytest.approx([said[name] for name in METRICS], abs=1e-6)
 
 
+def test_a_run_is_overwritten_once_both_have_read_it(tmp_path: Path, small_detector: Detector) -> None:
+    """From its own weights: the second process reads them after the first one has."""
+    arguments = (*training(write_scored_data(tmp_path / "data", small_detector), small_detector), "run_dir=run")
+    small_detector.save(tmp_path / "start.ckpt")
+    run_tool("train", *arguments, "ckpt=start.ckpt", "trainer.accelerator=cpu", cwd=tmp_path).ok()
+    run_two("lightning", "train", *arguments, "ckpt=run/last.ckpt", "overwrite=true", "seed=5", cwd=tmp_path).ok()
+    written = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert written["detector"]["provenance"]["config"]["seed"] == 5
+    assert (tmp_path / "run/tensorboard").is_dir()
+
+
 def test_training_where_a_rank_sees_no_object(tmp_path: Path, small_detector: Detector) -> None:
     """One image for each process a step: every loss has to take part in the backward pass on both.
 

@@ -65,6 +65,13 @@ def test_thresholds_stay_where_they_are_sensible_and_difficult_objects_do_not_co
     assert found_at(*side_by_side(rows, difficult=1))["thresholds"] is None
 
 
+def test_a_class_that_is_never_found_says_nothing_of_thresholds() -> None:
+    rows = [(1, 0.8, True)] * 20 + [(1, 0.6, False)] * 10 + [(2, 0.7, False)] * 30 + [(3, 0.97, True)] * 3
+    found, truth = side_by_side(rows, missed={2: 40})
+    thresholds = best_thresholds(judge(read_records(found, truth)))
+    assert thresholds == pytest.approx([0.61] * 3)
+
+
 def planted(scale: float, shift: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
     """Scores, and whether they are right: in a share of sigmoid(scale * logit(score) + shift)."""
     rng = np.random.default_rng(0)

@@ -111,11 +111,27 @@ def test_a_checkpoint_says_from_which_score_on_each_class_is_shown(run: Run, mon
     other.save("other.ckpt")
     own = Detector.load(run(run_dir="like", calibrate="other.ckpt") / "last.ckpt")
     assert dict(zip(own.class_names, own.thresholds, strict=True)) == dict(zip(names, found[0], strict=True))
-    with pytest.raises(InputError, match=r"calibrate=other\.ckpt: it has no threshold for cow\."):
+    with pytest.raises(InputError, match=r"calibrate=other\.ckpt: it does not know cow\."):
         _operating_point("other.ckpt", ["cat", "cow"])
     with pytest.raises(InputError, match="calibrate=nowhere: No checkpoint at 'nowhere'"):
         _operating_point("nowhere", names)
     assert _operating_point("none", names) == OperatingPoint()
+
+
+def test_a_calibration_without_thresholds_is_taken_alone_and_kept_by_the_run(run: Run) -> None:
+    """So are those of a run whose classes all have few objects. Names that mean the same are the same."""
+    known = OperatingPoint(calibration=(2.0, 0.5))
+    Detector(NetworkOptions(), ("Dog", "cat", "bird"), Preprocessing(), operating_point=known).save("other.ckpt")
+    assert _operating_point("other.ckpt", ["cat", "dog"]) == known
+    Detector(NetworkOptions(), ("cat", "dog", "bird"), Preprocessing()).save("nothing.ckpt")
+    with pytest.raises(InputError, match=r"calibrate=nothing\.ckpt: it knows nothing of its scores\."):
+        _operating_point("nothing.ckpt", ["cat", "dog"])
+    run_dir = run(run_dir="run", calibrate="other.ckpt")
+    Path("other.ckpt").unlink()
+    resumed = run(
+        ckpt=str(run_dir / "last.ckpt"), resume=True, schedule=epochs(2), overrides=("schedule.epochs=2",)
+    )  # fmt: skip
+    assert Detector.load(resumed / "last.ckpt").operating_point == known
 
 
 def test_two_runs_in_one_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +194,37 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(run: Run, stopped: Path, monke
         for name, value in one[part].items():
             assert torch.equal(value, other[part][name]), name
     assert rows(resumed) == rows(Path("whole"))
+
+
+def test_a_changed_rate_counts_in_a_resumed_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of a longer schedule: the state has the rates of the run before, the last one next to nothing."""
+    run_dir = run(run_dir="run", schedule=epochs(1))
+    assert load(run_dir / "last.ckpt")["lr_schedulers"][0]["_last_lr"] == [0.0, 0.0]
+    rates, steps = [], DetectionTask.training_step
+
+    def step(task: DetectionTask, *arguments: Any) -> Any:
+        rates.extend(group["lr"] for group in task.trainer.optimizers[0].param_groups)
+        return steps(task, *arguments)
+
+    monkeypatch.setattr(DetectionTask, "training_step", step)
+    resumed = run(
+        ckpt=str(run_dir / "last.ckpt"), resume=True, schedule=epochs(2) | {"kind": "linear"},
+        optimizer={"name": "adamw", "lr": 0.25, "base_batch": None, "lr_scales": None, "weight_decay": 0.125},
+        overrides=("schedule.epochs=2", "schedule.kind=linear", "optimizer.lr=0.25", "optimizer.weight_decay=0.125"),
+    )  # fmt: skip
+    # Two steps of two epochs are left: half of the rate, and a quarter, of weights with decay and of those without.
+    assert rates == pytest.approx([0.125, 0.125, 0.0625, 0.0625])
+    groups = load(resumed / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.125, 0.0]
+
+
+def test_what_moves_other_weights_than_before_is_not_called_a_damaged_file(run: Run) -> None:
+    run_dir = run(run_dir="run", schedule=epochs(1))
+    with pytest.raises(InputError, match=r"resume=true: freeze\.stages=2 does not go with .*Leave it out"):
+        run(
+            ckpt=str(run_dir / "last.ckpt"), resume=True, schedule=epochs(2), freeze={"stages": 2},
+            overrides=("schedule.epochs=2", "freeze.stages=2"),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -476,9 +523,14 @@ def test_one_small_image_is_refused_in_the_fields_words(run: Run) -> None:
 
 @pytest.mark.parametrize("start", [True, False])
 def test_nothing_is_frozen_that_has_learnt_nothing(run: Run, start: bool) -> None:
-    run_dir = run(freeze={"stages": 4, "batch_norm": True}, **({} if start else {"ckpt": None}))
+    rates = {"name": "adamw", "lr": 1e-3, "base_batch": None, "lr_scales": {"backbone": 0.15, "rpn": 0.5}}
+    run_dir = run(
+        freeze={"stages": 4, "batch_norm": True}, optimizer=rates, **({} if start else {"ckpt": None})
+    )  # fmt: skip
     about = load(run_dir / "last.ckpt")
-    frozen = about["detector"]["provenance"]["config"]["freeze"]
+    config = about["detector"]["provenance"]["config"]
+    assert config["optimizer"]["lr_scales"] == ({"backbone": 0.15, "rpn": 0.5} if start else {"rpn": 0.5})
+    frozen = config["freeze"]
     assert frozen == ({"stages": 4, "batch_norm": True} if start else {"stages": 0, "batch_norm": False})
     norm = about["state_dict"]["network.backbone.conv1.1.running_mean"]
     given = load(Path("start.ckpt"))["state_dict"]["network.backbone.conv1.1.running_mean"]

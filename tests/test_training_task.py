@@ -6,8 +6,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from detector.data.collate import Batch
 from detector.data.preprocess import Preprocessing
@@ -17,8 +19,9 @@ from detector.inference.operating_point import OperatingPoint
 from detector.models.build import NetworkOptions
 from detector.models.fuse import fuse
 from detector.training.run_options import FreezeOptions
-from detector.training.schedule import OptimizerOptions, build_optimizer
+from detector.training.schedule import OptimizerOptions, ScheduleOptions, build_optimizer
 from detector.training.task import DetectionTask, worth
+from detector.training.trainer import NOISE
 
 SGD = OptimizerOptions(lr=0.1, base_batch=None, weight_decay=0.1, lr_scales=None)
 STAGES = {"conv1": 1, "stage2": 2, "stage3": 3, "stage4": 4}
@@ -81,6 +84,29 @@ def test_evaluation_in_between_does_not_thaw(small_detector: Detector, batch: Ba
     training = {name for name, module in task.network.backbone.named_modules() if module.training}
     assert not any(isinstance(task.network.backbone.get_submodule(name), torch.nn.BatchNorm2d) for name in training)
     assert "stage2" in training
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`", *(f"ignore:{message}" for message in NOISE))
+@pytest.mark.parametrize("stages", [0, 4])
+def test_lightning_does_not_thaw(stages: int, small_spec: dict[str, Any], batch: Batch) -> None:
+    """With a backbone whose normalisation is not computed with its convolutions: in training mode it would count."""
+    small_spec["backbone"] = {"name": "torchvision", "model": "resnet18"}
+    task = DetectionTask(
+        other(small_spec),
+        freeze=FreezeOptions(stages=stages, batch_norm=stages == 0),
+        optimizer=SGD,
+        schedule=ScheduleOptions(),
+    )
+    task.configure_optimizers = lambda: build_optimizer(task.network, SGD, 1)  # type: ignore[method-assign]
+    buffers = {name: value.clone() for name, value in task.network.backbone.named_buffers()}
+    assert len(buffers) == 60
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_steps=2, enable_model_summary=False,
+        enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(task, DataLoader([batch, batch], batch_size=None))
+    assert trainer.global_step == 2
+    assert all(torch.equal(value, buffers[name]) for name, value in task.network.backbone.named_buffers())
 
 
 def test_a_loss_that_is_not_finite_names_images_and_remedy(small_detector: Detector, batch: Batch) -> None:

@@ -41,11 +41,12 @@ def parts(index: AnnotationIndex, root: Path, share: float, seed: int) -> dict[s
     present = np.zeros((len(index), len(index.class_names) + 1), bool)
     present[index.images, index.labels] = True
     present[:, -1] = ~present.any(axis=1)
-    validates = stratify(present, groups_of(index), share, seed)
+    validates = stratify(present, groups := groups_of(index), share, seed)
     if not validates.any() or validates.all():
         raise InputError(
-            f"{root}: no split, and its {len(index)} images that do not look alike are too few to draw one with "
-            f"val={share:g}; add images, give another share, or write your own train.txt and val.txt there."
+            f"{root}: no split, and its {len(index)} images ({len(np.unique(groups))} that do not look alike) are too "
+            f"few to draw one with a share of {share:g} (data.val_share); add images, give another share, or write "
+            "your own train.txt and val.txt there."
         )
     log.info("%s has no split: val=%g is drawn by class, seed %d, look-alikes together.", root, share, seed)
     return {"train": np.flatnonzero(~validates), "val": np.flatnonzero(validates)}

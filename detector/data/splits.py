@@ -60,7 +60,7 @@ class DataOptions(Options):
     keep_empty: Flag = True
     """images without objects are training data too; validation always has them"""
     cache: Flag = True
-    """keep decoded training images in memory"""
+    """keep decoded training images in memory, up to 2 GiB; of several devices each loader process does"""
     missing: str | None = None
     """what to say where the annotations are not there"""
 
@@ -152,10 +152,30 @@ def _read(
     options: DataOptions, names: Sequence[str], class_names: Sequence[str] | None
 ) -> tuple[dict[str, AnnotationIndex], Format]:
     """The splits that are asked for, or, where there are none, all images as ""; and the layout."""
-    root, layout = options.prepared(), options.format or find_format(options)
+    layout = options.format or find_format(options)
+    splits = _read_layout(options, layout, names, class_names)
+    if (whole := splits.get("")) is None or not (given := _given(options)):
+        return splits, layout
+    # One split is given, and the folder has no other: that is what it leaves.
+    ((name, own),) = _read_layout(options, layout, tuple(given), class_names).items()
+    taken = {own.path(i) for i in range(len(own))}
+    rest = whole.select([i for i in range(len(whole)) if whole.path(i) not in taken])
+    log.info(
+        "%s has no split: %s is what data.%s.annotations leaves",
+        options.root,
+        "train" if name == "val" else "val",
+        name,
+    )
+    return {one: own if one == name else rest for one in names}, layout
+
+
+def _read_layout(
+    options: DataOptions, layout: Format, names: Sequence[str], class_names: Sequence[str] | None
+) -> dict[str, AnnotationIndex]:
+    root, given = options.prepared(), _given(options)
     if layout == "voc":
-        return read_voc(root, _given(options), names, class_names), layout
-    return read_yolo(root, _given(options), names) if layout == "yolo" else _coco(options, names), layout
+        return read_voc(root, given, names, class_names)
+    return read_yolo(root, given, names) if layout == "yolo" else _coco(options, names)
 
 
 def find_format(options: DataOptions) -> Format:

@@ -39,13 +39,14 @@ def best_thresholds(outcomes: Outcomes) -> list[float] | None:
     """For each class the lowest threshold, in steps of 0.01, with its best F1 at IoU 0.5, between LOWEST and HIGHEST.
 
     Returns:
-        K values. A class with fewer than FEWEST objects has the median of the others; None where all have fewer.
+        K values. A class with fewer than FEWEST objects, or none of them found, has the median of the others; None
+        where all are like that.
     """
     index = outcomes.records.index
     objects = np.bincount(index.labels[~index.crowd], minlength=len(index.class_names))
     curves = f1_curves(outcomes)["per_class"]
     known = [
-        curves[name]["best"]["threshold"] if count >= FEWEST else None
+        curves[name]["best"]["threshold"] if count >= FEWEST and curves[name]["best"]["f1"] > 0 else None
         for name, count in zip(index.class_names, objects, strict=True)
     ]
     if not (found := [value for value in known if value is not None]):

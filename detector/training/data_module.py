@@ -68,6 +68,12 @@ class SplitData(lightning.LightningDataModule):
         self.options, self.collate, self.collate_val, self.sampler = options, collate, collate_val, sampler
         self.train_images = len(train) if isinstance(train, Sized) else 0
         self.train_batch_size = min(options.train.batch_size, self.train_images) if train is not None else 0
+        self.at_start: Callable[[], None] | None = None
+
+    def prepare_data(self) -> None:
+        """What `at_start` does: here all processes are there, and have read what is to be overwritten."""
+        if self.at_start is not None:
+            self.at_start()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """
@@ -136,7 +142,7 @@ class DetectionData(SplitData):
     ) -> None:
         sampler: Callable[..., DistributedSampler[Any]] = DistributedSampler
         if train is not None:
-            alike = options.train.batch_size if options.train.by_shape else 1
+            alike = min(options.train.batch_size, len(train)) if options.train.by_shape else 1
             factors = transform.batch_factors() if transform is not None else [1.0]
             sampler = partial(ScaleSampler, batch_size=alike, step=options.train.batch_size, factors=factors)
         super().__init__(
@@ -154,8 +160,9 @@ class DetectionData(SplitData):
 class ShapeSampler(DistributedSampler[Any]):
     """torch's sampler in an order in which a batch has upright images alone, or none.
 
-    A batch of both is padded to a square, a third more pixels where images are 4:3. Images that fill no batch of their
-    own come last, together. Where all are of one shape the order is torch's.
+    A batch of both is padded to a square, a third more pixels where images are 4:3. What is more than whole batches is
+    left out of torch's order before it is sorted, so that a rare shape is left out no more often than another; what
+    fills no batch of its own comes last, as one batch of both. Where all are of one shape the order is torch's.
 
     Args:
         samples: with an index of their annotations.
@@ -170,7 +177,8 @@ class ShapeSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         waiting: dict[bool, list[int]] = {False: [], True: []}
-        for i in super().__iter__():
+        order = list(super().__iter__())
+        for i in order[: len(order) // self.batch_size * self.batch_size]:
             alike = waiting[self.upright[i]]
             alike.append(i)
             if len(alike) == self.batch_size:

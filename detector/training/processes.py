@@ -39,6 +39,9 @@ def devices(options: DeviceOptions) -> dict[str, Any]:
         devices = gpus or 1
     if accelerator in ("gpu", "cuda") and gpus == 0:
         raise InputError("trainer.accelerator=gpu, but torch sees no GPU here; use trainer.accelerator=auto or cpu.")
+    if isinstance(devices, list) and max(devices) >= gpus:
+        there = f"numbers 0 to {gpus - 1}" if gpus else "no GPU, and a CPU has no number: trainer.devices=1"
+        raise InputError(f"trainer.devices={devices} are numbers of GPUs; here are {there}.")
     if gpus and isinstance(devices, int) and devices > gpus:
         raise InputError(f"trainer.devices={devices}, but there are {gpus} GPUs; lower it, or trainer.accelerator=cpu.")
     processes = (devices if isinstance(devices, int) else len(devices)) * nodes

@@ -15,6 +15,7 @@ from detector.models.backbones import parse_backbone
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.build import NetworkOptions
 from detector.models.weights import LARGEST, check_weights
+from detector.options import shown
 from detector.training.callbacks import EMA, History
 from detector.training.checkpoints import KeptCheckpoint
 from detector.training.schedule import build_optimizer
@@ -117,13 +118,16 @@ def check_can_go_on(
         )
 
 
-def check_state(path: str, checkpoint: Mapping[str, Any], trainer: lightning.Trainer, task: Task) -> None:
+def check_state(
+    path: str, checkpoint: Mapping[str, Any], trainer: lightning.Trainer, task: Task, options: RunOptions
+) -> None:
     """Try what Lightning will take up, before anything of the run is overwritten.
 
     Args:
         path: of the checkpoint, for messages.
         checkpoint: see STATE.
         trainer, task: of the run, as built now. Only its callbacks are changed: they take their states up twice.
+        options: of the run, with what changes today.
 
     Raises:
         InputError: a part of it is not what this run writes.
@@ -139,9 +143,25 @@ def check_state(path: str, checkpoint: Mapping[str, Any], trainer: lightning.Tra
             attempt()
         except Exception as error:  # what odd values end in
             reason = " ".join(str(error).split())[:300] or type(error).__name__
+            recorded = checkpoint[task.entry]["provenance"]["config"]
+            if part == "optimiser" and (changed := _changed(options.to_dict(), recorded, ("optimizer", "freeze"))):
+                raise InputError(
+                    f"resume=true: {', '.join(changed)} does not go with the optimiser's state in '{path}' ({reason}). "
+                    "Leave it out; or leave out resume=true, and a new run starts from the weights of ckpt."
+                ) from error
             raise InputError(
                 f"'{path}' is damaged: its {part} cannot be taken up ({reason}). Resume from another checkpoint."
             ) from error
+
+
+def _changed(options: Mapping[str, Any], recorded: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
+    """Values of these groups that a run was not started with, as the command line writes them."""
+    return [
+        f"{group}.{key}={shown(value)}"
+        for group in groups
+        for key, value in options.get(group, {}).items()
+        if key in recorded.get(group, {}) and recorded[group][key] != value
+    ]
 
 
 def _try_loops(checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -12,8 +12,9 @@ python tools/train.py trainer.devices=2 trainer.accelerator=cpu data parallel
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from detector.models.build import NetworkOptions
 from detector.models.weights import first_three
 from detector.training.run_options import FreezeOptions, RunOptions, provenance
 from detector.training.teacher import Teacher
-from detector.training.warm_start import find_start, warm_start
+from detector.training.warm_start import find_start, matched, warm_start
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,9 @@ def _train(options: TrainOptions) -> Path:
     if checkpoint:
         names = classes_of_run(checkpoint["detector"].get("class_names"), train_index.class_names)
         train_index, val_index = train_index.in_order(names), val_index.in_order(names)
+    point = _operating_point(options.calibrate, train_index.class_names, checkpoint)
     task = DetectionTask(
-        _new_detector(options, train_index.class_names, start),
+        _new_detector(options, train_index.class_names, start, point),
         val_index,
         optimizer=options.optimizer,
         schedule=options.schedule,
@@ -94,16 +96,24 @@ def _train(options: TrainOptions) -> Path:
 
 
 def _free_what_is_random(options: TrainOptions, start: Detector | None) -> TrainOptions:
-    """Nothing stays frozen that has learnt nothing yet: a backbone at random is no network without its statistics."""
-    nothing = FreezeOptions(stages=0, batch_norm=False)
-    if start or options.resume or options.backbone.weights or options.freeze == nothing:
+    """Nothing stays frozen, or learns at a part of the rate, that has learnt nothing yet.
+
+    A backbone at random is no network without its statistics. Factors that the command line gives stay.
+    """
+    if start or options.resume or options.backbone.weights:
         return options
-    log.info("freeze: nothing, because the backbone starts at random")
-    return options.model_copy(update={"freeze": nothing})
+    nothing, optimizer = FreezeOptions(stages=0, batch_norm=False), options.optimizer
+    if not any(word.startswith("optimizer.lr_scales") for word in options.overrides):
+        scales = {name: scale for name, scale in (optimizer.lr_scales or {}).items() if not name.startswith("backbone")}
+        optimizer = optimizer.model_copy(update={"lr_scales": scales or None})
+    if (options.freeze, options.optimizer) != (nothing, optimizer):
+        log.info("backbone: nothing of it is frozen, or has less than the full rate, because it starts at random")
+    return options.model_copy(update={"freeze": nothing, "optimizer": optimizer})
 
 
-def _new_detector(options: TrainOptions, class_names: Sequence[str], start: Detector | None) -> Detector:
-    point = _operating_point(options.calibrate, class_names)
+def _new_detector(
+    options: TrainOptions, class_names: Sequence[str], start: Detector | None, point: OperatingPoint
+) -> Detector:
     detector = Detector(options, class_names, options.input, provenance(options), point)
     if start:
         log.info("\nweights of %s\n\n%s\n", options.ckpt, warm_start(detector, start))
@@ -120,7 +130,7 @@ def _teacher(options: TrainOptions, class_names: Sequence[str]) -> Teacher | Non
     """
     if not options.teacher:
         return None
-    if options.run_dir and Path(options.run_dir).resolve() in Path(options.teacher).resolve().parents:
+    if options.run_dir and Path(options.run_dir).resolve() == Path(options.teacher).resolve().parent:
         raise InputError(
             f"teacher={options.teacher} lies in run_dir={options.run_dir}, where this run writes. "
             "Choose another run_dir."
@@ -128,22 +138,33 @@ def _teacher(options: TrainOptions, class_names: Sequence[str]) -> Teacher | Non
     return Teacher(options.teacher, class_names)
 
 
-def _operating_point(calibrate: str, class_names: Sequence[str]) -> OperatingPoint:
+def _operating_point(
+    calibrate: str, class_names: Sequence[str], checkpoint: Mapping[str, Any] | None = None
+) -> OperatingPoint:
     """What a run begins with: nothing, or what another detector knows of its scores, in the order of these classes.
 
+    Args:
+        calibrate: see TrainOptions.
+        class_names: of the run.
+        checkpoint: that the run goes on from, in the same order; what it was told of its scores is in there.
+
     Raises:
-        InputError: there is no other one, or it does not know all classes.
+        InputError: there is no other one, it was not scored, or it does not know all classes.
     """
     if calibrate in ("auto", "none"):
         return OperatingPoint()
+    if checkpoint and checkpoint["detector"]["provenance"]["config"].get("calibrate") == calibrate:
+        return OperatingPoint.parse(checkpoint["detector"]["operating_point"]).check(len(class_names))
     try:
         other = Detector.load(find(calibrate), "cpu", fused=False)
     except InputError as error:
         raise InputError(f"calibrate={calibrate}: {error}") from error
-    known = dict(zip(other.class_names, other.thresholds or (), strict=bool(other.thresholds)))
-    if unknown := [name for name in class_names if name not in known]:
+    point, labels = other.operating_point, matched(class_names, other.class_names)
+    unknown = [name for name, label in zip(class_names, labels, strict=True) if label is None]
+    if unknown or point == OperatingPoint():
+        what = f"it does not know {first_three(unknown)}" if unknown else "it knows nothing of its scores"
         raise InputError(
-            f"calibrate={calibrate}: it has no threshold for {first_three(unknown)}. Give a checkpoint that was scored "
-            "on these classes, auto or none."
+            f"calibrate={calibrate}: {what}. Give a checkpoint that was scored on these classes, auto or none."
         )
-    return other.operating_point.model_copy(update={"thresholds": tuple(known[name] for name in class_names)})
+    thresholds = point.thresholds and tuple(point.thresholds[label] for label in labels if label is not None)
+    return point.model_copy(update={"thresholds": thresholds})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
+from pydantic.types import Strict
 
 from detector.options import BelowOne, Count, Flag, Natural, Options
 from detector.training.device_options import DeviceOptions
@@ -27,7 +29,7 @@ class TrainBatchOptions(Options):
     batch_size: Count = 2
     """images a step and device (Li et al. 2017, section 4.1)"""
     by_shape: Flag = True
-    """upright and other images in batches of their own, which saves padding (Li et al. 2017, released code)"""
+    """of a detector: upright and other images in batches of their own, saves padding (Li et al. 2017, released code)"""
 
 
 class ValidationOptions(Options):
@@ -56,7 +58,7 @@ class RunOptions(Options):
     """start from these weights ..."""
     resume: Flag = False
     """... or go on with that run, as configured then: ckpt=RUN_DIR/last.ckpt resume=true"""
-    seed: Natural = 0
+    seed: Annotated[int, Strict(), Field(ge=0), Field(lt=2**32)] = 0
     """seed of all random draws: first weights, order of the images, augmentation"""
     workers: Natural = 4
     """loader processes per device; 0 loads in the training process"""

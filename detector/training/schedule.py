@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
@@ -129,3 +130,18 @@ def configure(trainer: Any, network: nn.Module, optimizer: OptimizerOptions, sch
     total = int(trainer.estimated_stepping_batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(built, lambda step: schedule.factor(step, total))
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def as_configured(built: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR) -> Callable[[], None]:
+    """What brings rates, decay and momentum of today's options back, once another run's state has been loaded.
+
+    `load_state_dict` of both takes the rates from the state, so that a changed rate, batch or length would not count.
+    """
+    fresh = [{key: value for key, value in group.items() if key != "params"} for group in built.param_groups]
+
+    def restore() -> None:
+        scheduler.base_lrs = [group["initial_lr"] for group in fresh]
+        for group, values, factor in zip(built.param_groups, fresh, scheduler.lr_lambdas, strict=True):
+            group.update(values | {"lr": values["initial_lr"] * factor(scheduler.last_epoch)})
+
+    return restore

@@ -24,7 +24,7 @@ from detector.training.callbacks import Columns
 from detector.training.plots import draw_batch
 from detector.training.processes import rank, share_buffers, world_size
 from detector.training.run_options import FreezeOptions
-from detector.training.schedule import OptimizerOptions, ScheduleOptions, configure
+from detector.training.schedule import OptimizerOptions, ScheduleOptions, as_configured, configure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,7 +71,12 @@ class Task(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.optimizer_options is not None
         assert self.schedule is not None
-        return configure(self.trainer, self.network, self.optimizer_options, self.schedule)
+        configured = configure(self.trainer, self.network, self.optimizer_options, self.schedule)
+        self._restore = as_configured(configured["optimizer"], configured["lr_scheduler"]["scheduler"])
+        return configured
+
+    def on_train_start(self) -> None:
+        self._restore()
 
     def on_validation_epoch_start(self) -> None:
         share_buffers(self.network)
@@ -142,6 +147,7 @@ class DetectionTask(Task):
         self._found: list[Results] = []
         freeze = freeze or FreezeOptions(stages=0, batch_norm=False)
         self._frozen_norms = detector.network.backbone.freeze(freeze.stages, batch_norm=freeze.batch_norm)
+        self.train(self.training)  # Lightning trains in the modes that it finds, and does not call this
 
     def describe(self) -> dict[str, Any]:
         return self.detector.describe() | {"operating_point": self.operating_point.to_dict()}

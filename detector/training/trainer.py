@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,6 +44,7 @@ NOISE = (
     r"The number of training batches .* is smaller than the logging interval",  # metrics.csv has a row per validation
     r"The '.*_dataloader' does not have many workers",  # the option here is `workers`, and 1 keeps up on a CPU
     r"`broadcast_buffers` is deprecated",  # torch 2.6 knows no other name for it
+    r"Found .* module\(s\) in eval mode at the start of training",  # frozen normalisation
     r"It is recommended to use `self.log\(.*sync_dist=True\)`",  # the metrics are those of all ranks already
 )
 
@@ -85,7 +87,8 @@ def begin(options: T, *, entry: str, read: Callable[[str], dict[str, Any]], grou
         options = resumed_options(options, checkpoint[entry]["provenance"]["config"], group)
     devices(options.trainer)  # what is wrong with them is said before the data is read
     # Not the draws of the first epochs once more where a run goes on.
-    lightning.seed_everything(options.seed + (checkpoint["global_step"] if checkpoint else 0), verbose=False)
+    step = checkpoint["global_step"] if checkpoint else 0
+    lightning.seed_everything((options.seed + step) % 2**32, verbose=False)
     return options, checkpoint
 
 
@@ -115,8 +118,8 @@ def fit(
     with run_directory(options, above) as run_dir:  # last: a mistake above leaves no empty folder
         trainer = _trainer(options, task, data, run_dir, epochs, weights)
         if checkpoint:
-            check_state(str(options.ckpt), checkpoint, trainer, task)
-        settle(options, run_dir)
+            check_state(str(options.ckpt), checkpoint, trainer, task, options)
+        data.at_start = partial(settle, options, run_dir)
         with ranks_end_together(trainer), logging_redirect_tqdm():
             trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
     if trainer.interrupted:
