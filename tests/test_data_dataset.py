@@ -229,7 +229,7 @@ def test_a_mosaic_has_objects_of_other_images(index: AnnotationIndex, cache: boo
     preprocessing = Preprocessing(short_side=48, long_side=64)
     transform = TrainTransform(preprocessing, AugmentOptions(mosaic=1.0, mosaic_scale=(1.0, 1.0)), seed=0)
     data = DetectionDataset(index, transform, cache=cache)
-    samples = [data[2, 0.5] for _ in range(30)]  # itself without objects
+    samples = [data[2, 0.5, epoch] for epoch in range(30)]  # itself without objects
     assert {sample["image"].shape for sample in samples} == {(24, 24, 3)}
     assert {int(label) for sample in samples for label in sample["labels"]} == {0, 1, 2}
     assert {sample["image_id"] for sample in samples} == {42}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from classified_data import write_classified_data
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from detector.data.annotations import load_annotations, read_annotations
@@ -100,7 +102,7 @@ def test_a_rare_shape_is_trained_on_like_another(landscape: int, upright: int, b
     batches, epochs = len(loader), 100
     for epoch in range(epochs):
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        order = [i for i, _ in loader.sampler]
+        order = [i for i, *_ in loader.sampler]
         assert len(order) >= batches * min(batch_size, len(index))
         seen[order[: batches * min(batch_size, len(index))]] += 1
     kept = batches * min(batch_size, len(index)) / len(index)
@@ -142,6 +144,29 @@ def test_training_order_depends_on_epoch_and_seed_alone(tiny_coco: Path) -> None
     assert all(sorted(ids) == [7, 10, 42, 99] for ids in first)
     assert len(set(map(tuple, first))) > 2
     assert [order(module(tiny_coco, seed=6), epoch) for epoch in range(6)] != first
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_are_drawn_from_seed_and_epoch_alone(tiny_coco: Path, workers: int) -> None:
+    """Whatever process draws them, and whatever came before: a resumed run takes the steps it would have taken."""
+
+    def pixels(data: DetectionData, epochs: Sequence[int]) -> list[Tensor]:
+        loader, seen = data.train_dataloader(), []
+        for epoch in epochs:
+            loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+            seen = [batch.images for batch in loader]
+        return seen
+
+    def fresh(**changes: Any) -> DetectionData:
+        data = module(tiny_coco, batch_scale=(0.5, 1.5), **changes)
+        data.train_split.transform = TrainTransform(  # type: ignore[union-attr]
+            PREPROCESSING, AugmentOptions(photometric=1, scale=(0.5, 1.5), iou_crop=0.5, mosaic=0.5), seed=0
+        )
+        return data
+
+    whole, resumed = pixels(fresh(), range(4)), pixels(fresh(workers=workers), [3])
+    assert all(torch.equal(one, other) for one, other in zip(whole, resumed, strict=True))
+    assert not all(one.shape == other.shape for one, other in zip(whole, pixels(fresh(), [2]), strict=True))
 
 
 def test_ranks_share_an_epoch(tiny_coco: Path) -> None:

@@ -163,8 +163,8 @@ def test_a_run_is_not_overwritten_without_a_word(run: Run) -> None:
 
 
 @pytest.fixture
-def stopped(run: Run, tmp_path: Path) -> Path:
-    """A run of four epochs in `whole`, and what of it there was after two."""
+def stopped(run: Run, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A run of four epochs in `whole`, and what of it there was after two; the parameter is the number of workers."""
 
     def keep(task: DetectionTask) -> None:
         if task.current_epoch == 2:
@@ -173,10 +173,11 @@ def stopped(run: Run, tmp_path: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DetectionTask, "on_train_epoch_start", keep)
         score_in_turn(patch, 0.3, 0.2, 0.1, 0.1)
-        run(run_dir="whole", schedule=epochs(4))
+        run(run_dir="whole", schedule=epochs(4), workers=getattr(request, "param", 0))
     return Path("stopped")
 
 
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.slow)], indirect=True)
 def test_a_resumed_run_ends_as_an_undisturbed_one(run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, with everything that draws: sampling of anchors and RoIs, augmentation, order of the images.
 
@@ -317,8 +318,6 @@ DAMAGES: list[tuple[str, Any, str]] = [
     (f"{RANDOM}/numpy", ("MT19937", [1], 0, 0, 0.0), "callbacks cannot"),
     (f"{RANDOM}/torch", torch.zeros(7), "callbacks cannot"),
     (f"{RANDOM}/torch", None, "torch"),
-    (f"{RANDOM}/transform/numpy", {}, "callbacks cannot"),
-    (f"{RANDOM}/transform/python", None, "python"),
     ("callbacks/RandomStates", {"ranks": 3}, "callbacks cannot"),
     ("callbacks", [], "callbacks cannot"),
     ("callbacks/History", None, "there is none of History"),

@@ -28,8 +28,9 @@ class DetectionDataset(Dataset[dict[str, Any]]):
 
     A sample is a dict: image uint8 RGB (h, w, 3); boxes (G, 4) float32, xyxy in pixels of the image; labels (G,) int64;
     crowd (G,) bool; scale (2,) float64, input pixels per original pixel (x, y); original_size (2,) int64, height and
-    width of the image as it is stored; image_id as in the annotation file. It is asked for by its number, or by that
-    and the size factor of its batch.
+    width of the image as it is stored; image_id as in the annotation file. It is asked for by its number, or by that,
+    the size factor of its batch and the epoch: then what is drawn for it depends on seed, epoch and number alone, not
+    on what was drawn before, or in which process.
 
     An image that is much larger than any view that the transform can draw is shrunk to that size first, and kept so in
     the cache: changing colours of a photograph of 12 megapixels takes longer than a step of the network.
@@ -53,10 +54,12 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: int | tuple[int, float]) -> dict[str, Any]:
-        i, factor = key if isinstance(key, tuple) else (key, 1.0)
+    def __getitem__(self, key: int | tuple[int, float, int]) -> dict[str, Any]:
+        i, factor, epoch = key if isinstance(key, tuple) else (key, 1.0, None)
         if self.transform is None:
             return {"image": self._image(i)[0], "image_id": self.index.image_ids[i]}
+        if epoch is not None:
+            self.transform.reseed(epoch, i)
         view, size = self._view(i)
         partners = [self._view(j)[0] for j in self.transform.partners(len(self))]
         sample = self.transform(*view, factor, partners)._asdict()

@@ -151,26 +151,13 @@ class TrainTransform:
         side = self.preprocessing.long_side / STRIDE
         return [max(1, steps) / side for steps in range(round(low * side), round(high * side) + 1)]
 
-    def reseed(self, worker_seed: int) -> None:
-        """Start another stream of draws: it depends on `seed`, the process's rank and this number (>= 0)."""
-        numpy_seed, python_seed = np.random.SeedSequence((self.seed, process_rank(), worker_seed)).spawn(2)
+    def reseed(self, *numbers: int) -> None:
+        """Start another stream of draws: it depends on `seed`, the process's rank and these numbers (>= 0)."""
+        numpy_seed, python_seed = np.random.SeedSequence((self.seed, process_rank(), *numbers)).spawn(2)
         self._generator = np.random.default_rng(numpy_seed)
         # Not set_random_seed: it gives every transform the same stream, so that all flips would happen together.
         self._python = random.Random(int(python_seed.generate_state(1, np.uint64)[0]))
         self._compose.set_random_state(self._generator, self._python)
-
-    def state(self) -> dict[str, Any] | None:
-        """Where the draws stand, in plain types; None before the first."""
-        if self._generator is None:
-            return None
-        return {"numpy": self._generator.bit_generator.state, "python": self._python.getstate()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` said."""
-        self.reseed(0)
-        assert self._generator is not None
-        self._generator.bit_generator.state = state["numpy"]
-        self._python.setstate(state["python"])
 
     def partners(self, count: int) -> list[int]:
         """Draw which of `count` images make a mosaic with the next one: three, or none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import logging
 import os
@@ -326,16 +325,11 @@ class LastEpochScored(lightning.Callback):
 class RandomStates(lightning.Callback):
     """Keeps where all random generators stand in the checkpoint, so that a resumed run draws what it would have drawn.
 
-    Those of Python, numpy and torch, of each process, and that of the transform where it runs in the training process.
-    Loader processes are started anew with a run, and draw from new seeds.
-
-    Args:
-        transform: of the training images; None: it keeps no state.
+    Those of Python, numpy and torch, of each process. Training images are drawn from seed and epoch, and need none.
     """
 
-    def __init__(self, transform: Any = None) -> None:
+    def __init__(self) -> None:
         self.states: list[dict[str, Any]] = []
-        self.transform = transform
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all ranks, as plain values and tensors."""
@@ -346,7 +340,6 @@ class RandomStates(lightning.Callback):
             "numpy": (kind, keys.tolist(), *rest),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-            "transform": self.transform.state() if self.transform is not None else None,
         }
         if not (dist.is_available() and dist.is_initialized()):
             return {"ranks": [own]}
@@ -356,20 +349,16 @@ class RandomStates(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for own in state_dict["ranks"]:  # what cannot be taken up is found here, with generators that nobody uses
-            self._take_up(
-                own, random.Random(), np.random.RandomState(), torch.Generator(), copy.deepcopy(self.transform)
-            )
+            self._take_up(own, random.Random(), np.random.RandomState(), torch.Generator())
         self.states = state_dict["ranks"]
 
     @staticmethod
-    def _take_up(own: dict[str, Any], python: Any, legacy: Any, generator: torch.Generator, transform: Any) -> None:
+    def _take_up(own: dict[str, Any], python: Any, legacy: Any, generator: torch.Generator) -> None:
         if not 0 <= own["numpy"][2] <= len(own["numpy"][1]):  # numpy itself would read beyond
             raise ValueError(f"numpy's generator is said to stand at {own['numpy'][2]}")
         python.setstate(own["python"])
         legacy.set_state(own["numpy"])
         generator.set_state(own["torch"])
-        if own["transform"] is not None and transform is not None:
-            transform.set_state(own["transform"])
         if own["cuda"] is not None:
             torch.ByteTensor(own["cuda"])
 
@@ -378,14 +367,9 @@ class RandomStates(lightning.Callback):
         if len(states) != trainer.world_size:  # not resumed, or on another number of devices
             return
         own = states[trainer.global_rank]
-        self._take_up(own, random, np.random, torch.default_generator, self.transform)
+        self._take_up(own, random, np.random, torch.default_generator)
         if own["cuda"] is not None and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(own["cuda"])
-        loader: Any = trainer.train_dataloader
-        if loader.num_workers == 0:
-            # Each new iterator of a loader takes a seed from torch's generator. Lightning makes that of an epoch after
-            # this hook; but that of the first epoch, here a resumed one, before it.
-            torch.empty((), dtype=torch.int64).random_()
 
 
 class EMA(WeightAveraging):

@@ -50,6 +50,10 @@ class SplitData(lightning.LightningDataModule):
         options: of the run; its batch sizes, `workers`, and `seed` are read.
         collate, collate_val: make batches of samples.
         sampler: of the training images.
+
+    Attributes:
+        at_start: to be done once all processes are there.
+        first_epoch: that the run begins with; of a resumed one not 0.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class SplitData(lightning.LightningDataModule):
         self.train_images = len(train) if isinstance(train, Sized) else 0
         self.train_batch_size = min(options.train.batch_size, self.train_images) if train is not None else 0
         self.at_start: Callable[[], None] | None = None
+        self.first_epoch = 0
 
     def prepare_data(self) -> None:
         """What `at_start` does: here all processes are there, and have read what is to be overwritten."""
@@ -88,8 +93,10 @@ class SplitData(lightning.LightningDataModule):
                 f"({self.train_batch_size} x {world}); lower train.batch_size."
             )
         # Padding by repetition is harmless in training. Another order each epoch (Lightning calls set_epoch), and the
-        # one that epoch would have had where a run is resumed: so also for one process.
+        # one that epoch would have had where a run is resumed: so also for one process. For the first epoch Lightning
+        # calls it too late: loader processes have begun.
         sampler = self.sampler(self.train_split, world, rank, shuffle=True, seed=self.options.seed)
+        sampler.set_epoch(self.first_epoch)
         arguments: Any = {"batch_size": self.train_batch_size, "sampler": sampler, "drop_last": True}
         return self._loader(self.train_split, collate_fn=self.collate, **arguments)
 
@@ -110,6 +117,8 @@ class SplitData(lightning.LightningDataModule):
             # its cache with its workers.
             multiprocessing_context="forkserver" if workers and self._world()[0] > 1 else None,
             persistent_workers=workers > 0,
+            # Each new iterator takes a seed. From torch's own generator a resumed run would take other numbers of them.
+            generator=torch.Generator().manual_seed(self.options.seed),
             pin_memory=torch.cuda.is_available(),
             **arguments,
         )
@@ -188,9 +197,10 @@ class ShapeSampler(DistributedSampler[Any]):
 
 
 class ScaleSampler(ShapeSampler):
-    """ShapeSampler, which also tells each sample the size factor of its batch.
+    """ShapeSampler, which also tells each sample the size factor of its batch, and the epoch.
 
-    It is drawn from seed and epoch alone: all ranks have the same at each step, and so has a resumed run.
+    The factor is drawn from seed and epoch alone: all ranks have the same at each step. A resumed run sees what an
+    undisturbed one would have seen, whatever the number of loader processes.
 
     Args:
         step: so many samples in a row have the same.
@@ -208,14 +218,11 @@ class ScaleSampler(ShapeSampler):
         for place, i in enumerate(super().__iter__()):
             if place % self.step == 0:
                 factor = float(generator.choice(self.factors))
-            yield i, factor
+            yield i, factor, self.epoch
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """torch's sampler, which also tells each sample the epoch: it draws from that, and from nothing that came before.
-
-    A resumed run therefore sees what an undisturbed one would have seen, whatever the number of loader processes.
-    """
+    """torch's sampler, which also tells each sample the epoch: it draws from that, not from what came before."""
 
     def __iter__(self) -> Iterator[Any]:
         return ((index, self.epoch) for index in super().__iter__())

@@ -119,6 +119,7 @@ def fit(
         trainer = _trainer(options, task, data, run_dir, epochs, weights)
         if checkpoint:
             check_state(str(options.ckpt), checkpoint, trainer, task, options)
+            data.first_epoch = checkpoint["epoch"] + 1
         data.at_start = partial(settle, options, run_dir)
         with ranks_end_together(trainer), logging_redirect_tqdm():
             trainer.fit(task, data, ckpt_path=options.ckpt if checkpoint else None, weights_only=True)
@@ -142,7 +143,7 @@ def _trainer(
         *([parts.EMA(options.ema)] if options.ema else []),
         parts.TimeEstimate(),
         parts.LastEpochScored(),
-        parts.RandomStates(getattr(data, "transform", None)),
+        parts.RandomStates(),
     ]
     return lightning.Trainer(
         **devices(options.trainer),
