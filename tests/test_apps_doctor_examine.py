@@ -96,6 +96,8 @@ def image(content: Content, place: int, **values: Any) -> None:
 
 
 def box(content: Content, place: int, **values: Any) -> None:
+    if "bbox" in values:
+        del content["annotations"][place]["area"]  # of the box that it had
     content["annotations"][place].update(values)
 
 

@@ -15,6 +15,7 @@ from detector.apps.compare import CompareOptions, compare
 from detector.apps.evaluate import EvalOptions, evaluate
 from detector.cli import explain
 from detector.data import annotations
+from detector.errors import InputError
 from detector.inference.detector import Detector
 
 
@@ -96,6 +97,35 @@ def test_a_checkpoint_with_odd_names_of_classes_and_files(small_detector: Detect
     assert "n" * 250 in written["report.html"]
     results = {"results": str(tmp_path / "eval/detections.json"), "annotations": str(path), "out": str(tmp_path / "b")}
     assert evaluate(EvalOptions.parse(results))["AP"] == metrics["AP"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": "test.json"}, r"annotations=test\.json is for results=; .* data\.val\.annotations="),
+        ({"images": "photos"}, r"images=photos is for results=; .* data\.val\.images="),
+        (
+            {"ckpt": None, "results": "r.json", "annotations": "a.json", "data": {"val": {"limit": 2}}},
+            r"data\.\* is for",
+        ),
+    ],
+)
+def test_what_would_not_count_is_refused(small_detector: Detector, tmp_path: Path, changes: dict, message: str) -> None:
+    """The figures of another split than the one that was asked for would be believed."""
+    small_detector.save(tmp_path / "small.ckpt")
+    with pytest.raises(InputError, match=message):
+        evaluate(EvalOptions.parse({"ckpt": str(tmp_path / "small.ckpt")} | changes))
+
+
+def test_metrics_that_the_data_set_does_not_have_are_refused_before_anything_is_predicted(
+    small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_scored_data(tmp_path / "data", small_detector)
+    small_detector.save(tmp_path / "small.ckpt")
+    monkeypatch.setattr(Detector, "detect_prepared", lambda *_: pytest.fail("it has predicted"))
+    options = {"ckpt": str(tmp_path / "small.ckpt"), "data": {"root": str(root)}, "metrics": "lvis", "workers": 0}
+    with pytest.raises(InputError, match=r"neg_category_ids.* metrics=lvis"):
+        evaluate(EvalOptions.parse(options | {"trainer": {"accelerator": "cpu"}}))
 
 
 def test_a_data_set_with_the_classes_in_another_order(small_detector: Detector, tmp_path: Path) -> None:

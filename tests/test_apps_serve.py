@@ -36,12 +36,13 @@ from detector.inference.predictor import Predictor
 pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("python_multipart", reason="needs the extra serve")
 
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from detector.apps.serve import Limits, ServeOptions, ServerOptions, serve
 from detector.apps.serve import server as server_module
 from detector.apps.serve.app import build_app
-from detector.apps.serve.guard import is_loopback
+from detector.apps.serve.guard import Guard, is_loopback
 from detector.apps.serve.server import run, server_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -780,3 +781,15 @@ def test_each_class_is_shown_from_its_own_score_on() -> None:
         assert post(client).json()["scores"] == pytest.approx([0.9, 0.8, 0.6, 0.4])
     with pytest.raises(InputError, match="there is no 'cow'"):
         client_of(predictor, score_threshold={"cow": 0.5})
+
+
+def test_a_name_of_a_proxy_is_answered_to_and_no_other() -> None:
+    guard = Guard(PlainTextResponse("ok"), "127.0.0.1", "default-src 'self'", ["Demo.example.org"])
+    client = TestClient(guard, base_url="http://demo.example.org")
+    assert client.get("/").status_code == 200
+    assert client.get("/", headers={"Host": "other.example.org"}).status_code == 421
+    # A proxy that keeps the Host of its client, and one that puts its own there.
+    for host in ("demo.example.org", "127.0.0.1:8000"):
+        own = {"Host": host, "Origin": "https://demo.example.org"}
+        assert client.post("/", headers=own).status_code == 200
+        assert client.post("/", headers=own | {"Origin": "https://evil.example.org"}).status_code == 403

@@ -488,3 +488,13 @@ def test_an_error_of_one_rank_alone_is_told_after_a_grace(
     cli.report("the data set is missing.", rank=3, parent=-1)  # the launcher has gone: it has said so
     assert capsys.readouterr().err == ""
     assert waited == [GRACE, GRACE]
+
+
+def test_a_command_offers_only_the_groups_that_it_composes() -> None:
+    """`pretrain` is a folder of conf/, and no group of training."""
+    with pytest.raises(InputError, match=r"pretrian is not a key of this command.*Keys: ") as error:
+        cli.compose("train", ["pretrian=crops"])
+    assert "pretrain" not in str(error.value).partition("Keys: ")[2]
+    assert "Did you mean pretrain" not in str(error.value)
+    with pytest.raises(InputError, match="neck is not a key of this command"):
+        cli.compose("pretrain", ["neck=cem"])

@@ -89,6 +89,22 @@ def test_without_a_declared_size_nothing_is_clipped(tiny_coco: Path) -> None:
     assert index.read(0).shape == (48, 64, 3)
 
 
+def test_areas_that_are_none_are_said(tiny_coco: Path) -> None:
+    """Boxes of 600, 200, 1200, 120 and 72 square pixels; COCO's own code leaves -1 out of AP without a word."""
+    found: dict[str, Any] = {}
+    for area in (None, 100, -1, 0, 5000):
+
+        def change(content: dict[str, Any], area: float | None = area) -> None:
+            content["annotations"][0]["area"] = area
+
+        found[str(area)] = [one for one in load(tiny_coco, change).faults if one.check == "areas"]
+    assert not found["None"]
+    assert not found["100"]
+    for area in ("-1", "0", "5000"):
+        (fault,) = found[area]
+        assert (fault.severity, fault.examples) == ("warning", (f"annotation id 1: {area} in a box of 600",))
+
+
 def test_missing_iscrowd_is_no_crowd_and_segmentation_is_ignored(tiny_coco: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         for annotation in content["annotations"]:

@@ -12,7 +12,7 @@ from PIL import Image
 from detector.apps.prepare_data import PrepareDataOptions, prepare_data
 from detector.data.image_files import match_files
 from detector.data.index import AnnotationIndex
-from detector.data.splits import DataOptions, read_splits
+from detector.data.splits import DataOptions, load_split, read_splits
 from detector.errors import InputError
 
 
@@ -219,3 +219,19 @@ def test_the_frame_of_boxes_can_be_said(tiny_coco: Path, tmp_path: Path) -> None
         pixels = written.read(written.file_names.index("b.jpg"))
         expected = stored[::-1, ::-1] if frame == "turned" else stored
         assert np.abs(pixels.astype(int) - expected).mean() < 8  # JPEG once more
+
+
+def test_lvis_lists_stay(tiny_coco: Path, tmp_path: Path) -> None:
+    """Without them a converted set could not be scored by LVIS's rules any more."""
+    for split in ("train", "val"):
+        path = tiny_coco / "annotations" / f"{split}.json"
+        content = json.loads(path.read_text())
+        for place, image in enumerate(content["images"]):
+            image |= {"neg_category_ids": [90, 17][: place % 3], "not_exhaustive_category_ids": [3]}
+        for category, frequency in zip(content["categories"], "rfc", strict=True):
+            category["frequency"] = frequency
+        path.write_text(json.dumps(content))
+    prepare_data(PrepareDataOptions(source=str(tiny_coco), to="coco", out=str(tmp_path / "new")))
+    before, after = (load_split(DataOptions(root=str(root)), "val") for root in (tiny_coco, tmp_path / "new"))
+    assert after.lvis == before.lvis
+    assert after.frequencies == before.frequencies == ("f", "c", "r")

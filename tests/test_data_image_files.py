@@ -157,13 +157,20 @@ def test_boxes_that_contradict_each_other(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_squares_and_images_without_a_box_need_nothing(folder: Folder, orientation: int) -> None:
-    folder.add(orientation, NEAR, size=(64, 64))
+def test_images_without_a_box_need_nothing(folder: Folder, orientation: int) -> None:
     folder.add(orientation, NEAR)
     folder.annotations.pop()
-    index = folder.load()
-    assert index.faults == ()
-    assert index.read(0).shape == (64, 64, 3)
+    assert folder.load().faults == ()
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_square_has_the_same_sides_in_both_frames_and_other_places(folder: Folder, orientation: int) -> None:
+    folder.add(orientation, NEAR, size=(64, 64))
+    with pytest.raises(InputError, match=r"image id 0.*data\.exif_boxes"):
+        folder.load()
+    assert folder.load(exif_boxes="turned").read(0).shape == (64, 64, 3)
+    folder.add(6, FAR)  # whose box tells the frame, of both
+    assert folder.load().upright.tolist() == [True, True]
 
 
 def test_the_option_of_a_data_set(folder: Folder) -> None:

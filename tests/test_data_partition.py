@@ -98,7 +98,7 @@ def test_it_is_the_split_that_the_command_writes(unsplit: Path) -> None:
 
 
 def test_what_cannot_be_split(unsplit: Path, tiny_coco: Path) -> None:
-    with pytest.raises(InputError, match=r"too few to draw one with a share of 0.* \(data\.val_share\)"):
+    with pytest.raises(InputError, match=r"too few to draw one with a share of 0.* \(data\.val_share, or val\)"):
         load_splits(DataOptions(root=str(unsplit), val_share=0.0))
     with pytest.raises(InputError, match="has a split for training and validation already"):
         prepare_data(PrepareDataOptions(what="split", source=str(tiny_coco)))

@@ -1,6 +1,6 @@
 """The whole journey in one command: boxes on photographs, data, training, evaluation, prediction. `make demo` calls it.
 
-python tools/demo.py                    any override of tools/train.py may follow, for example backbone=v2_0.5x
+python tools/demo.py                    options of tools/train.py may follow, for example backbone=v2_1x
 python tools/demo.py photographs        the first step alone: a detector of the package on two photographs, in seconds
 """
 
@@ -79,6 +79,10 @@ def main() -> None:
         photographs()
     if sys.argv[1:] == ["photographs"]:
         return
+    if wrong := [word for word in sys.argv[1:] if word.startswith(("run_dir=", "data.", "data="))]:
+        sys.exit(
+            f"error: {wrong[0]}: the demo trains on the embedded data, into {RUN_DIR}. Use tools/train.py for that."
+        )
     shutil.rmtree(RUN_DIR, ignore_errors=True)
     seconds = step("tools/train.py", "recipe=demo", f"run_dir={RUN_DIR}", "overwrite=true", *sys.argv[1:])
     step("tools/eval.py", f"ckpt={RUN_DIR}/best.ckpt", f"out={RUN_DIR}/eval")

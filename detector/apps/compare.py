@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
 from detector.apps.evaluate import score
-from detector.apps.scoring import EvalOptions, ScoringOptions, evaluation_data
+from detector.apps.scoring import EvalOptions, ScoringOptions, evaluation_data, what_was_scored
 from detector.data.annotations import read_annotations
 from detector.data.index import AnnotationIndex
 from detector.data.json_file import read_json
@@ -48,7 +48,7 @@ class CompareOptions(ScoringOptions):
     """COCO annotation file of results files; null: that of the other side's run"""
     out: str = "compare"
     """a folder; compare.json goes there, and the detections of checkpoints to a/ and b/ in it"""
-    draws: Annotated[Count, Field(le=100_000)] = 1000  # 2 GB for 5,000 images
+    draws: Annotated[Count, Field(le=10_000)] = 1000  # 10,000: some GB
     """draws of the bootstrap over images"""
     seed: Natural = 0
     """seed of the draws"""
@@ -113,19 +113,25 @@ def _find_side(name: str, path: Path, options: CompareOptions, load: Callable[..
                 f"{name}={path}: no best.ckpt in this folder; give a run directory that training wrote, or the folder "
                 "that tools/eval.py wrote to."
             )
-        if not results.is_file() or results.stat().st_mtime < checkpoint.stat().st_mtime:
-            results = None
     from detector.inference.detector import Detector  # results files are compared without torch
 
     detector = Detector.load(checkpoint, device="cpu")
     index = load(evaluation_data(options.data, detector), "val", class_names=detector.class_names)
-    if results is None:
+    if results is None or not _belongs(results, what_was_scored(str(checkpoint), index)):
         folder = Path(options.out) / name
         shared = {key: getattr(options, key) for key in ScoringOptions.model_fields}
         scoring = EvalOptions(**shared, ckpt=str(checkpoint), out=str(folder), report=False)
         score(scoring, detector, index, Clock())
         results = folder / "detections.json"
     return Side(results, index)
+
+
+def _belongs(results: Path, expected: Mapping[str, Any]) -> bool:
+    """Whether tools/eval.py wrote these detections of that checkpoint on those images."""
+    try:
+        return results.is_file() and read_json(results.with_name("scored.json"), "scored.json") == expected
+    except InputError:  # none, of an earlier version
+        return False
 
 
 def _common_index(sides: Mapping[str, Side], given: str | None) -> AnnotationIndex:
@@ -173,6 +179,8 @@ def _check_recorded_score(name: str, results: Path, ap: float | None) -> None:
     path = results.parent / "metrics.json"
     try:
         before = read_json(path, "metrics file")["AP"]
+        if "APr" in read_json(path, "metrics file"):  # LVIS's is another figure
+            return
     except (InputError, KeyError, TypeError, IndexError):  # none, or not what tools/eval.py writes
         return
     if before != ap and not (isinstance(before, float) and ap is not None and abs(before - ap) <= 1e-6):

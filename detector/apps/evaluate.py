@@ -4,8 +4,8 @@ python tools/eval.py ckpt=RUN_DIR/best.ckpt                     on the validatio
 python tools/eval.py ckpt=PATH data.root=DIR data.val.annotations=annotations/test.json out=DIR
 python tools/eval.py results=detections.json annotations=instances.json images=DIR   COCO's formats, no model
 
-An export (.onnx, .xml, .pt2) is scored as a checkpoint is. Writes metrics.json, detections.json, diagnosis.json and
-report.html.
+An export (.onnx, .xml, .pt2) is scored as a checkpoint is. Writes metrics.json, detections.json, scored.json (of which
+file and images they are), diagnosis.json and report.html.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detector.apps.report.reporting import write_evaluation_report
-from detector.apps.scoring import EvalOptions, Scored, evaluation_data, never_found
+from detector.apps.scoring import EvalOptions, GivenDataOptions, Scored, evaluation_data, never_found, what_was_scored
 from detector.data.annotations import read_annotations
 from detector.data.image_files import match_files
 from detector.data.index import AnnotationIndex
@@ -26,7 +26,7 @@ from detector.data.splits import load_split
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
 from detector.evaluation.metrics import compute_metrics, format_table, save_metrics
-from detector.files import check_writable
+from detector.files import check_writable, write_json
 from detector.inference.runtime import ExportedDetector, is_export
 from detector.inference.shipped import folder_for
 
@@ -70,11 +70,18 @@ def _load(options: EvalOptions) -> Detector | ExportedDetector | None:
             raise InputError(f"results={results} needs the ground truth: add annotations=instances.json.")
         if limit:
             raise InputError(f"max_proposals={limit} needs the detector: give ckpt= instead of results=.")
+        if options.data != GivenDataOptions():
+            raise InputError(f"data.* is for ckpt=; results={results} is scored against annotations=FILE, images=DIR.")
         return None
     if not ckpt:
         raise InputError(
             "ckpt is missing: add ckpt=RUN_DIR/best.ckpt; or results=detections.json annotations=instances.json to "
             "score what another detector found."
+        )
+    if given := options.annotations or options.images:
+        name = "annotations" if options.annotations else "images"
+        raise InputError(
+            f"{name}={given} is for results=; of ckpt={ckpt} give data.root=DIR data.val.{name}=... instead."
         )
     if is_export(ckpt):
         if limit:
@@ -105,6 +112,8 @@ def score(
     # With fewer proposals, not where other tools look for the detector's metrics.
     name = f"eval_{options.max_proposals}_proposals" if options.max_proposals else "eval"
     out = Path(options.out or _folder(options) / name)
+    if options.metrics != "coco":  # what is missing for it is said before minutes of prediction
+        compute_metrics(Results.of([], []), index, options.metrics)
     coco: dict[str, Any] | None = None
     seconds_per_image: Sequence[float] = ()
     if detector is None:
@@ -183,6 +192,7 @@ def _write(
     log.info("metrics.json in %s", out)
     if not options.results:
         write_results(out / "detections.json", results, index)
+        write_json(out / "scored.json", what_was_scored(str(options.ckpt), index, options.max_proposals))
         log.info("detections.json in %s", out)
 
 

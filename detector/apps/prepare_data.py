@@ -59,6 +59,8 @@ def prepare_data(options: PrepareDataOptions) -> None:
     if not Path(options.source).is_dir():
         raise InputError(f"source={options.source}: no such folder.")
     if options.what == "split":
+        if ignored := [f"{key}={value}" for key in ("to", "out", "exif_boxes") if (value := getattr(options, key))]:
+            raise InputError(f"split writes train.txt and val.txt into source; {', '.join(ignored)} is for convert.")
         return _split(data)
     if options.to is None or options.out is None:
         raise InputError("convert needs to=coco|voc|yolo and out=NEW_DIR.")

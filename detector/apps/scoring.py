@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from detector.data.results import Results
 from detector.data.splits import DataOptions, Format
 from detector.errors import InputError
 from detector.evaluation.clock import Clock
+from detector.inference.shipped import find
 from detector.options import Count, Natural, Options
 from detector.training.device_options import DeviceOptions
 
@@ -138,6 +140,14 @@ def evaluation_data(given: GivenDataOptions, detector: Detector | ExportedDetect
         )
     data = data.model_copy(update=given.model_dump(include={"exif_boxes", "format"}, exclude_none=True))
     return data.model_copy(update={"val": data.val.model_copy(update=given.val.model_dump(exclude_none=True))})
+
+
+def what_was_scored(ckpt: str, index: AnnotationIndex, max_proposals: int | None = None) -> dict[str, Any]:
+    """What detections belong to: digests of the file of the detector and of the images, and the budget of proposals."""
+    images = repr([index.image_ids, index.file_names, index.class_names, index.category_ids]).encode()
+    with find(ckpt).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"ckpt": digest, "images": hashlib.sha256(images).hexdigest(), "max_proposals": max_proposals}
 
 
 def never_found(index: AnnotationIndex) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +75,9 @@ def compose(command: str, words: Sequence[str], changes: Mapping[str, Any] | Non
     bare = [word for word in words if "=" not in word and not word.startswith("~")]
     if bare and command in BARE_WORDS:
         words = [BARE_WORDS[command].format(",".join(bare)), *(word for word in words if word not in bare)]
-    groups = [word for word in words if key_of(word) in groups_of(command) and "={" not in word]
     module, name, function = COMMANDS[command]
     try:
+        groups = [word for word in words if key_of(word) in groups_of(command) and "={" not in word]
         loaded = importlib.import_module(module)
         options_class = getattr(loaded, name)
         values, choices = compose_groups(command, groups) if groups_of(command) else ({}, {})
@@ -131,9 +132,19 @@ def compose_groups(command: str, words: Sequence[str]) -> tuple[dict[str, Any], 
     return values, choices
 
 
-def groups_of(command: str) -> list[str]:
-    """The groups of conf/, where the command composes files."""
-    return [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and (CONF / f"{command}.yaml").is_file()]
+@cache
+def groups_of(command: str) -> tuple[str, ...]:
+    """The groups of conf/ that the command composes, sorted: those that its file, or one that it begins with, names."""
+    file = CONF / f"{command}.yaml"
+    if not file.is_file():
+        return ()
+    import yaml
+
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
+    found: set[str] = set()
+    for one in defaults:
+        found |= {key.split()[-1] for key in one} if isinstance(one, dict) else {*groups_of(one)}
+    return tuple(sorted(found))
 
 
 def options_of(group: str) -> list[str]:

@@ -43,18 +43,19 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         return missing(error)
     if isinstance(error, PermissionError):
-        return f"no permission for {error.filename}: choose another place, or change who may use this one."
+        return f"no permission for {error.filename or 'a file'}: choose another place, or change who may use this one."
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         reason = os.strerror(error.errno).lower()
         return f"cannot write {error.filename or 'a file'}: {reason}. Make room, or choose another place."
     if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported for its name
-        return "the GPU's memory is full: lower train.batch_size or val.batch_size (and raise trainer.accumulate)."
+        return "the GPU's memory is full: lower the batch size (batch_size, train.batch_size or val.batch_size)."
     if isinstance(error, RuntimeError) and re.search(
         r"[Cc]onnection (closed|reset) by peer|remote process exited", str(error)
     ):
         return "another process of this run has ended; its own message says why."
     if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .*(killed|exited unexpectedly)", str(error)):
-        return f"{str(error).splitlines()[0]} Memory, or /dev/shm, may be full: try workers=0, or data.cache=false."
+        first = str(error).splitlines()[0]
+        return f"{first} Memory, or /dev/shm, may be full: try workers=0 (in training also data.cache=false)."
     return None
 
 

@@ -86,15 +86,24 @@ def look_at_all(splits: Splits, workers: int = 1) -> dict[str, list[DecodedImage
 
 
 def alike(decoded: Sequence[DecodedImage]) -> Iterator[tuple[int, int]]:
-    """Pairs i < j of decoded images that look the same."""
+    """Pairs i < j of decoded images that look the same: as many as tell which belong together, also by way of others.
+
+    Not all pairs: of a thousand frames of one fixed camera there are half a million. The same pixels come first.
+    """
     if len(decoded) < 2:
         return
+    groups = np.arange(len(decoded))
+    first: dict[bytes, int] = {}
+    for j, one in enumerate(decoded):
+        if (i := first.setdefault(one.digest, j)) != j:
+            groups[j] = i
+            yield i, j
     signs = np.stack([one.bits for one in decoded if one.bits is not None]).astype(np.float32) * 2 - 1
     thumbnails = np.stack([one.thumbnail for one in decoded if one.thumbnail is not None])
-    for at in range(0, len(signs), 256):
-        differ = (64 - signs[at : at + 256] @ signs[at:].T) / 2
-        rows, columns = np.nonzero(np.triu(differ <= ALIKE_BITS, 1))
-        for i, j in zip((rows + at).tolist(), (columns + at).tolist(), strict=True):
-            levels = np.abs(thumbnails[i].astype(np.int16) - thumbnails[j]).mean()
-            if levels <= ALIKE_LEVELS:
-                yield i, j
+    for i in range(len(decoded)):
+        differ = (64 - signs[i + 1 :] @ signs[i]) / 2
+        later = i + 1 + np.flatnonzero((differ <= ALIKE_BITS) & (groups[i + 1 :] != groups[i]))
+        levels = np.abs(thumbnails[later].astype(np.int16) - thumbnails[i]).mean(axis=(1, 2, 3))
+        for j in later[levels <= ALIKE_LEVELS].tolist():
+            groups[groups == groups[j]] = groups[i]
+            yield i, j

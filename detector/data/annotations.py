@@ -178,6 +178,11 @@ class _Reader:
         order = order[(places[order] >= 0) & (labels[order] >= 0)]
         xywh = np.array(annotations["bbox"], np.float64).reshape(-1, 4)[order]
         areas = np.array(annotations["area"], np.float64)[order]  # None becomes NaN
+        box_areas = xywh[:, 2] * xywh[:, 3]
+        # Masks that are drawn on pixels may be a little larger than the box around their outline.
+        odd = np.flatnonzero((box_areas > 0) & ((areas <= 0) | (areas > 1.1 * box_areas + 2)))
+        what = (f"{annotations['entry'][order[i]].get('id')}: {areas[i]:g} in a box of {box_areas[i]:g}" for i in odd)
+        self.report("areas", [f"annotation id {text}" for text in what])
         crowd, difficult, ignored = (
             np.array([bool(flag) for flag in annotations[name]], bool)[order]
             for name in ("iscrowd", "difficult", "ignore")
@@ -199,7 +204,7 @@ class _Reader:
             labels=labels[order],
             crowd=crowd,
             difficult=crowd | difficult | ignored,
-            areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
+            areas=np.where(np.isnan(areas), box_areas, areas),
             class_names=tuple(categories["name"][classes[number]] for number in category_ids),
             category_ids=tuple(category_ids),
             annotation_ids=_ids([annotations["entry"][i].get("id") for i in order]),

@@ -111,6 +111,14 @@ def _write_coco(index: AnnotationIndex, out: Path, split: str) -> None:
         {"id": number, "file_name": name, "width": width, "height": height}
         for number, name, (height, width) in zip(ids, index.file_names, index.sizes.tolist(), strict=True)
     ]
+    if index.lvis is not None:  # which classes were looked for, by the numbers that they have in this file
+        number_of = dict(zip(index.category_ids, categories, strict=True))
+        for image, lists in zip(images, index.lvis, strict=True):
+            image |= {
+                key: [number_of[one] for one in given if one in number_of]
+                for key, given in lists.items()
+                if given is not None
+            }
     annotations = [
         {
             "id": row + 1,
@@ -123,7 +131,11 @@ def _write_coco(index: AnnotationIndex, out: Path, split: str) -> None:
         }
         for row, i in enumerate(index.images.tolist())
     ]
-    classes = [{"id": number, "name": name} for number, name in zip(categories, index.class_names, strict=True)]
+    classes: list[dict[str, Any]] = [
+        {"id": number, "name": name} for number, name in zip(categories, index.class_names, strict=True)
+    ]
+    for one, frequency in zip(classes, index.frequencies, strict=False):
+        one |= {"frequency": frequency} if frequency else {}
     content = {"images": images, "annotations": annotations, "categories": classes}
     write_json(out / "annotations" / f"{split}.json", content)
 

@@ -90,8 +90,7 @@ def _in_frames(
     for i, (orientation, stored) in turned.items():
         frames = {told} if told else fitting[i] or agreed
         if len(frames) != 1:
-            if stored[0] != stored[1]:
-                unknown.append(i)
+            unknown.append(i)
             continue
         upright[i] = frames == {"turned"}
         size = stored[::-1] if upright[i] and orientation >= 5 else stored

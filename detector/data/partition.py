@@ -45,8 +45,8 @@ def parts(index: AnnotationIndex, root: Path, share: float, seed: int) -> dict[s
     if not validates.any() or validates.all():
         raise InputError(
             f"{root}: no split, and its {len(index)} images ({len(np.unique(groups))} that do not look alike) are too "
-            f"few to draw one with a share of {share:g} (data.val_share); add images, give another share, or write "
-            "your own train.txt and val.txt there."
+            f"few to draw one with a share of {share:g} (data.val_share, or val); add images, give another share, or "
+            "write your own train.txt and val.txt there."
         )
     log.info("%s has no split: val=%g is drawn by class, seed %d, look-alikes together.", root, share, seed)
     return {"train": np.flatnonzero(~validates), "val": np.flatnonzero(validates)}

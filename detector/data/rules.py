@@ -90,6 +90,10 @@ RULES: dict[str, Rule] = {
         "images with an EXIF rotation whose width and height belong to another frame than the boxes; read in the "
         "frame of the boxes",
         "nothing need be done here; swap `width` and `height` for other tools"),
+    "areas": Rule(WARNING,
+        "values of `area` that are no area of the object in its box (0 or less, or larger than the box); metrics by "
+        "size go by them, and leave an object of less than 0 out",
+        "leave `area` out, or give that of the mask"),
     "degenerate_boxes": Rule(WARNING,
         "boxes without area inside their image: training leaves them out, metrics count them, and they can never be "
         "found",

@@ -68,7 +68,7 @@ def hotcoco_evaluation(
     Raises:
         InputError: hotcoco is not installed; federated, and the ground truth does not say what was looked for.
     """
-    require("hotcoco", package="[train]", what="Scoring, except with metrics=pycocotools,")
+    require("hotcoco", package="[train]", what="Scoring")
     import hotcoco  # plainly, so that the import contracts see it
 
     images = [{"id": place} | (_looked_for(index, place) if federated else {}) for place in range(len(index))]
@@ -98,7 +98,7 @@ def pycocotools_evaluation(results: Results, index: AnnotationIndex) -> Any:
     Raises:
         InputError: pycocotools is not installed.
     """
-    require("pycocotools", package="[train]", what="metrics=pycocotools")
+    require("pycocotools", package="[train]", what="Comparing, and metrics=pycocotools,")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

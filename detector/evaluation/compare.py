@@ -238,6 +238,8 @@ def format_comparison(result: Mapping[str, Any], a: str, b: str, images: int = 5
     ]
     table = markdown_table(("metric", "a", "b", "b - a", "95% interval", "b better"), rows)
     lines = [f"a: {a}", f"b: {b}", f"{result['images']} images, {result['draws']} draws", "", table]
+    if len(result["per_class"]) > 1:
+        lines.append(f"Of {len(result['per_class'])} intervals of classes about 1 in 20 leaves out 0 by chance.")
     for key in ("better", "worse"):
         if changed := result[key][:images]:
             rows = [[row.get("file_name") or row["image_id"], f"{row['change']:+.5f}", row["what"]] for row in changed]

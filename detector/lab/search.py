@@ -119,6 +119,8 @@ def search(options: SearchOptions) -> None:
         raise InputError("device=cuda: torch sees no GPU here; device=cpu measures the CPU.")
     out = Path(options.out)
     check_writable(out)
+    if options.conf:
+        check_writable(CONF / "backbone", "conf")
     take_cores(options.threads)
     study = open_study(options, out)
     if "latency" not in study.user_attrs:

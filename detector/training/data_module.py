@@ -118,7 +118,7 @@ class SplitData(lightning.LightningDataModule):
             multiprocessing_context="forkserver" if workers and self._world()[0] > 1 else None,
             persistent_workers=workers > 0,
             # Each new iterator takes a seed. From torch's own generator a resumed run would take other numbers of them.
-            generator=torch.Generator().manual_seed(self.options.seed),
+            generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
             **arguments,
         )

@@ -56,7 +56,7 @@ class Teacher:
         """
         if self.labels.device != images.device:
             self.network, self.labels = self.network.to(images.device), self.labels.to(images.device)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):  # which a GPU leaves alone
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.network.class_logits(images, rois)
         known = logits.float().softmax(dim=-1)[..., self.labels]
         return torch.cat((known, (1 - known.sum(dim=-1, keepdim=True)).clamp(min=0)), dim=-1)

@@ -75,6 +75,8 @@ class ServerOptions(Options):
 
     host: str = "127.0.0.1"
     """This machine only; 0.0.0.0 lets in everyone who can reach it."""
+    names: tuple[str, ...] = ()
+    """Names under which a proxy on this machine is reached, [demo.example.org]; requests for others are refused."""
     port: Annotated[int, Strict(), Field(ge=0, le=65535)] = 8000
     """0: any free one; the log says which."""
     score_threshold: ScoreThreshold = "auto"

@@ -81,7 +81,7 @@ def build_app(predictor: Predictor, options: ServerOptions) -> ASGIApp:
         },
         lifespan=lifespan,
     )
-    return Guard(app, options.host, content_security_policy(page))
+    return Guard(app, options.host, content_security_policy(page), options.names)
 
 
 class Predictions:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import ipaddress
 import re
+from collections.abc import Sequence
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -51,16 +52,18 @@ class Guard:
     site is refused on any server: the page could not read the answer, but it could keep the network busy.
     """
 
-    def __init__(self, app: ASGIApp, host: str, policy: str) -> None:
+    def __init__(self, app: ASGIApp, host: str, policy: str, names: Sequence[str] = ()) -> None:
         """
         Args:
             app: what to guard.
             host: that the server is bound to.
             policy: the Content-Security-Policy of every answer.
+            names: others than the host's own, of a proxy.
         """
         self.app = app
         self.headers = HEADERS | {"Content-Security-Policy": policy}
-        self.names = {"localhost", "127.0.0.1", "::1", host.lower()} if is_loopback(host) else None
+        self.given = {name.lower() for name in names}
+        self.names = {"localhost", "127.0.0.1", "::1", host.lower(), *self.given} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,7 +91,8 @@ class Guard:
         if self.names is not None and _split(f"//{host}").hostname not in self.names:
             known = ", ".join(sorted(self.names))
             return JSONResponse({"error": f"This server does not answer to {host[:80]!r}; open it as {known}."}, 421)
-        if origin is not None and _split(origin).netloc.lower() != host.lower():
+        own = origin is None or _split(origin).netloc.lower() == host.lower() or _split(origin).hostname in self.given
+        if not own:  # a proxy may put the name of this server in the place of its own
             return JSONResponse({"error": "Requests from pages of other sites are refused."}, 403)
         return None
 
