@@ -206,6 +206,40 @@ def test_original_crops_stay(folder: Path, tmp_path: Path) -> None:
         assert crop.read_bytes() == b"somebody else's"
 
 
+def test_somebody_else_s_files_of_results_stay(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The annotations of the folder itself, COCO results, tables of other tools, and lines that a camera would go on."""
+    theirs = {
+        "coco.json": '{"info": {"description": "my photographs"}, "images": []}',
+        "detections.json": '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]',
+        "detections.jsonl": '{"path": "a.png", "boxes": []}\n',
+        "detections.csv": "path,label\na.png,1\n",
+    }
+    for name, text in theirs.items():
+        (folder / name).write_text(text)
+    kinds = ["json", "jsonl", "csv", "coco"]
+    for _ in range(2):  # its own, of the first time, are replaced
+        write(folder, folder, kinds)
+        assert {name: (folder / name).read_text() for name in theirs} == theirs
+    own = ["coco_2.json", "detections_2.csv", "detections_2.json", "detections_2.jsonl"]
+    assert [name for name in files(folder) if "_2." in name] == own
+    assert not [name for name in files(folder) if "_3." in name]
+    assert len(json.loads((folder / "detections_2.json").read_text())) == 4
+    assert "coco.json: was not written by an earlier run, and stays; this one writes coco_2.json" in caplog.text
+    with Results(Places(folder, "webcam:0", ["jsonl", "csv"]), NAMES, live=True) as results:
+        results.add(SourceImage(np.zeros((1, 1, 3), np.uint8)), named("webcam:0", 0))
+    assert {name: (folder / name).read_text() for name in theirs} == theirs
+    assert len((folder / "detections_2.jsonl").read_text().splitlines()) == 5
+
+
+def test_files_of_results_without_anything_are_replaced(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write([], out, ["json", "jsonl", "csv", "coco"])
+    before = files(out)
+    write(folder, out, ["json", "jsonl", "csv", "coco"])
+    assert files(out) == before
+    assert len(json.loads((out / "detections.json").read_text())) == 4
+
+
 @pytest.mark.parametrize("save", [["images"], ["crops", "json"]])
 def test_results_among_what_is_searched(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: list[str]

@@ -13,6 +13,7 @@ import errno
 import io
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +33,18 @@ from detector.inference.detections import ROW_COLUMNS, Detections
 from detector.inference.sources import SourceImage, is_live, search_root
 from detector.inference.video import read_comment, write_video
 
+log = logging.getLogger(__name__)
 # What copies say about who wrote them: a file that does not is not replaced.
 MADE_BY = "light-head-detector"
+# How the other files of an earlier run begin, which say it by their form: one that begins otherwise is not replaced.
+_RECORD = r'\{\s*"path": (null|"([^"\\]|\\.)*"),\s*"frame": [^,]+,\s*"time": [^,]+,\s*"height": '
+_BEGINNINGS = {
+    "detections.json": rf"\[\s*(\]|{_RECORD})",
+    "detections.jsonl": _RECORD,
+    "detections.csv": ",".join(ROW_COLUMNS) + r"\r?\n",
+    "coco.json": rf'\{{\s*"info": \{{\s*"description": "{MADE_BY}"',
+}
+_HEAD_BYTES = 65536  # more than a path in JSON takes
 
 # Bytes of a file's name: what file systems allow less a suffix, and for an image less the words that crops add.
 _NAME_BYTES, _IMAGE_NAME_BYTES = 240, 200
@@ -171,6 +182,26 @@ def _is_copy(path: Path) -> bool:
         return False
 
 
+def _own(out: Path, name: str) -> Path:
+    """A file of _BEGINNINGS, under the first of its names (coco.json, coco_2.json ...) that is free or an earlier run's."""
+    first = out / name
+    names = (one.with_name(one.name + first.suffix) for one in _numbered(first.with_suffix("")))
+    own = next(one for one in names if not one.is_file() or _begins(one, _BEGINNINGS[name]))
+    if own != first:
+        log.warning("%s: was not written by an earlier run, and stays; this one writes %s", first, own.name)
+    return own
+
+
+def _begins(path: Path, beginning: str) -> bool:
+    """Whether a file begins so, or is empty."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return False
+    return not head or re.match(beginning.encode(), head) is not None
+
+
 def _save_png(image: Image.Image, path: Path) -> None:
     about = PngInfo()
     about.add_text("Software", MADE_BY)  # comes before the pixels
@@ -251,8 +282,9 @@ def _record(found: Detections, copy: Path | None) -> dict[str, Any]:
 def write_all(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """detections.json: a list with an entry for each image, those that could not be read too."""
     records: list[dict[str, Any]] = []
+    path = _own(out, "detections.json")
     yield lambda item, found, place, copy: records.append(_record(found, copy))
-    write_json(out / "detections.json", records)
+    write_json(path, records)
 
 
 @contextmanager
@@ -277,7 +309,7 @@ def _text_file(path: Path, live: bool) -> Iterator[tuple[Callable[[str], None], 
 @contextmanager
 def write_lines(out: Path, class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
     """detections.jsonl: the same, a line for each image; nothing of it is kept in memory."""
-    with _text_file(out / "detections.jsonl", live) as (append, _):
+    with _text_file(_own(out, "detections.jsonl"), live) as (append, _):
         yield lambda item, found, place, copy: append(
             json.dumps(_record(found, copy), ensure_ascii=False, allow_nan=False) + "\n"
         )
@@ -286,7 +318,7 @@ def write_lines(out: Path, class_names: tuple[str, ...], live: bool = False) -> 
 @contextmanager
 def write_table(out: Path, class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
     """detections.csv: a line for each object."""
-    with _text_file(out / "detections.csv", live) as (append, begun):
+    with _text_file(_own(out, "detections.csv"), live) as (append, begun):
 
         def lines(rows: Iterable[Iterable[Any]]) -> None:
             text = io.StringIO(newline="")
@@ -302,6 +334,7 @@ def write_coco(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """coco.json: a data set of what was found, for labelling tools; its annotations are COCO results too."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    path = _own(out, "coco.json")
 
     def add(item: SourceImage, found: Detections, place: Path, copy: Path | None) -> None:
         if found.error is not None:
@@ -315,7 +348,8 @@ def write_coco(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
 
     yield add
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names, 1)]
-    write_json(out / "coco.json", {"images": images, "categories": categories, "annotations": annotations})
+    about = {"info": {"description": MADE_BY}}  # first, where a later run looks for it
+    write_json(path, about | {"images": images, "categories": categories, "annotations": annotations})
 
 
 WRITERS: dict[str, Opener] = {
