@@ -231,6 +231,17 @@ def test_somebody_else_s_files_of_results_stay(folder: Path, caplog: pytest.LogC
     assert len((folder / "detections_2.jsonl").read_text().splitlines()) == 5
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_a_killed_run_left_is_not_gone_on_with(folder: Path, tmp_path: Path, kind: str) -> None:
+    write(folder, tmp_path / "out", [kind])
+    written = (tmp_path / "out" / f"detections.{kind}").read_bytes()
+    left = tmp_path / "out" / f".detections.{os.getpid()}.partial.{kind}"  # in a container processes share a number
+    left.write_bytes(b"lines of another run\n")
+    write(folder, tmp_path / "out", [kind])
+    assert (tmp_path / "out" / f"detections.{kind}").read_bytes() == written
+    assert not left.exists()
+
+
 def test_files_of_results_without_anything_are_replaced(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write([], out, ["json", "jsonl", "csv", "coco"])
@@ -401,9 +412,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_line_that_does_not_fit_leaves_no_half(small_disk: Path) -> None:
+@pytest.mark.parametrize("live", [True, False])
+def test_a_line_that_does_not_fit_leaves_no_half(small_disk: Path, live: bool) -> None:
     (small_disk / "before.txt").write_text("whole")
-    with Results(Places(small_disk, "webcam:0", ["jsonl"]), NAMES, live=True) as results:
+    with Results(Places(small_disk, "webcam:0", ["jsonl"]), NAMES, live) as results:
         for index in range(60):
             results.add(SourceImage(np.zeros((1, 1, 3), np.uint8)), named(f"{index:02000}"))
     lines = (small_disk / "detections.jsonl").read_text().splitlines()

@@ -292,7 +292,8 @@ def _text_file(path: Path, live: bool) -> Iterator[tuple[Callable[[str], None], 
     """What appends text to a file, complete or absent, and whether there is some already. Live, for what has no end:
     each line can be read as soon as it is known, and a later run adds its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext(path) if live else replacing(path) as part, part.open("ab", buffering=0) as file:
+    mode = "ab" if live else "wb"  # anew: a run that was killed may have left lines under the same name
+    with nullcontext(path) if live else replacing(path) as part, part.open(mode, buffering=0) as file:
 
         def add(text: str) -> None:
             size, content = os.fstat(file.fileno()).st_size, text.encode(errors=UNENCODABLE)
@@ -301,6 +302,7 @@ def _text_file(path: Path, live: bool) -> Iterator[tuple[Callable[[str], None], 
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 file.truncate(size)  # no half line, lest the next one begins in it
+                file.seek(size)
                 raise
 
         yield add, file.tell() > 0
