@@ -231,6 +231,20 @@ def test_somebody_else_s_files_of_results_stay(folder: Path, caplog: pytest.LogC
     assert len((folder / "detections_2.jsonl").read_text().splitlines()) == 5
 
 
+def test_crops_of_one_run_do_not_replace_each_other(tmp_path: Path) -> None:
+    """A frame of drive.mp4, and a photograph that is named as its crops are."""
+    sizes = []
+    for _ in range(2):  # the second run replaces those of the first
+        with Results(Places(tmp_path, ["drive.mp4", "drive_000001.jpg"], ["crops"]), NAMES) as results:
+            for path, frame, size in (("drive.mp4", 1, 10), ("drive_000001.jpg", None, 20)):
+                box = np.array([[0, 0, size, size]], np.float32), np.ones(1, np.float32), np.zeros(1, np.int64)
+                results.add(SourceImage(paint(SIZE)), Detections(*box, NAMES, SIZE, path, frame))
+        assert results.lost == {}
+        assert files(tmp_path) == ["crops/drive_000001_0_cat.png", "crops/drive_000001_0_cat_2.png"]
+        sizes = [Image.open(tmp_path / name).size for name in files(tmp_path)]
+    assert sizes == [(10, 10), (20, 20)]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_what_a_killed_run_left_is_not_gone_on_with(folder: Path, tmp_path: Path, kind: str) -> None:
     write(folder, tmp_path / "out", [kind])

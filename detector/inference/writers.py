@@ -259,6 +259,10 @@ def _named(found: Detections, video: AbstractContextManager[Any]) -> Iterator[An
 @contextmanager
 def write_crops(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """crops/: a .png of each object, named after its image, its rank and its class."""
+    taken: set[Path] = set()
+
+    def is_free(path: Path, found: Detections) -> bool:
+        return path not in taken and not _must_stay(path, found)
 
     def add(item: SourceImage, found: Detections, place: Path, copy: Path | None) -> None:
         frame = "" if found.frame is None else f"_{found.frame:06d}"
@@ -269,7 +273,10 @@ def write_crops(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
             word = shortened(re.sub(r"[^\w-]", "_", name), _NAME_BYTES - len(os.fsencode(start)))
             names = _numbered(out / "crops" / inside.parent / (start + word))
             paths = (one.with_name(f"{one.name}.png") for one in names)
-            _save_png(Image.fromarray(crop), next(path for path in paths if not _must_stay(path, found)))
+            path = next(path for path in paths if is_free(path, found))
+            if not is_live(found.path):  # of a camera, which has no end, no crop is replaced anyway
+                taken.add(path)
+            _save_png(Image.fromarray(crop), path)
 
     yield add
 
