@@ -241,7 +241,7 @@ def test_crops_of_one_run_do_not_replace_each_other(tmp_path: Path) -> None:
                 results.add(SourceImage(paint(SIZE)), Detections(*box, NAMES, SIZE, path, frame))
         assert results.lost == {}
         assert files(tmp_path) == ["crops/drive_000001_0_cat.png", "crops/drive_000001_0_cat_2.png"]
-        sizes = [Image.open(tmp_path / name).size for name in files(tmp_path)]
+        sizes = [np.asarray(Image.open(tmp_path / name)).shape[:2] for name in files(tmp_path)]
     assert sizes == [(10, 10), (20, 20)]
 
 
@@ -344,6 +344,9 @@ def test_places(tmp_path: Path) -> None:
         ("webcam:0", "webcam_0"),
     ):
         assert places(named(path)) == Path("out") / place
+    leading_out = Places(Path("out"), [f"{tmp_path}/in", f"{tmp_path}/in/../q/*.jpg", "one.jpg"], ["images"])
+    for path, place in (("in/a.jpg", "a"), ("in/../q/b.jpg", "b"), ("in/../one.jpg", "one")):
+        assert leading_out(named(f"{tmp_path}/{path}")) == Path("out") / place
     assert [places(named("v.mp4", frame)) for frame in (0, 1, 5, 0, 1)] == [
         Path("out/v"), Path("out/v"), Path("out/v"), Path("out/v_2"), Path("out/v_2"),
     ]  # fmt: skip

@@ -135,7 +135,7 @@ class Places:
         if found.frame and found.path == self.last[0]:
             return self.last[1]
         path = Path(str(found.path))
-        root = next((root for root in self.roots if path.is_relative_to(root)), path.parent)
+        root = next((root for root in self.roots if _lies_in(path, root)), path.parent)
         inside = path.relative_to(root) if "://" not in str(found.path) else Path(_name_of(str(found.path)))
         name = shortened(inside.stem.replace(":", "_"), _IMAGE_NAME_BYTES)
         inside = inside.with_name(name) if inside.name else Path("source")
@@ -146,6 +146,11 @@ class Places:
 
     def _is_taken(self, place: Path, found: Detections) -> bool:
         return place in self.taken or ("images" in self.save and _must_stay(annotated(place, found), found))
+
+
+def _lies_in(path: Path, root: Path) -> bool:
+    """By its name, which may begin with the folder's and lead out of it again."""
+    return path.is_relative_to(root) and ".." not in path.relative_to(root).parts
 
 
 def _parts(source: Any) -> Iterator[Any]:
