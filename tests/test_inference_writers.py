@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -207,7 +208,7 @@ def test_original_crops_stay(folder: Path, tmp_path: Path) -> None:
 
 
 def test_somebody_else_s_files_of_results_stay(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The annotations of the folder itself, COCO results, tables of other tools, and lines that a camera would go on."""
+    """The annotations of the folder itself, COCO results, tables of other tools, lines that a camera would go on."""
     theirs = {
         "coco.json": '{"info": {"description": "my photographs"}, "images": []}',
         "detections.json": '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]',
@@ -499,6 +500,19 @@ def test_class_names_that_no_file_can_say_cost_nobody_anything(tmp_path: Path) -
     assert len(list((out / "crops").iterdir())) == 4
     assert (out / "a.png").is_file()
     assert (out / "v.mp4").is_file()
+
+
+def test_a_video_of_a_size_that_cannot_be_encoded_costs_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    with Results(Places(tmp_path, "a.mp4", ["images", "json"]), NAMES) as results:
+        for frame in range(2):
+            results.add(
+                SourceImage(np.zeros((4, 17000, 3), np.uint8)), replace(named("a.mp4", frame), image_size=(4, 17000))
+            )
+    assert list(results.lost) == ["a.mp4"]
+    assert results.lost["a.mp4"].startswith("no video of 17000 x 4 pixels can be written: ")
+    assert files(tmp_path) == ["detections.json"]
+    assert len(json.loads((tmp_path / "detections.json").read_text())) == 2
 
 
 def test_a_video_whose_frames_change_size_keeps_all_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

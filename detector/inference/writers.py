@@ -188,7 +188,7 @@ def _is_copy(path: Path) -> bool:
 
 
 def _own(out: Path, name: str) -> Path:
-    """A file of _BEGINNINGS, under the first of its names (coco.json, coco_2.json ...) that is free or an earlier run's."""
+    """A file of _BEGINNINGS: the first of coco.json, coco_2.json ... that is free, or an earlier run's."""
     first = out / name
     names = (one.with_name(one.name + first.suffix) for one in _numbered(first.with_suffix("")))
     own = next(one for one in names if not one.is_file() or _begins(one, _BEGINNINGS[name]))
