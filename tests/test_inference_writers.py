@@ -342,6 +342,7 @@ def test_places(tmp_path: Path) -> None:
         ("https://host/", "host"),
         (f"{tmp_path}/in", "source"),  # a folder without images
         ("https://host/..", "image"),
+        ("https://[abc/x.jpg", "image_2"),  # no address
         ("webcam:0", "webcam_0"),
     ):
         assert places(named(path)) == Path("out") / place

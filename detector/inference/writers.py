@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -30,6 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from detector.errors import InputError
 from detector.files import UNENCODABLE, check_writable, replacing, shortened, write_json
 from detector.inference.detections import ROW_COLUMNS, Detections
+from detector.inference.remote import parts_of
 from detector.inference.sources import SourceImage, is_live, search_root
 from detector.inference.video import read_comment, write_video
 
@@ -216,7 +216,7 @@ def _save_png(image: Image.Image, path: Path) -> None:
 
 def _name_of(url: str) -> str:
     """A file name for an address."""
-    parts = urlsplit(url)
+    parts = parts_of(url)
     name = parts.path.rstrip("/").rpartition("/")[2] or parts.hostname or ""
     return re.sub(r"[^\w.-]", "_", name).strip(".") or "image"
 
