@@ -44,7 +44,7 @@ from detector.export import parity
 from detector.export.formats import Inputs, export_onnx, export_openvino, export_torch, import_packages
 from detector.export.parity import REFERENCE, Comparison, compare_contestants, take_turns
 from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx
-from detector.files import check_writable, write_json
+from detector.files import check_not_read, check_writable, write_json
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.inference.loading import load
@@ -166,6 +166,7 @@ def export(options: ExportOptions) -> None:
     files, canvas = options.files, options.canvas
     detector = Detector.load(options.ckpt, "cpu")
     for path in files.values():
+        check_not_read(path, find(options.ckpt))
         check_writable(path, file=True)
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
     if needs := [module for name in files for module in FORMATS[name].needs]:
