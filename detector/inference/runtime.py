@@ -72,7 +72,8 @@ class ExportedDetector(Predictor):
 
         Args:
             path: .onnx, .xml (OpenVINO; its .bin lies beside) or .pt2 (torch.export).
-            device: None or "cpu"; "cuda" for ONNX Runtime, "gpu" for OpenVINO (Intel), where their packages have it.
+            device: None or "cpu"; "cuda", "cuda:1" for ONNX Runtime, "gpu" for OpenVINO (Intel), where their packages
+                have it.
             threads: that one prediction may use; None leaves it to the runtime. torch has one number for the process.
 
         Raises:
@@ -113,11 +114,15 @@ def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or 0
     names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "gpu": "CUDAExecutionProvider"}
-    provider = names.get(device.partition(":")[0])
-    if provider not in onnxruntime.get_available_providers():
+    kind, _, number = device.partition(":")
+    provider = names.get(kind)
+    if provider not in onnxruntime.get_available_providers() or not (number or "0").isdecimal():
         raise _no_device(device, "ONNX Runtime")
+    chosen = provider if kind == "cpu" else (provider, {"device_id": int(number or 0)})
     with _reading(path, "an ONNX file"):
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[chosen])
+    if provider not in session.get_providers():  # it goes to the CPU in silence where CUDA's libraries are missing
+        raise _no_device(device, "ONNX Runtime")
     info = ExportInfo.from_properties(session.get_modelmeta().custom_metadata_map, path)
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
