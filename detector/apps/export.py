@@ -127,7 +127,7 @@ class ExportOptions(Options):
     size: Annotated[str, Field(pattern=_SIZE), "dynamic, or height x width in pixels, such as 256x320"] = "dynamic"
     """dynamic: any multiples of 32; or HxW: images are padded to it, shrunk where they stick out"""
     calibration: str | None = None
-    """int8: a folder of images; null: the checkpoint's own training images"""
+    """int8: a folder of images; null: the training images of a checkpoint that says which"""
     calibration_images: Count = 200
     """int8: how many of them fix the ranges"""
     accuracy_control: Flag = True
@@ -245,11 +245,8 @@ def validation_images(options: ExportOptions, detector: Detector) -> AnnotationI
 
 
 def training_images(options: ExportOptions, detector: Detector) -> AnnotationIndex:
-    """The training split. Raises InputError where the checkpoint does not say which."""
-    data = evaluation_data(options.data, detector)
-    if recorded_data(detector) is None:
-        raise InputError("This checkpoint does not say what it was trained on.")
-    return load_split(data, "train", class_names=detector.class_names)
+    """The training split of a checkpoint that says which."""
+    return load_split(evaluation_data(options.data, detector), "train", class_names=detector.class_names)
 
 
 @contextmanager
@@ -266,6 +263,11 @@ def calibration_images(options: ExportOptions, detector: Detector) -> tuple[Call
     images would flatter the check."""
     if options.calibration:
         return read_image, spread(list_images(options.calibration), options.calibration_images)
+    if recorded_data(detector) is None:  # nor does data.root tell: its images may be those that it is judged on
+        raise InputError(
+            "calibration is missing: this checkpoint does not say what it was trained on; give calibration=FOLDER of "
+            "images like those that it will see."
+        )
     with way_out("Or give calibration=FOLDER of images."):
         index = training_images(options, detector)
     return index.read, spread(range(len(index)), options.calibration_images)
