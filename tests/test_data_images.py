@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
-from detector.data.images import exif_orientation, list_images, read_image
+from detector.data.images import exif_orientation, is_tensor, list_images, read_image
 from detector.data.preprocess import Preprocessing, prepare
 from detector.errors import InputError
 
@@ -161,6 +162,10 @@ def test_arrays_and_tensors_agree(picture: np.ndarray) -> None:
     np.testing.assert_array_equal(read_image(tensor.flip(0), bgr=True), picture)
     assert np.abs(read_image((tensor / 255).bfloat16()).astype(int) - picture).max() <= 1
     grey = picture[..., 0]
+    for kind in (tv_tensors.Image, torch.nn.Parameter):
+        one = kind(tensor / 255)
+        assert is_tensor(one)
+        np.testing.assert_array_equal(read_image(one), picture)
     for source in (grey, grey[..., None], tensor[:1]):
         np.testing.assert_array_equal(read_image(source), np.dstack((grey, grey, grey)))
 

@@ -106,7 +106,8 @@ def read_image(
 
 def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     """Whether a value is a torch tensor, without importing torch."""
-    return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")
+    kinds = type(value).__mro__  # torchvision's tv_tensors and others' are subclasses
+    return any(kind.__name__ == "Tensor" and kind.__module__.partition(".")[0] == "torch" for kind in kinds)
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
