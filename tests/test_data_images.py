@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -282,6 +283,34 @@ def test_decompression_bombs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bomb\.png: 50000 x 50000 pixels, max_pixels=2000000000"):
         read_image(tmp_path / "bomb.png", max_pixels=2_000_000_000)
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_limit_of_ones_own_is_no_other_thread_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go_on, errors, real = threading.Event(), threading.Event(), dict[str, str](), Image.open
+
+    def wait(file: io.BytesIO) -> Image.Image:
+        if threading.current_thread().name == "trusting":
+            inside.set()
+            go_on.wait(10)
+        return real(file)
+
+    def read(name: str, max_pixels: int | None) -> None:
+        with pytest.raises(InputError) as error:
+            read_image(bomb(50_000, 50_000), max_pixels=max_pixels)
+        errors[name] = str(error.value)
+
+    monkeypatch.setattr(Image, "open", wait)
+    limits = {"trusting": 10**9, "careful": None}
+    threads = [threading.Thread(target=read, args=item, name=item[0]) for item in limits.items()]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)  # it would be through by now, without a limit
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert "max_pixels=1000000000" in errors["trusting"]
+    assert "too many pixels" in errors["careful"]
 
 
 def test_a_limit_of_ones_own(monkeypatch: pytest.MonkeyPatch, picture: np.ndarray) -> None:

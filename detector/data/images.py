@@ -40,7 +40,7 @@ _TURN_BACK = {
     8: Image.Transpose.ROTATE_270,
 }
 _EXIF_ORIENTATION = 0x0112
-# Pillow's limit on pixels is one number for the process: who raises it for one file holds this.
+# Pillow's limit on pixels is one number for the process: who opens a file holds this.
 _PILLOW_LIMIT = threading.Lock()
 
 
@@ -218,18 +218,16 @@ def _explained(error: Exception, file: Path | io.BytesIO, name: str) -> InputErr
 @contextmanager
 def _open(file: BinaryIO, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
     """Pillow's open, which reads the header only, with this limit in place of its own if there is one."""
-    if max_pixels is None:
-        with Image.open(file) as image:
-            yield image
-        return
-    with _PILLOW_LIMIT:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    with _PILLOW_LIMIT:  # also to open with Pillow's own, which another thread may have raised
+        before = Image.MAX_IMAGE_PIXELS
         try:
+            if max_pixels is not None:
+                Image.MAX_IMAGE_PIXELS = None
             image = Image.open(file)
         finally:
             Image.MAX_IMAGE_PIXELS = before
     with image:
-        if image.width * image.height > max_pixels:
+        if max_pixels is not None and image.width * image.height > max_pixels:
             raise InputError(
                 f"{name}: {image.width} x {image.height} pixels, max_pixels={max_pixels}; raise it, or shrink "
                 f"the image."
