@@ -122,7 +122,7 @@ def test_sixteen_bit_files_keep_their_range(tmp_path: Path) -> None:
     expected = [[0, 0, 1, 1], [128, 255, 156, 2]]  # value / 257, to the nearest
     cv2.imwrite(str(tmp_path / "deep.png"), deep)
     cv2.imwrite(str(tmp_path / "deep.tif"), deep)
-    for source in (tmp_path / "deep.png", tmp_path / "deep.tif", deep):
+    for source in (tmp_path / "deep.png", tmp_path / "deep.tif", deep, deep.astype(">u2"), deep.astype("<u2")):
         image = read_image(source)
         assert is_image(image, 2, 4)
         np.testing.assert_array_equal(image[..., 0], expected)

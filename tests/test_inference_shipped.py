@@ -44,6 +44,8 @@ def test_a_file_is_itself_and_a_name_is_that_of_the_package(folder: Path) -> Non
         shipped.find("v3")
     with pytest.raises(InputError, match="No checkpoint"):
         shipped.find("../weights/v2_1x_voc")
+    with pytest.raises(InputError, match="No checkpoint at 'aaa"):
+        shipped.find("a" * 5000)  # longer than the name of a file may be
     Path("v2_1x_voc").touch()  # the user's own
     assert shipped.find("v2_1x_voc") == Path("v2_1x_voc")
     assert shipped.folder_for("v2_1x_voc") == Path()

@@ -309,7 +309,7 @@ def _from_array(array: np.ndarray, name: str, bgr: bool) -> np.ndarray:
 def _array_to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:  # of either order of bytes
         return _from_uint16(array)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255

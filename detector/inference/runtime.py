@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import warnings
 import zipfile
@@ -83,7 +84,7 @@ class ExportedDetector(Predictor):
         path = Path(path)
         if path.suffix not in OPENERS:
             raise InputError(f"'{path}' is no export: expected a file that ends in {', '.join(OPENERS)}.")
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike pathlib's, no error for a name that no file can have
             raise InputError(f"No exported detector at '{path}'. Make one with tools/export.py.")
         check_threads(threads)
         info, run, smallest = OPENERS[path.suffix](path, str(device or "cpu").lower(), threads)

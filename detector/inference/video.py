@@ -75,8 +75,9 @@ def read_video(
     name = name or str(source)
     if not isinstance(source, io.BytesIO):
         source = str(source)
-        if not Path(source).is_file():
-            raise InputError(f"{name}: {'is a folder' if Path(source).is_dir() else 'no such file'}; check the path.")
+        if not os.path.isfile(source):  # unlike pathlib's, no error for a name that no file can have
+            what = "is a folder" if os.path.isdir(source) else "no such file"
+            raise InputError(f"{name}: {what}; check the path.")
     with _opened_video(source, name) as container:
         yield from _frames(container, name, every, live=False)
 
