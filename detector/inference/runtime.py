@@ -69,7 +69,7 @@ class ExportedDetector(Predictor):
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None, *, threads: int | None = None) -> ExportedDetector:
-        """Open an export.
+        """Open an export. A .pt2 only of people you trust: torch may run code that is in it.
 
         Args:
             path: .onnx, .xml (OpenVINO; its .bin lies beside) or .pt2 (torch.export).
@@ -216,7 +216,8 @@ def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInf
         check_sums(archive)
         about = [name for name in archive.namelist() if name.endswith(f"/extra/{SECTION}.json")]
         properties = dict(json.loads(archive.read(about[0]))) if about else {}
-    info = ExportInfo.from_properties(properties, path)  # before torch, which evaluates expressions of the file
+    # Before torch, which unpickles parts of the file and evaluates expressions; no protection from who means harm.
+    info = ExportInfo.from_properties(properties, path)
     with _reading(path, "a torch.export file"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own file format
         module = torch.export.load(str(path)).module()
