@@ -120,6 +120,10 @@ def test_an_export_does_not_replace_its_checkpoint(small_detector: Detector, fol
     with pytest.raises(InputError, match=r"out=run\.ckpt: is the file that is read, and would be replaced"):
         export(ExportOptions(ckpt="run.ckpt", format="checkpoint", out="./run.ckpt", check=None))
     assert Path("run.ckpt").read_bytes() == before
+    Path("run.ckpt").rename("run.bin")  # OpenVINO's second file
+    with pytest.raises(InputError, match=r"out=run\.bin: is the file that is read"):
+        export(ExportOptions(ckpt="run.bin", format="openvino", out="run.xml", check=None))
+    assert Path("run.bin").read_bytes() == before
 
 
 def test_the_remedy_for_int8_without_training_images_is_one(small_detector: Detector, folder: Path) -> None:

@@ -165,7 +165,7 @@ def export(options: ExportOptions) -> None:
     """
     files, canvas = options.files, options.canvas
     detector = Detector.load(options.ckpt, "cpu")
-    for path in files.values():
+    for path in (part for file in files.values() for part in parts(file)):
         check_not_read(path, find(options.ckpt))
         check_writable(path, file=True)
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
@@ -203,6 +203,11 @@ def export(options: ExportOptions) -> None:
     failed = [f"{row.name}: {'; '.join(row.complaints)}" for row in rows if row.complaints]
     if failed:
         sys.exit(f"failed: {'. '.join(failed)}.")  # to stderr, and exit code 1
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of an export: OpenVINO's are two."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 def accuracy_control(options: ExportOptions, detector: Detector) -> AccuracyControl | None:
@@ -289,8 +294,7 @@ def check(
     exports = {name: load(path, "cpu", threads=settings.threads).on_canvas(canvas) for name, path in files.items()}
     sizes = dict.fromkeys(in_torch, find(options.ckpt).stat().st_size)
     for name, path in files.items():
-        parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-        sizes[name] = sum(part.stat().st_size for part in parts)
+        sizes[name] = sum(part.stat().st_size for part in parts(path))
     images = progress(map(index.read, range(len(index))), "check", len(index))
     return compare_contestants(
         take_turns({**in_torch, **exports}, images),
