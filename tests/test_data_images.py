@@ -383,6 +383,7 @@ def test_list_images_names_the_folder_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, remedy in (
         (tmp_path / "missing", "check the path"),
+        (tmp_path / ("a" * 5000), "check the path"),
         (tmp_path / "a.jpg", "give the folder"),
         (tmp_path / "empty", ".jpg"),
     ):

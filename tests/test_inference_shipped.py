@@ -16,7 +16,7 @@ from detector.apps.export import ExportOptions, calibration_images, export
 from detector.apps.scoring import EvalOptions
 from detector.errors import InputError
 from detector.inference import shipped
-from detector.inference.detector import Detector
+from detector.inference.detector import Detector, read_torch_file
 
 CONFIG = {
     "data": {"root": "/mnt/me/voc"}, "overrides": ["data.root=/mnt/me/voc"], "run_dir": "runs/a", "seed": 0,
@@ -46,6 +46,8 @@ def test_a_file_is_itself_and_a_name_is_that_of_the_package(folder: Path) -> Non
         shipped.find("../weights/v2_1x_voc")
     with pytest.raises(InputError, match="No checkpoint at 'aaa"):
         shipped.find("a" * 5000)  # longer than the name of a file may be
+    with pytest.raises(InputError, match="No checkpoint at 'aaa"):
+        read_torch_file("a" * 5000)
     Path("v2_1x_voc").touch()  # the user's own
     assert shipped.find("v2_1x_voc") == Path("v2_1x_voc")
     assert shipped.folder_for("v2_1x_voc") == Path()

@@ -132,6 +132,8 @@ def test_damaged_files_are_named(published: dict[str, Tensor], tmp_path: Path) -
         load_weights(build(HALF), tmp_path / "absent.pth")
     with pytest.raises(InputError, match="there is no such file"):
         load_weights(build(HALF), tmp_path)
+    with pytest.raises(InputError, match="there is no such file"):
+        load_weights(build(HALF), "a" * 5000)  # longer than the name of a file may be
 
 
 @pytest.mark.parametrize(

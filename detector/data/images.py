@@ -117,8 +117,8 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
         InputError: the folder is missing, is a file, or holds no image.
     """
     root = Path(folder)
-    if not root.is_dir():
-        what = "is a file, not a folder; give the folder that holds it" if root.exists() else "no such folder"
+    if not os.path.isdir(root):  # unlike pathlib's, no error for a name that no file can have
+        what = "is a file, not a folder; give the folder that holds it" if os.path.exists(root) else "no such folder"
         raise InputError(f"{root}: {what}; check the path.")
     found = sorted(
         path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def load_weights(
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, no error for a name that no file can have
         raise InputError(f"backbone.weights={path}: there is no such file. {REMEDY}")
     try:
         return read_tensors(path)
