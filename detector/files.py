@@ -79,6 +79,15 @@ def check_writable(place: str | Path, option: str = "out", *, file: bool = False
         raise InputError(f"Cannot write to '{place}': {error.strerror or error}. Choose another {option}=.") from error
 
 
+def check_not_read(out: str | Path, source: str | Path) -> None:
+    """
+    Raises:
+        InputError: what is written to `out` would replace the file that it is made from.
+    """
+    if os.path.exists(out) and os.path.exists(source) and os.path.samefile(out, source):
+        raise InputError(f"out={out}: is the file that is read, and would be replaced; give another name.")
+
+
 def check_sums(archive: zipfile.ZipFile) -> None:
     """
     Raises:

@@ -99,7 +99,7 @@ class Options(BaseModel):
         if not isinstance(values, Mapping):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items()}
-        return {name: _changed(defaults.get(name), given) for name, given in values.items()}
+        return {name: _changed(defaults.get(name), _plain(given)) for name, given in values.items()}
 
 
 def _inner(values: Any, path: Sequence[int | str]) -> Any:
@@ -108,6 +108,17 @@ def _inner(values: Any, path: Sequence[int | str]) -> Any:
         if isinstance(part, int) if isinstance(values, list) else part in values:
             values = values[part]
     return values
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers and arrays as Python's, in lists and mappings too; numpy need not be there."""
+    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    if type(value) is dict:
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    return value
 
 
 def _changed(default: Any, given: Any) -> Any:
@@ -189,7 +200,7 @@ def _place(error: Any, values: Any) -> tuple[list[str], Any]:
 
 def shown(value: Any) -> str:
     """A value as it is typed on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(_plain(value), default=str, ensure_ascii=False)
 
 
 def typed(key: str, text: str) -> str:

@@ -116,6 +116,11 @@ def test_help_and_mistakes(published: Path, tmp_path: Path) -> None:
         "input=bgr: expected rgb_imagenet or bgr255"
         in run_tool("import_weights", *arguments, "input=bgr", cwd=tmp_path).error()
     )
+    before = published.read_bytes()
+    arguments = (f"source={published}", "backbone=v2_0.5x", f"out=./{published.name}")
+    refused = run_tool("import_weights", *arguments, cwd=tmp_path).error()
+    assert f"out=./{published.name}: is the file that is read" in refused
+    assert published.read_bytes() == before
     shown = run_tool("import_weights", "--help", cwd=tmp_path).ok().out
     assert "backbone.layout=paper" in shown
     assert "[v2_1x]" in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
-from detector.data.images import exif_orientation, list_images, read_image
+from detector.data.images import exif_orientation, is_tensor, list_images, read_image
 from detector.data.preprocess import Preprocessing, prepare
 from detector.errors import InputError
 
@@ -120,7 +122,7 @@ def test_sixteen_bit_files_keep_their_range(tmp_path: Path) -> None:
     expected = [[0, 0, 1, 1], [128, 255, 156, 2]]  # value / 257, to the nearest
     cv2.imwrite(str(tmp_path / "deep.png"), deep)
     cv2.imwrite(str(tmp_path / "deep.tif"), deep)
-    for source in (tmp_path / "deep.png", tmp_path / "deep.tif", deep):
+    for source in (tmp_path / "deep.png", tmp_path / "deep.tif", deep, deep.astype(">u2"), deep.astype("<u2")):
         image = read_image(source)
         assert is_image(image, 2, 4)
         np.testing.assert_array_equal(image[..., 0], expected)
@@ -161,6 +163,10 @@ def test_arrays_and_tensors_agree(picture: np.ndarray) -> None:
     np.testing.assert_array_equal(read_image(tensor.flip(0), bgr=True), picture)
     assert np.abs(read_image((tensor / 255).bfloat16()).astype(int) - picture).max() <= 1
     grey = picture[..., 0]
+    for kind in (tv_tensors.Image, torch.nn.Parameter):
+        one = kind(tensor / 255)
+        assert is_tensor(one)
+        np.testing.assert_array_equal(read_image(one), picture)
     for source in (grey, grey[..., None], tensor[:1]):
         np.testing.assert_array_equal(read_image(source), np.dstack((grey, grey, grey)))
 
@@ -279,6 +285,34 @@ def test_decompression_bombs(tmp_path: Path) -> None:
     assert before == Image.MAX_IMAGE_PIXELS
 
 
+def test_a_limit_of_ones_own_is_no_other_thread_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go_on, errors, real = threading.Event(), threading.Event(), dict[str, str](), Image.open
+
+    def wait(file: io.BytesIO) -> Image.Image:
+        if threading.current_thread().name == "trusting":
+            inside.set()
+            go_on.wait(10)
+        return real(file)
+
+    def read(name: str, max_pixels: int | None) -> None:
+        with pytest.raises(InputError) as error:
+            read_image(bomb(50_000, 50_000), max_pixels=max_pixels)
+        errors[name] = str(error.value)
+
+    monkeypatch.setattr(Image, "open", wait)
+    limits = {"trusting": 10**9, "careful": None}
+    threads = [threading.Thread(target=read, args=item, name=item[0]) for item in limits.items()]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)  # it would be through by now, without a limit
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert "max_pixels=1000000000" in errors["trusting"]
+    assert "too many pixels" in errors["careful"]
+
+
 def test_a_limit_of_ones_own(monkeypatch: pytest.MonkeyPatch, picture: np.ndarray) -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")
@@ -349,6 +383,7 @@ def test_list_images_names_the_folder_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, remedy in (
         (tmp_path / "missing", "check the path"),
+        (tmp_path / ("a" * 5000), "check the path"),
         (tmp_path / "a.jpg", "give the folder"),
         (tmp_path / "empty", ".jpg"),
     ):

@@ -160,7 +160,12 @@ def test_exporting_leaves_the_detector_as_it_is(onnx_file: Path, small_detector:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"canvas": (60, 64)}, "60x64.*multiples of 32"), ({"canvas": (0, 64)}, "0x64"), ({"batch": 4}, "batch=4")],
+    [
+        ({"canvas": (60, 64)}, "60x64.*multiples of 32"),
+        ({"canvas": (0, 64)}, "0x64"),
+        ({"canvas": (32, 16416)}, "32x16416; height and width are 16384 at most"),
+        ({"batch": 4}, "batch=4"),
+    ],
 )
 def test_a_size_that_no_export_has(small_detector: Detector, options: Any, message: str, tmp_path: Path) -> None:
     for suffix, write in WRITERS.items():

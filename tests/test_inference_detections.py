@@ -200,6 +200,21 @@ def test_draw_gives_an_image_of_the_same_size(found: Detections) -> None:
     np.testing.assert_array_equal(sure, found.above(0.5).draw(black))
 
 
+def test_an_image_that_was_searched_is_read_again_whatever_its_size(
+    found: Detections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was searched with a larger max_pixels than Pillow's limit."""
+    path = tmp_path / "large.png"
+    Image.new("RGB", (100, 80)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's refuses above twice that
+    large = replace(found, path=str(path))
+    assert large.draw().size == (100, 80)
+    assert large.draw(path).size == (100, 80)
+    assert len(large.crop()) == 3
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert len(large.crop()) == 3
+
+
 def test_draw_without_an_image_says_what_to_give() -> None:
     with pytest.raises(InputError, match="give the image"):
         nothing().draw()

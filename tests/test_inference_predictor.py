@@ -65,6 +65,25 @@ def test_each_class_has_a_threshold_of_its_own() -> None:
         predictor.predict(image, score_threshold={"cow": 0.2})
 
 
+def test_names_that_are_numbers() -> None:
+    """A text is a name, a number an index; where they contradict each other, neither is guessed."""
+    digits = tuple("1234567890")
+    for given in ([7], [np.int64(7)], 7):
+        with pytest.raises(InputError, match='classes: 7 is the number of class "8" and the name of another one; give'):
+            PredictOptions.of({"classes": given}).labels(digits)
+    for number in (7, np.int64(7)):
+        with pytest.raises(InputError, match=r'score_threshold: 7 is the number .*"7" or "8"; or one number for each'):
+            PredictOptions.of({"score_threshold": {number: 0.5}}).lowest(digits, None)
+    assert PredictOptions.of({"classes": ["7", "0"]}).labels(digits) == [6, 9]
+    assert PredictOptions.of({"score_threshold": {"7": 0.5}}).lowest(digits, None).tolist().index(0.5) == 6
+    ordered = tuple("0123456789")
+    assert PredictOptions.of({"classes": [7, "7"]}).labels(ordered) == [7, 7]
+    assert PredictOptions.of({"score_threshold": {7: 0.5}}).lowest(ordered, None).tolist().index(0.5) == 7
+    tens = ("10", "20", "30")  # no number of a class is a name
+    assert PredictOptions.of({"classes": [1, 20, "30"]}).labels(tens) == [1, 1, 2]
+    assert PredictOptions.of({"score_threshold": {2: 0.5}}).lowest(NAMES, None).tolist().index(0.5) == 2
+
+
 @pytest.mark.parametrize("unknown", ["cow", 3, -1, True, 1.0, None])
 def test_a_class_that_there_is_not(unknown: Any) -> None:
     with pytest.raises(InputError) as error:
@@ -84,6 +103,25 @@ def test_a_class_that_there_is_not(unknown: Any) -> None:
 def test_an_option_that_cannot_be(option: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{option}="):
         Painted().stream([], **{option: value})
+
+
+def test_numbers_and_arrays_of_numpy_are_options_as_any() -> None:
+    options = PredictOptions.of(
+        {
+            "batch_size": np.int64(2), "max_proposals": np.uint8(3), "flip": np.True_, "tile": np.array([64, 32, 8]),
+            "score_threshold": {np.str_("cat"): np.float32(0.5), np.int64(1): np.float64(0.25)},
+            "classes": np.array([0, 2]),
+        }
+    )  # fmt: skip
+    assert options.batch_size == 2
+    assert type(options.batch_size) is int
+    assert (options.max_proposals, options.flip, options.tile) == (3, True, (64, 32, 8))
+    assert options.score_threshold == {"cat": 0.5, 1: 0.25}
+    assert options.classes == (0, 2)
+    assert PredictOptions.of({"score_threshold": np.array([0.5, 0.25, 1])}).score_threshold == (0.5, 0.25, 1)
+    assert PredictOptions.of({"score_threshold": [np.float32(0.5)] * 3}).score_threshold == (0.5, 0.5, 0.5)
+    with pytest.raises(InputError, match=r"batch_size=\[2\]: expected a whole number, 1 or more"):
+        PredictOptions.of({"batch_size": np.array([2])})
 
 
 def test_an_option_that_there_is_not() -> None:

@@ -209,9 +209,13 @@ def test_the_name_is_asked_once_and_the_checked_address_is_called(monkeypatch: p
 
 def test_redirects_are_checked_like_the_first_address(serve: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = {"file": "file:///etc/passwd", "ftp": "ftp://127.0.0.1/a", "other": "//127.0.0.2:9/a", "data": "data:,a"}
+    targets["none"] = "http://me:secret@[abc/x.jpg"
     root, _ = serve(targets)
     for name in ("file", "ftp", "data"):
         assert_refused(f"{root}/to/{name}", targets[name], "http and https", allow_private=True)
+    assert_refused(
+        f"{root}/to/none", f"{root}/to/none: redirects to http://[abc/x.jpg, which is no", allow_private=True
+    )
     assert_refused(f"{root}/hops/9", "more than 5 redirects", allow_private=True)
     assert_refused(f"{root}/nowhere", "redirects to nowhere", allow_private=True)
     # As if this server were a public one: its own address passes, the next one does not.

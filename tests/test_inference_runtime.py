@@ -200,6 +200,38 @@ def test_options_that_cannot_be_had(fixed: Path, options: dict[str, object], mes
         ExportedDetector.load(fixed, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("device", "index"), [("cuda", 0), ("gpu", 0), ("cuda:1", 1), ("cuda:x", None), ("cuda:", 0), ("cuda:-1", None)]
+)
+def test_onnx_runtime_takes_the_gpu_that_is_named(
+    fixed: Path, monkeypatch: pytest.MonkeyPatch, device: str, index: int | None
+) -> None:
+    """Also where CUDA's libraries are missing: ONNX Runtime would take the CPU then, and say nothing."""
+    import onnxruntime
+
+    real, cuda, asked, loads = onnxruntime.InferenceSession, "CUDAExecutionProvider", list[object](), True
+
+    def session(path: str, options: object, providers: list[object]) -> object:
+        asked.extend(providers)
+        opened = real(path, options, providers=["CPUExecutionProvider"])
+        if loads:
+            opened.get_providers = lambda: [cuda, "CPUExecutionProvider"]
+        return opened
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    if index is None:
+        with pytest.raises(InputError, match=f"device='{device}': ONNX Runtime as installed here has no such device"):
+            ExportedDetector.load(fixed, device)
+        assert asked == []
+        return
+    ExportedDetector.load(fixed, device)
+    assert asked == [(cuda, {"device_id": index})]
+    loads = False
+    with pytest.raises(InputError, match="no such device; use device=cpu"):
+        ExportedDetector.load(fixed, device)
+
+
 def test_a_checkpoint_is_no_export(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"ends in \.onnx, \.xml, \.pt2"):
         ExportedDetector.load(tmp_path / "a.ckpt")

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import detector as package
 from detector.apps.evaluate import _load
-from detector.apps.export import ExportOptions, export
+from detector.apps.export import ExportOptions, calibration_images, export
 from detector.apps.scoring import EvalOptions
 from detector.errors import InputError
 from detector.inference import shipped
-from detector.inference.detector import Detector
+from detector.inference.detector import Detector, read_torch_file
 
 CONFIG = {
     "data": {"root": "/mnt/me/voc"}, "overrides": ["data.root=/mnt/me/voc"], "run_dir": "runs/a", "seed": 0,
@@ -43,6 +44,10 @@ def test_a_file_is_itself_and_a_name_is_that_of_the_package(folder: Path) -> Non
         shipped.find("v3")
     with pytest.raises(InputError, match="No checkpoint"):
         shipped.find("../weights/v2_1x_voc")
+    with pytest.raises(InputError, match="No checkpoint at 'aaa"):
+        shipped.find("a" * 5000)  # longer than the name of a file may be
+    with pytest.raises(InputError, match="No checkpoint at 'aaa"):
+        read_torch_file("a" * 5000)
     Path("v2_1x_voc").touch()  # the user's own
     assert shipped.find("v2_1x_voc") == Path("v2_1x_voc")
     assert shipped.folder_for("v2_1x_voc") == Path()
@@ -109,3 +114,28 @@ def test_a_run_becomes_a_detector_that_is_used_by_name(
         export(ExportOptions(format="checkpoint"))
     assert Path(f"runs/{shipped.DEFAULT}/{shipped.DEFAULT}.half.ckpt").is_file()
     assert "Nothing is compared" in caplog.text
+
+
+def test_an_export_does_not_replace_its_checkpoint(small_detector: Detector, folder: Path) -> None:
+    small_detector.save("run.ckpt")
+    before = Path("run.ckpt").read_bytes()
+    with pytest.raises(InputError, match=r"out=run\.ckpt: is the file that is read, and would be replaced"):
+        export(ExportOptions(ckpt="run.ckpt", format="checkpoint", out="./run.ckpt", check=None))
+    assert Path("run.ckpt").read_bytes() == before
+    Path("run.ckpt").rename("run.bin")  # OpenVINO's second file
+    with pytest.raises(InputError, match=r"out=run\.bin: is the file that is read"):
+        export(ExportOptions(ckpt="run.bin", format="openvino", out="run.xml", check=None))
+    assert Path("run.bin").read_bytes() == before
+
+
+def test_the_remedy_for_int8_without_training_images_is_one(small_detector: Detector, folder: Path) -> None:
+    small_detector.provenance = {}
+    for given in ({}, {"data": {"root": "photographs"}}):
+        options = ExportOptions.parse({"format": "int8", **given})
+        with pytest.raises(InputError, match=r"calibration is missing: .*; give calibration=FOLDER") as error:
+            calibration_images(options, small_detector)
+        assert "data.root" not in str(error.value)
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    _, items = calibration_images(ExportOptions(format="int8", calibration=str(folder)), small_detector)
+    assert items == [folder / "a.png"]

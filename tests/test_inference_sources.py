@@ -22,6 +22,7 @@ from PIL import Image
 
 from detector.errors import InputError
 from detector.inference import sources
+from detector.inference.remote import without_credentials
 from detector.inference.sources import (
     ReadingOptions,
     SourceImage,
@@ -288,6 +289,16 @@ def test_what_is_live_and_what_is_a_video() -> None:
     for source in (True, "a.jpg", "https://host/a.jpg?a.mp4", grey(0), b"", None, Path("rtsp:/host")):
         assert not is_live(source)
         assert not is_video(source)
+
+
+def test_what_is_no_address_is_named_and_the_rest_follows(tree: Path) -> None:
+    for malformed in ("http://[abc/x.jpg", "https://[abc/x.mp4", "http://user:secret@[abc/x.jpg"):
+        broken, image = read_images([malformed, tree / "1.png"], READING)
+        name = without_credentials(malformed)
+        assert str(broken.error) == f"{name}: not an address; expected https://HOST/PATH."
+        assert broken.path == name
+        assert image.error is None
+        assert count_images([malformed]) == 1
 
 
 def test_a_video_among_images(tmp_path: Path) -> None:

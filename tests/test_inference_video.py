@@ -161,8 +161,8 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     sound_only(tmp_path / "sound.mp4")
     for name, part in (
-        ("missing.mp4", "no such file"), ("folder.mp4", "is a folder"), ("empty.mp4", "not a video"),
-        ("text.mp4", "not a video"), ("sound.mp4", "no images"),
+        ("missing.mp4", "no such file"), ("m" * 5000 + ".mp4", "no such file"), ("folder.mp4", "is a folder"),
+        ("empty.mp4", "not a video"), ("text.mp4", "not a video"), ("sound.mp4", "no images"),
     ):  # fmt: skip
         indices, message = collect(read_video(tmp_path / name))
         assert indices == []

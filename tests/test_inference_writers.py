@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -206,6 +207,65 @@ def test_original_crops_stay(folder: Path, tmp_path: Path) -> None:
         assert crop.read_bytes() == b"somebody else's"
 
 
+def test_somebody_else_s_files_of_results_stay(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The annotations of the folder itself, COCO results, tables of other tools, lines that a camera would go on."""
+    theirs = {
+        "coco.json": '{"info": {"description": "my photographs"}, "images": []}',
+        "detections.json": '[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]',
+        "detections.jsonl": '{"path": "a.png", "boxes": []}\n',
+        "detections.csv": "path,label\na.png,1\n",
+    }
+    for name, text in theirs.items():
+        (folder / name).write_text(text)
+    kinds = ["json", "jsonl", "csv", "coco"]
+    for _ in range(2):  # its own, of the first time, are replaced
+        write(folder, folder, kinds)
+        assert {name: (folder / name).read_text() for name in theirs} == theirs
+    own = ["coco_2.json", "detections_2.csv", "detections_2.json", "detections_2.jsonl"]
+    assert [name for name in files(folder) if "_2." in name] == own
+    assert not [name for name in files(folder) if "_3." in name]
+    assert len(json.loads((folder / "detections_2.json").read_text())) == 4
+    assert "coco.json: was not written by an earlier run, and stays; this one writes coco_2.json" in caplog.text
+    with Results(Places(folder, "webcam:0", ["jsonl", "csv"]), NAMES, live=True) as results:
+        results.add(SourceImage(np.zeros((1, 1, 3), np.uint8)), named("webcam:0", 0))
+    assert {name: (folder / name).read_text() for name in theirs} == theirs
+    assert len((folder / "detections_2.jsonl").read_text().splitlines()) == 5
+
+
+def test_crops_of_one_run_do_not_replace_each_other(tmp_path: Path) -> None:
+    """A frame of drive.mp4, and a photograph that is named as its crops are."""
+    sizes = []
+    for _ in range(2):  # the second run replaces those of the first
+        with Results(Places(tmp_path, ["drive.mp4", "drive_000001.jpg"], ["crops"]), NAMES) as results:
+            for path, frame, size in (("drive.mp4", 1, 10), ("drive_000001.jpg", None, 20)):
+                box = np.array([[0, 0, size, size]], np.float32), np.ones(1, np.float32), np.zeros(1, np.int64)
+                results.add(SourceImage(paint(SIZE)), Detections(*box, NAMES, SIZE, path, frame))
+        assert results.lost == {}
+        assert files(tmp_path) == ["crops/drive_000001_0_cat.png", "crops/drive_000001_0_cat_2.png"]
+        sizes = [np.asarray(Image.open(tmp_path / name)).shape[:2] for name in files(tmp_path)]
+    assert sizes == [(10, 10), (20, 20)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_a_killed_run_left_is_not_gone_on_with(folder: Path, tmp_path: Path, kind: str) -> None:
+    write(folder, tmp_path / "out", [kind])
+    written = (tmp_path / "out" / f"detections.{kind}").read_bytes()
+    left = tmp_path / "out" / f".detections.{os.getpid()}.partial.{kind}"  # in a container processes share a number
+    left.write_bytes(b"lines of another run\n")
+    write(folder, tmp_path / "out", [kind])
+    assert (tmp_path / "out" / f"detections.{kind}").read_bytes() == written
+    assert not left.exists()
+
+
+def test_files_of_results_without_anything_are_replaced(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write([], out, ["json", "jsonl", "csv", "coco"])
+    before = files(out)
+    write(folder, out, ["json", "jsonl", "csv", "coco"])
+    assert files(out) == before
+    assert len(json.loads((out / "detections.json").read_text())) == 4
+
+
 @pytest.mark.parametrize("save", [["images"], ["crops", "json"]])
 def test_results_among_what_is_searched(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: list[str]
@@ -282,9 +342,13 @@ def test_places(tmp_path: Path) -> None:
         ("https://host/", "host"),
         (f"{tmp_path}/in", "source"),  # a folder without images
         ("https://host/..", "image"),
+        ("https://[abc/x.jpg", "image_2"),  # no address
         ("webcam:0", "webcam_0"),
     ):
         assert places(named(path)) == Path("out") / place
+    leading_out = Places(Path("out"), [f"{tmp_path}/in", f"{tmp_path}/in/../q/*.jpg", "one.jpg"], ["images"])
+    for path, place in (("in/a.jpg", "a"), ("in/../q/b.jpg", "b"), ("in/../one.jpg", "one")):
+        assert leading_out(named(f"{tmp_path}/{path}")) == Path("out") / place
     assert [places(named("v.mp4", frame)) for frame in (0, 1, 5, 0, 1)] == [
         Path("out/v"), Path("out/v"), Path("out/v"), Path("out/v_2"), Path("out/v_2"),
     ]  # fmt: skip
@@ -367,9 +431,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_line_that_does_not_fit_leaves_no_half(small_disk: Path) -> None:
+@pytest.mark.parametrize("live", [True, False])
+def test_a_line_that_does_not_fit_leaves_no_half(small_disk: Path, live: bool) -> None:
     (small_disk / "before.txt").write_text("whole")
-    with Results(Places(small_disk, "webcam:0", ["jsonl"]), NAMES, live=True) as results:
+    with Results(Places(small_disk, "webcam:0", ["jsonl"]), NAMES, live) as results:
         for index in range(60):
             results.add(SourceImage(np.zeros((1, 1, 3), np.uint8)), named(f"{index:02000}"))
     lines = (small_disk / "detections.jsonl").read_text().splitlines()
@@ -436,6 +501,19 @@ def test_class_names_that_no_file_can_say_cost_nobody_anything(tmp_path: Path) -
     assert len(list((out / "crops").iterdir())) == 4
     assert (out / "a.png").is_file()
     assert (out / "v.mp4").is_file()
+
+
+def test_a_video_of_a_size_that_cannot_be_encoded_costs_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    with Results(Places(tmp_path, "a.mp4", ["images", "json"]), NAMES) as results:
+        for frame in range(2):
+            results.add(
+                SourceImage(np.zeros((4, 17000, 3), np.uint8)), replace(named("a.mp4", frame), image_size=(4, 17000))
+            )
+    assert list(results.lost) == ["a.mp4"]
+    assert results.lost["a.mp4"].startswith("no video of 17000 x 4 pixels can be written: ")
+    assert files(tmp_path) == ["detections.json"]
+    assert len(json.loads((tmp_path / "detections.json").read_text())) == 2
 
 
 def test_a_video_whose_frames_change_size_keeps_all_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -132,6 +132,8 @@ def test_damaged_files_are_named(published: dict[str, Tensor], tmp_path: Path) -
         load_weights(build(HALF), tmp_path / "absent.pth")
     with pytest.raises(InputError, match="there is no such file"):
         load_weights(build(HALF), tmp_path)
+    with pytest.raises(InputError, match="there is no such file"):
+        load_weights(build(HALF), "a" * 5000)  # longer than the name of a file may be
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,9 @@ def test_raw_pixels_of_any_shufflenet_fold(published: dict[str, Tensor], tmp_pat
     assert relative_error(got[..., 1:, 1:], expected[..., 1:, 1:]) < 1e-5
     with pytest.raises(InputError, match="input=rgb255 is unknown; there is rgb_imagenet and bgr255"):
         load_weights(plain, path, input_frame="rgb255")
+    torch.save({key: value for key, value in published.items() if not key.startswith("conv1.")}, path)
+    report = load_weights(folded, path, input_frame="bgr255", partial=True)  # nothing to convert
+    assert "conv1.0.weight" in report.random
 
 
 def test_a_pretrained_classifier_s_file_loads(tmp_path: Path) -> None:
@@ -327,10 +332,14 @@ def test_a_deeper_model_does_not_pass_for_a_shallower_one(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"layer1\.2\.conv1\.weight has no place here"):
         load_weights(build_backbone(parse_backbone({"name": "torchvision", "model": "resnet18"})), path)
     path = saved(torchvision.models.resnet18(weights=None), tmp_path / "resnet18.pth")
-    with pytest.raises(InputError, match="input=bgr255: only for a stem like ShuffleNet V2's"):
-        load_weights(
-            build_backbone(parse_backbone({"name": "torchvision", "model": "resnet18"})), path, input_frame="bgr255"
-        )
+    for partial in (False, True):  # partial, as tools/import_weights.py always asks, is no way round
+        with pytest.raises(InputError, match="input=bgr255: only for a stem like ShuffleNet V2's"):
+            load_weights(
+                build_backbone(parse_backbone({"name": "torchvision", "model": "resnet18"})),
+                path,
+                input_frame="bgr255",
+                partial=partial,
+            )
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from detector.export import parity
 from detector.export.formats import Inputs, export_onnx, export_openvino, export_torch, import_packages
 from detector.export.parity import REFERENCE, Comparison, compare_contestants, take_turns
 from detector.export.quantize import AccuracyControl, export_int8, export_int8_onnx
-from detector.files import check_writable, write_json
+from detector.files import check_not_read, check_writable, write_json
 from detector.inference.detections import Found
 from detector.inference.detector import Detector
 from detector.inference.loading import load
@@ -127,7 +127,7 @@ class ExportOptions(Options):
     size: Annotated[str, Field(pattern=_SIZE), "dynamic, or height x width in pixels, such as 256x320"] = "dynamic"
     """dynamic: any multiples of 32; or HxW: images are padded to it, shrunk where they stick out"""
     calibration: str | None = None
-    """int8: a folder of images; null: the checkpoint's own training images"""
+    """int8: a folder of images; null: the training images of a checkpoint that says which"""
     calibration_images: Count = 200
     """int8: how many of them fix the ranges"""
     accuracy_control: Flag = True
@@ -165,7 +165,8 @@ def export(options: ExportOptions) -> None:
     """
     files, canvas = options.files, options.canvas
     detector = Detector.load(options.ckpt, "cpu")
-    for path in files.values():
+    for path in (part for file in files.values() for part in parts(file)):
+        check_not_read(path, find(options.ckpt))
         check_writable(path, file=True)
     # Before anything is written: a mistake in the data should not cost the minutes of an export.
     if needs := [module for name in files for module in FORMATS[name].needs]:
@@ -202,6 +203,11 @@ def export(options: ExportOptions) -> None:
     failed = [f"{row.name}: {'; '.join(row.complaints)}" for row in rows if row.complaints]
     if failed:
         sys.exit(f"failed: {'. '.join(failed)}.")  # to stderr, and exit code 1
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of an export: OpenVINO's are two."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 def accuracy_control(options: ExportOptions, detector: Detector) -> AccuracyControl | None:
@@ -244,11 +250,8 @@ def validation_images(options: ExportOptions, detector: Detector) -> AnnotationI
 
 
 def training_images(options: ExportOptions, detector: Detector) -> AnnotationIndex:
-    """The training split. Raises InputError where the checkpoint does not say which."""
-    data = evaluation_data(options.data, detector)
-    if recorded_data(detector) is None:
-        raise InputError("This checkpoint does not say what it was trained on.")
-    return load_split(data, "train", class_names=detector.class_names)
+    """The training split of a checkpoint that says which."""
+    return load_split(evaluation_data(options.data, detector), "train", class_names=detector.class_names)
 
 
 @contextmanager
@@ -265,6 +268,11 @@ def calibration_images(options: ExportOptions, detector: Detector) -> tuple[Call
     images would flatter the check."""
     if options.calibration:
         return read_image, spread(list_images(options.calibration), options.calibration_images)
+    if recorded_data(detector) is None:  # nor does data.root tell: its images may be those that it is judged on
+        raise InputError(
+            "calibration is missing: this checkpoint does not say what it was trained on; give calibration=FOLDER of "
+            "images like those that it will see."
+        )
     with way_out("Or give calibration=FOLDER of images."):
         index = training_images(options, detector)
     return index.read, spread(range(len(index)), options.calibration_images)
@@ -286,8 +294,7 @@ def check(
     exports = {name: load(path, "cpu", threads=settings.threads).on_canvas(canvas) for name, path in files.items()}
     sizes = dict.fromkeys(in_torch, find(options.ckpt).stat().st_size)
     for name, path in files.items():
-        parts = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-        sizes[name] = sum(part.stat().st_size for part in parts)
+        sizes[name] = sum(part.stat().st_size for part in parts(path))
     images = progress(map(index.read, range(len(index))), "check", len(index))
     return compare_contestants(
         take_turns({**in_torch, **exports}, images),

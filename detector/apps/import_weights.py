@@ -18,7 +18,7 @@ import torch
 
 from detector.errors import InputError
 from detector.evaluation.tables import markdown_table
-from detector.files import check_writable, replacing
+from detector.files import check_not_read, check_writable, replacing
 from detector.models.backbones import AnyBackboneOptions, build_backbone
 from detector.models.backbones.pretrained import WeightsReport, load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
@@ -46,8 +46,9 @@ def import_weights(options: ImportOptions) -> None:
     """Write the file.
 
     Raises:
-        InputError: there is no such file, or it does not fit and `partial` is not asked for.
+        InputError: there is no such file, it does not fit and `partial` is not asked for, or it is `out` itself.
     """
+    check_not_read(options.out, options.source)
     check_writable(options.out, file=True)
     backbone = build_backbone(options.backbone)
     report = load_weights(backbone, options.source, input_frame=options.input, partial=True)

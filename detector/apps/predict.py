@@ -6,9 +6,9 @@ python tools/predict.py ckpt=RUN_DIR/best.ckpt source=FOLDER out=DIR score_thres
 python tools/predict.py ckpt=RUN_DIR/best.ckpt source=drive.mp4 every=5 'save=[images,jsonl]'
 python tools/predict.py ckpt=RUN_DIR/best.ckpt source=webcam:0    # Ctrl-C or SIGTERM ends it
 
-Files that it has not written itself are never replaced: the copy of street.png in its own folder is street_2.png. Of a
-camera or a stream, predictions/detections.jsonl grows line by line. What cannot be read, or written, is listed at the
-end, with exit code 1; the rest is done.
+Files that it has not written itself are never replaced: the copy of street.png in its own folder is street_2.png, and
+beside somebody else's coco.json its own is coco_2.json. Of a camera or a stream, predictions/detections.jsonl grows
+line by line. What cannot be read, or written, is listed at the end, with exit code 1; the rest is done.
 """
 
 from __future__ import annotations

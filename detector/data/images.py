@@ -40,7 +40,7 @@ _TURN_BACK = {
     8: Image.Transpose.ROTATE_270,
 }
 _EXIF_ORIENTATION = 0x0112
-# Pillow's limit on pixels is one number for the process: who raises it for one file holds this.
+# Pillow's limit on pixels is one number for the process: who opens a file holds this.
 _PILLOW_LIMIT = threading.Lock()
 
 
@@ -106,7 +106,8 @@ def read_image(
 
 def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     """Whether a value is a torch tensor, without importing torch."""
-    return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")
+    kinds = type(value).__mro__  # torchvision's tv_tensors and others' are subclasses
+    return any(kind.__name__ == "Tensor" and kind.__module__.partition(".")[0] == "torch" for kind in kinds)
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
@@ -116,8 +117,8 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
         InputError: the folder is missing, is a file, or holds no image.
     """
     root = Path(folder)
-    if not root.is_dir():
-        what = "is a file, not a folder; give the folder that holds it" if root.exists() else "no such folder"
+    if not os.path.isdir(root):  # unlike pathlib's, no error for a name that no file can have
+        what = "is a file, not a folder; give the folder that holds it" if os.path.exists(root) else "no such folder"
         raise InputError(f"{root}: {what}; check the path.")
     found = sorted(
         path
@@ -217,18 +218,16 @@ def _explained(error: Exception, file: Path | io.BytesIO, name: str) -> InputErr
 @contextmanager
 def _open(file: BinaryIO, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
     """Pillow's open, which reads the header only, with this limit in place of its own if there is one."""
-    if max_pixels is None:
-        with Image.open(file) as image:
-            yield image
-        return
-    with _PILLOW_LIMIT:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    with _PILLOW_LIMIT:  # also to open with Pillow's own, which another thread may have raised
+        before = Image.MAX_IMAGE_PIXELS
         try:
+            if max_pixels is not None:
+                Image.MAX_IMAGE_PIXELS = None
             image = Image.open(file)
         finally:
             Image.MAX_IMAGE_PIXELS = before
     with image:
-        if image.width * image.height > max_pixels:
+        if max_pixels is not None and image.width * image.height > max_pixels:
             raise InputError(
                 f"{name}: {image.width} x {image.height} pixels, max_pixels={max_pixels}; raise it, or shrink "
                 f"the image."
@@ -310,7 +309,7 @@ def _from_array(array: np.ndarray, name: str, bgr: bool) -> np.ndarray:
 def _array_to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:  # of either order of bytes
         return _from_uint16(array)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255

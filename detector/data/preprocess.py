@@ -21,7 +21,8 @@ STRIDE = 32
 PADDING = (124, 116, 104)
 
 
-Side = Annotated[int, Strict(), Field(ge=1), Field(le=2**14)]  # more would take all memory
+LARGEST_SIDE = 2**14  # more would take all memory
+Side = Annotated[int, Strict(), Field(ge=1), Field(le=LARGEST_SIDE)]
 
 
 class Preprocessing(Options):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
-from detector.data.preprocess import STRIDE
+from detector.data.preprocess import LARGEST_SIDE, STRIDE
 from detector.errors import InputError, require
 from detector.export.graph import DetectionGraph, suppress_at_once, suppress_in_onnx
 from detector.files import replacing
@@ -59,6 +59,8 @@ def export_info(detector: Detector, batch: int | None = None, canvas: tuple[int,
         raise InputError(f"batch={batch}; expected 1 or dynamic.")
     if canvas and (min(canvas) < 1 or any(side % STRIDE for side in canvas)):
         raise InputError(f"size={canvas[0]}x{canvas[1]}; height and width must be multiples of {STRIDE}.")
+    if canvas and max(canvas) > LARGEST_SIDE:  # which no reader would take
+        raise InputError(f"size={canvas[0]}x{canvas[1]}; height and width are {LARGEST_SIDE} at most.")
     made = {"export": {"torch": str(torch.__version__), "fused": True}}
     about = "float32", detector.options.spec(), dict(detector.provenance) | made
     return ExportInfo(detector.class_names, detector.preprocessing, batch, canvas, *about, detector.thresholds)

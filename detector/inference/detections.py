@@ -187,6 +187,8 @@ class Detections(Found):
 
     def _read(self, image: Any) -> np.ndarray:
         """The image that was searched, uint8 RGB (h, w, 3): the given one, or `path` once more for None."""
+        from PIL import Image
+
         from detector.data.images import read_image
 
         if image is None:
@@ -196,7 +198,9 @@ class Detections(Found):
                     "draw(image), crop(image)."
                 )
             image = self.path
-        pixels = read_image(image)
+        # It was searched, perhaps with a larger limit than Pillow's.
+        height, width = self.image_size
+        pixels = read_image(image, max_pixels=max(height * width, Image.MAX_IMAGE_PIXELS or 0))
         if pixels.shape[:2] != tuple(self.image_size):
             raise InputError(
                 f"the image is {pixels.shape[1]}x{pixels.shape[0]}, the detections belong to one of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -246,7 +247,7 @@ def read_torch_file(path: str | Path) -> Any:
         InputError: missing or truncated.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, no error for a name that no file can have
         raise InputError(f"No checkpoint at '{path}'. Give the path of a best.ckpt or last.ckpt that training wrote.")
     try:
         return read_tensors(path)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import numpy as np
 from pydantic import BeforeValidator
+from pydantic.types import Strict
 
 from detector.data.preprocess import Prepared, Preprocessing, prepare, restore
 from detector.errors import InputError
@@ -21,7 +22,7 @@ from detector.options import Count, Flag, Share
 # Where nothing is known of a detector's scores.
 USUAL_THRESHOLD = 0.3
 ScoreThreshold: TypeAlias = Annotated[
-    Literal["auto"] | Share | dict[str, Share] | tuple[Share, ...],
+    Literal["auto"] | Share | dict[Annotated[int, Strict()] | str, Share] | tuple[Share, ...],
     "a number from 0 to 1, auto, or a number for each class",
 ]
 _NOTHING = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
@@ -84,7 +85,9 @@ class PredictOptions(SearchOptions):
         if isinstance(given, tuple) and len(given) != len(values):
             raise InputError(f"score_threshold: {len(given)} numbers, but this detector has {len(values)} classes.")
         if isinstance(given, dict):
-            values[[_label("score_threshold", name, class_names) for name in given]] = list(given.values())
+            hint = "; or one number for each class"  # a command line has no quotes there
+            labels = [_label("score_threshold", name, class_names, hint) for name in given]
+            values[labels] = list(given.values())
         elif given != "auto":
             values[:] = given
         return values
@@ -272,10 +275,19 @@ def _chunks(items: Iterable[SourceImage], size: int) -> Iterator[list[SourceImag
         yield chunk
 
 
-def _label(option: str, given: Any, class_names: Sequence[str]) -> int:
-    if isinstance(given, str) and given in class_names:
-        return class_names.index(given)
-    if isinstance(given, int | np.integer) and not isinstance(given, bool) and 0 <= given < len(class_names):
-        return int(given)
+def _label(option: str, given: Any, class_names: Sequence[str], hint: str = "") -> int:
+    """The class that is meant: a text is a name. A whole number is an index; where a class has that name, too, it may
+    be either, and is neither unless both are the same."""
+    number = isinstance(given, int | np.integer) and not isinstance(given, bool)
+    meant = {int(given)} if number and 0 <= given < len(class_names) else set()
+    if (number or isinstance(given, str)) and str(given) in class_names:
+        meant.add(class_names.index(str(given)))
+    if len(meant) == 1:
+        return meant.pop()
+    if meant:
+        raise InputError(
+            f'{option}: {given} is the number of class "{class_names[given]}" and the name of another one; give the '
+            f'name as a text, "{given}" or "{class_names[given]}"{hint}.'
+        )
     known = ", ".join(f"{index}: {name}" for index, name in enumerate(class_names))
     raise InputError(f"{option}: there is no {given!r}; this detector knows {known}.")

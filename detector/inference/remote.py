@@ -67,6 +67,14 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, all
         ) from error
 
 
+def parts_of(url: str) -> SplitResult:
+    """The parts of an address; all empty where it is none, which `fetch` refuses."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
 def without_credentials(address: str) -> str:
     """An address as messages and results show it: without user name and password.
 
@@ -136,7 +144,7 @@ class _Download:
                     location = response.getheader("Location")
                     if not location:
                         raise InputError(f"{url}: redirects to nowhere; give the address that shows the image.")
-                    return b"", urljoin(url, location)
+                    return b"", _joined(url, location)
                 if response.status != 200:
                     answer = f"{response.status} {response.reason}"
                     raise InputError(f"{url}: the server answers {answer}; check the address.")
@@ -181,6 +189,15 @@ class _Download:
         if not body:
             raise InputError(f"{url}: empty; check the address.")
         return body
+
+
+def _joined(url: str, location: str) -> str:
+    """Where a redirect leads to."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        shown = without_credentials(location)
+        raise InputError(f"{url}: redirects to {shown}, which is no address; give the one that it means.") from None
 
 
 def _checked(url: str) -> SplitResult:

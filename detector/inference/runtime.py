@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import warnings
 import zipfile
@@ -68,11 +69,12 @@ class ExportedDetector(Predictor):
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None, *, threads: int | None = None) -> ExportedDetector:
-        """Open an export.
+        """Open an export. A .pt2 only of people you trust: torch may run code that is in it.
 
         Args:
             path: .onnx, .xml (OpenVINO; its .bin lies beside) or .pt2 (torch.export).
-            device: None or "cpu"; "cuda" for ONNX Runtime, "gpu" for OpenVINO (Intel), where their packages have it.
+            device: None or "cpu"; "cuda", "cuda:1" for ONNX Runtime, "gpu" for OpenVINO (Intel), where their packages
+                have it.
             threads: that one prediction may use; None leaves it to the runtime. torch has one number for the process.
 
         Raises:
@@ -82,7 +84,7 @@ class ExportedDetector(Predictor):
         path = Path(path)
         if path.suffix not in OPENERS:
             raise InputError(f"'{path}' is no export: expected a file that ends in {', '.join(OPENERS)}.")
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike pathlib's, no error for a name that no file can have
             raise InputError(f"No exported detector at '{path}'. Make one with tools/export.py.")
         check_threads(threads)
         info, run, smallest = OPENERS[path.suffix](path, str(device or "cpu").lower(), threads)
@@ -113,11 +115,15 @@ def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or 0
     names = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "gpu": "CUDAExecutionProvider"}
-    provider = names.get(device.partition(":")[0])
-    if provider not in onnxruntime.get_available_providers():
+    kind, _, number = device.partition(":")
+    provider = names.get(kind)
+    if provider not in onnxruntime.get_available_providers() or not (number or "0").isdecimal():
         raise _no_device(device, "ONNX Runtime")
+    chosen = provider if kind == "cpu" else (provider, {"device_id": int(number or 0)})
     with _reading(path, "an ONNX file"):
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[chosen])
+    if provider not in session.get_providers():  # it goes to the CPU in silence where CUDA's libraries are missing
+        raise _no_device(device, "ONNX Runtime")
     info = ExportInfo.from_properties(session.get_modelmeta().custom_metadata_map, path)
 
     def run(images: np.ndarray, image_sizes: np.ndarray) -> list[np.ndarray]:
@@ -210,7 +216,8 @@ def _open_torch(path: Path, device: str, threads: int | None) -> tuple[ExportInf
         check_sums(archive)
         about = [name for name in archive.namelist() if name.endswith(f"/extra/{SECTION}.json")]
         properties = dict(json.loads(archive.read(about[0]))) if about else {}
-    info = ExportInfo.from_properties(properties, path)  # before torch, which evaluates expressions of the file
+    # Before torch, which unpickles parts of the file and evaluates expressions; no protection from who means harm.
+    info = ExportInfo.from_properties(properties, path)
     with _reading(path, "a torch.export file"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own file format
         module = torch.export.load(str(path)).module()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def find(path_or_name: str | Path) -> Path:
         InputError: it is neither; the message lists the names that there are.
     """
     path = Path(path_or_name)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike pathlib's, no error for a name that no file can have
         return path
     known = names()
     if str(path_or_name) in known:

@@ -24,14 +24,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from detector.data.images import IMAGE_SUFFIXES, is_tensor, list_files, read_image
 from detector.errors import InputError
-from detector.inference.remote import fetch, without_credentials
+from detector.inference.remote import fetch, parts_of, without_credentials
 from detector.inference.video import (
     CAMERA,
     STREAM_SCHEMES,
@@ -178,7 +177,7 @@ def is_video(source: Any) -> bool:
     """Whether a source is a file or an address that calls itself a video."""
     if not isinstance(source, (str, os.PathLike)):
         return False
-    path = urlsplit(str(source)).path if _scheme(source) in ("http", "https") else source
+    path = parts_of(str(source)).path if _scheme(source) in ("http", "https") else source
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 

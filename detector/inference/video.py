@@ -75,8 +75,9 @@ def read_video(
     name = name or str(source)
     if not isinstance(source, io.BytesIO):
         source = str(source)
-        if not Path(source).is_file():
-            raise InputError(f"{name}: {'is a folder' if Path(source).is_dir() else 'no such file'}; check the path.")
+        if not os.path.isfile(source):  # unlike pathlib's, no error for a name that no file can have
+            what = "is a folder" if os.path.isdir(source) else "no such file"
+            raise InputError(f"{name}: {what}; check the path.")
     with _opened_video(source, name) as container:
         yield from _frames(container, name, every, live=False)
 
@@ -130,8 +131,8 @@ def write_video(path: str | os.PathLike[str], rate: float, comment: str = "") ->
             add(image)  # uint8 RGB (h, w, 3); the first sets the size; others are scaled into it, between black bars
 
     H.264 where this FFmpeg has it (browsers play it), MPEG-4 otherwise. A side of odd length is repeated once: the
-    format wants even ones. The comment goes into the file's metadata. A frame that cannot be written, to a full disk,
-    raises OSError, and costs the file; frames after it are ignored.
+    format wants even ones. The comment goes into the file's metadata. A frame that cannot be written, to a full disk or
+    of a size that the encoder does not take, raises OSError, and costs the file; frames after it are ignored.
     """
     encode: Callable[[Any], None] | None = None
     size, said = (0, 0), False
@@ -185,7 +186,12 @@ def _encoder(path: Path, rate: float, comment: str, width: int, height: int) -> 
             stream.bit_rate = max(1_000_000, 4 * width * height)
 
         def encode(frame: Any) -> None:
-            container.mux(stream.encode(frame))
+            try:
+                container.mux(stream.encode(frame))
+            except OSError:
+                raise
+            except av.FFmpegError as error:  # what the encoder says has no kind
+                raise OSError(f"no video of {width} x {height} pixels can be written: {_reason(error)}") from error
 
         yield encode
         encode(None)

@@ -13,6 +13,7 @@ import errno
 import io
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -29,11 +29,22 @@ from PIL.PngImagePlugin import PngInfo
 from detector.errors import InputError
 from detector.files import UNENCODABLE, check_writable, replacing, shortened, write_json
 from detector.inference.detections import ROW_COLUMNS, Detections
+from detector.inference.remote import parts_of
 from detector.inference.sources import SourceImage, is_live, search_root
 from detector.inference.video import read_comment, write_video
 
+log = logging.getLogger(__name__)
 # What copies say about who wrote them: a file that does not is not replaced.
 MADE_BY = "light-head-detector"
+# How the other files of an earlier run begin, which say it by their form: one that begins otherwise is not replaced.
+_RECORD = r'\{\s*"path": (null|"([^"\\]|\\.)*"),\s*"frame": [^,]+,\s*"time": [^,]+,\s*"height": '
+_BEGINNINGS = {
+    "detections.json": rf"\[\s*(\]|{_RECORD})",
+    "detections.jsonl": _RECORD,
+    "detections.csv": ",".join(ROW_COLUMNS) + r"\r?\n",
+    "coco.json": rf'\{{\s*"info": \{{\s*"description": "{MADE_BY}"',
+}
+_HEAD_BYTES = 65536  # more than a path in JSON takes
 
 # Bytes of a file's name: what file systems allow less a suffix, and for an image less the words that crops add.
 _NAME_BYTES, _IMAGE_NAME_BYTES = 240, 200
@@ -124,7 +135,7 @@ class Places:
         if found.frame and found.path == self.last[0]:
             return self.last[1]
         path = Path(str(found.path))
-        root = next((root for root in self.roots if path.is_relative_to(root)), path.parent)
+        root = next((root for root in self.roots if _lies_in(path, root)), path.parent)
         inside = path.relative_to(root) if "://" not in str(found.path) else Path(_name_of(str(found.path)))
         name = shortened(inside.stem.replace(":", "_"), _IMAGE_NAME_BYTES)
         inside = inside.with_name(name) if inside.name else Path("source")
@@ -135,6 +146,11 @@ class Places:
 
     def _is_taken(self, place: Path, found: Detections) -> bool:
         return place in self.taken or ("images" in self.save and _must_stay(annotated(place, found), found))
+
+
+def _lies_in(path: Path, root: Path) -> bool:
+    """By its name, which may begin with the folder's and lead out of it again."""
+    return path.is_relative_to(root) and ".." not in path.relative_to(root).parts
 
 
 def _parts(source: Any) -> Iterator[Any]:
@@ -171,6 +187,26 @@ def _is_copy(path: Path) -> bool:
         return False
 
 
+def _own(out: Path, name: str) -> Path:
+    """A file of _BEGINNINGS: the first of coco.json, coco_2.json ... that is free, or an earlier run's."""
+    first = out / name
+    names = (one.with_name(one.name + first.suffix) for one in _numbered(first.with_suffix("")))
+    own = next(one for one in names if not one.is_file() or _begins(one, _BEGINNINGS[name]))
+    if own != first:
+        log.warning("%s: was not written by an earlier run, and stays; this one writes %s", first, own.name)
+    return own
+
+
+def _begins(path: Path, beginning: str) -> bool:
+    """Whether a file begins so, or is empty."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return False
+    return not head or re.match(beginning.encode(), head) is not None
+
+
 def _save_png(image: Image.Image, path: Path) -> None:
     about = PngInfo()
     about.add_text("Software", MADE_BY)  # comes before the pixels
@@ -180,7 +216,7 @@ def _save_png(image: Image.Image, path: Path) -> None:
 
 def _name_of(url: str) -> str:
     """A file name for an address."""
-    parts = urlsplit(url)
+    parts = parts_of(url)
     name = parts.path.rstrip("/").rpartition("/")[2] or parts.hostname or ""
     return re.sub(r"[^\w.-]", "_", name).strip(".") or "image"
 
@@ -228,6 +264,10 @@ def _named(found: Detections, video: AbstractContextManager[Any]) -> Iterator[An
 @contextmanager
 def write_crops(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """crops/: a .png of each object, named after its image, its rank and its class."""
+    taken: set[Path] = set()
+
+    def is_free(path: Path, found: Detections) -> bool:
+        return path not in taken and not _must_stay(path, found)
 
     def add(item: SourceImage, found: Detections, place: Path, copy: Path | None) -> None:
         frame = "" if found.frame is None else f"_{found.frame:06d}"
@@ -238,7 +278,10 @@ def write_crops(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
             word = shortened(re.sub(r"[^\w-]", "_", name), _NAME_BYTES - len(os.fsencode(start)))
             names = _numbered(out / "crops" / inside.parent / (start + word))
             paths = (one.with_name(f"{one.name}.png") for one in names)
-            _save_png(Image.fromarray(crop), next(path for path in paths if not _must_stay(path, found)))
+            path = next(path for path in paths if is_free(path, found))
+            if not is_live(found.path):  # of a camera, which has no end, no crop is replaced anyway
+                taken.add(path)
+            _save_png(Image.fromarray(crop), path)
 
     yield add
 
@@ -251,8 +294,9 @@ def _record(found: Detections, copy: Path | None) -> dict[str, Any]:
 def write_all(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """detections.json: a list with an entry for each image, those that could not be read too."""
     records: list[dict[str, Any]] = []
+    path = _own(out, "detections.json")
     yield lambda item, found, place, copy: records.append(_record(found, copy))
-    write_json(out / "detections.json", records)
+    write_json(path, records)
 
 
 @contextmanager
@@ -260,7 +304,8 @@ def _text_file(path: Path, live: bool) -> Iterator[tuple[Callable[[str], None], 
     """What appends text to a file, complete or absent, and whether there is some already. Live, for what has no end:
     each line can be read as soon as it is known, and a later run adds its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext(path) if live else replacing(path) as part, part.open("ab", buffering=0) as file:
+    mode = "ab" if live else "wb"  # anew: a run that was killed may have left lines under the same name
+    with nullcontext(path) if live else replacing(path) as part, part.open(mode, buffering=0) as file:
 
         def add(text: str) -> None:
             size, content = os.fstat(file.fileno()).st_size, text.encode(errors=UNENCODABLE)
@@ -269,6 +314,7 @@ def _text_file(path: Path, live: bool) -> Iterator[tuple[Callable[[str], None], 
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 file.truncate(size)  # no half line, lest the next one begins in it
+                file.seek(size)
                 raise
 
         yield add, file.tell() > 0
@@ -277,7 +323,7 @@ def _text_file(path: Path, live: bool) -> Iterator[tuple[Callable[[str], None], 
 @contextmanager
 def write_lines(out: Path, class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
     """detections.jsonl: the same, a line for each image; nothing of it is kept in memory."""
-    with _text_file(out / "detections.jsonl", live) as (append, _):
+    with _text_file(_own(out, "detections.jsonl"), live) as (append, _):
         yield lambda item, found, place, copy: append(
             json.dumps(_record(found, copy), ensure_ascii=False, allow_nan=False) + "\n"
         )
@@ -286,7 +332,7 @@ def write_lines(out: Path, class_names: tuple[str, ...], live: bool = False) -> 
 @contextmanager
 def write_table(out: Path, class_names: tuple[str, ...], live: bool = False) -> Iterator[Writer]:
     """detections.csv: a line for each object."""
-    with _text_file(out / "detections.csv", live) as (append, begun):
+    with _text_file(_own(out, "detections.csv"), live) as (append, begun):
 
         def lines(rows: Iterable[Iterable[Any]]) -> None:
             text = io.StringIO(newline="")
@@ -302,6 +348,7 @@ def write_coco(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
     """coco.json: a data set of what was found, for labelling tools; its annotations are COCO results too."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    path = _own(out, "coco.json")
 
     def add(item: SourceImage, found: Detections, place: Path, copy: Path | None) -> None:
         if found.error is not None:
@@ -315,7 +362,8 @@ def write_coco(out: Path, class_names: tuple[str, ...]) -> Iterator[Writer]:
 
     yield add
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names, 1)]
-    write_json(out / "coco.json", {"images": images, "categories": categories, "annotations": annotations})
+    about = {"info": {"description": MADE_BY}}  # first, where a later run looks for it
+    write_json(path, about | {"images": images, "categories": categories, "annotations": annotations})
 
 
 WRITERS: dict[str, Opener] = {

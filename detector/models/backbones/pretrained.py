@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def load_weights(
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, no error for a name that no file can have
         raise InputError(f"backbone.weights={path}: there is no such file. {REMEDY}")
     try:
         return read_tensors(path)
@@ -136,7 +137,8 @@ def _load(
     frame = input_frame or (RGB if authors is None else BGR)
     if authors is not None:
         tensors = in_order_here(tensors, authors)
-    if frame == BGR and ("conv1.0.weight" in fitting or not partial):
+    # A stem that starts at random has nothing to convert; one of another kind is refused there.
+    if frame == BGR and not ("conv1.0.weight" in expected and "conv1.0.weight" not in fitting):
         tensors = for_normalised_rgb(tensors)
     backbone.load_state_dict({name: tensors[name] for name in fitting}, strict=False)
     own_names = all(theirs.get(name, name) == name for name in fitting)
