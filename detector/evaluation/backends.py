@@ -68,7 +68,7 @@ def hotcoco_evaluation(
     Raises:
         InputError: hotcoco is not installed; federated, and the ground truth does not say what was looked for.
     """
-    require("hotcoco", package="[train]", what="Scoring")
+    require("hotcoco", package="[train]", what="Scoring, but of results= with metrics=pycocotools,")
     import hotcoco  # plainly, so that the import contracts see it
 
     images = [{"id": place} | (_looked_for(index, place) if federated else {}) for place in range(len(index))]

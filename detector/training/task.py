@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,6 +55,7 @@ class Task(lightning.LightningModule):
         self.network: Any = network
         self.optimizer_options, self.schedule = optimizer, schedule
         self.metrics: dict[str, Any] = {}
+        self._restore: Callable[[], None] = lambda: None
 
     def describe(self) -> dict[str, Any]:
         """Everything but the weights, in plain types: the entry of a checkpoint."""
