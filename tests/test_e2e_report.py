@@ -277,7 +277,7 @@ def test_a_report_can_be_left_out(tmp_path: Path, small_detector: Detector) -> N
     small_detector.save(tmp_path / "start.ckpt")
     root = write_scored_data(tmp_path / "data", small_detector)
     run_tool("eval", "ckpt=start.ckpt", f"data.root={root}", "report=false", cwd=tmp_path).ok()
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"metrics.json", "detections.json"}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"metrics.json", "detections.json", "scored.json"}
 
 
 def test_what_does_not_go_together(case: Path) -> None:
