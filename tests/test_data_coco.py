@@ -13,7 +13,7 @@ from detector.data.splits import DataOptions, find_format, load_splits, read_spl
 from detector.errors import InputError
 
 # The layouts: where the JSON of each split lies, the images of each split, and what names begin with in the JSON.
-# COCO's as cocodataset.org publishes it; the others as the tools' documents describe their exports in COCO's format.
+# COCO's as cocodataset.org publishes it; the others as those tools are known to export it, not from real exports.
 SPLIT = {
     "coco": ("annotations/instances_{}2017.json", "{}2017", ""),
     "cvat, subsets": ("annotations/instances_{}.json", "images/{}", ""),

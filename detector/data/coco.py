@@ -18,6 +18,7 @@ import numpy as np
 from detector.data.image_files import name_on_disk
 from detector.data.index import AnnotationIndex
 
+# What folders and files of a split are called.
 WORDS = {"train": ("train",), "val": ("val", "valid", "validation")}
 _SAMPLE = 20  # names that are looked for in each folder
 

@@ -29,8 +29,8 @@ class DetectionDataset(Dataset[dict[str, Any]]):
     A sample is a dict: image uint8 RGB (h, w, 3); boxes (G, 4) float32, xyxy in pixels of the image; labels (G,) int64;
     crowd (G,) bool; scale (2,) float64, input pixels per original pixel (x, y); original_size (2,) int64, height and
     width of the image as it is stored; image_id as in the annotation file. It is asked for by its number, or by that,
-    the size factor of its batch and the epoch: then what is drawn for it depends on seed, epoch and number alone, not
-    on what was drawn before, or in which process.
+    the size factor of its batch and the epoch: then what is drawn for it depends on seed, rank, epoch and number
+    alone, not on what was drawn before, or in which loader process.
 
     An image that is much larger than any view that the transform can draw is shrunk to that size first, and kept so in
     the cache: changing colours of a photograph of 12 megapixels takes longer than a step of the network.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from detector.data.annotations import index_of
+from detector.data.coco import WORDS
 from detector.data.image_files import THREADS, name_on_disk
 from detector.data.images import exif_orientation, list_images
 from detector.data.index import AnnotationIndex
@@ -62,7 +63,7 @@ def read_yolo(root: Path, given: Mapping[str, Path], names: Sequence[str]) -> di
     # A `path` of another machine is left alone: the file lies in its folder.
     base = path if (path := root / str(described.get("path") or "")).is_dir() else root
     sources: dict[str, list[Path]] = {}
-    for split, words in (("train", ("train",)), ("val", ("val", "valid", "validation"))):
+    for split, words in WORDS.items():
         if key := next((key for key in words if described.get(key)), None):
             sources[split] = _places(base, described[key], f"{file}: `{key}`")
         elif found := [path for key in words if (path := root / "images" / key).is_dir()]:

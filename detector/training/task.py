@@ -148,7 +148,7 @@ class DetectionTask(Task):
         self._found: list[Results] = []
         freeze = freeze or FreezeOptions(stages=0, batch_norm=False)
         self._frozen_norms = detector.network.backbone.freeze(freeze.stages, batch_norm=freeze.batch_norm)
-        self.train(self.training)  # Lightning trains in the modes that it finds, and does not call this
+        self._keep_frozen()  # Lightning trains in the modes that it finds, and does not call `train`
 
     def describe(self) -> dict[str, Any]:
         return self.detector.describe() | {"operating_point": self.operating_point.to_dict()}
@@ -163,9 +163,12 @@ class DetectionTask(Task):
 
     def train(self, mode: bool = True) -> DetectionTask:
         super().train(mode)
+        self._keep_frozen()
+        return self
+
+    def _keep_frozen(self) -> None:
         for norm in self._frozen_norms:
             norm.eval()
-        return self
 
     def on_train_epoch_start(self) -> None:
         self.operating_point = self.detector.operating_point  # what was found belongs to the weights from before
