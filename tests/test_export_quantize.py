@@ -25,6 +25,7 @@ from detector.export.quantize import (
 )
 from detector.inference.detector import Detector
 from detector.inference.export_info import ExportInfo
+from detector.inference.openvino_core import openvino_core
 from detector.inference.runtime import ExportedDetector
 from detector.models.build import NetworkOptions
 
@@ -127,7 +128,7 @@ def test_openvino_int8_finds_nearly_the_same(
     assert info.precision == "int8"
     assert info.provenance["export"]["calibration_pictures"] == 40
     assert info.provenance["export"]["nncf"] == nncf.__version__
-    model = openvino.Core().read_model(tmp_path / "a.xml")
+    model = openvino_core().read_model(tmp_path / "a.xml")
     kinds = Counter(node.get_type_name() for node in model.get_ordered_ops())
     assert kinds["FakeQuantize"] > 25  # of activations; weights are stored as int8:
     constants = [node for node in model.get_ordered_ops() if node.get_type_name() == "Constant"]
@@ -185,7 +186,7 @@ def test_accuracy_control_measures_the_detector_itself(
     small_detector: Detector, small_onnx: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NNCF's search takes minutes: what it is given is looked at here, once in float, and it gives the float back."""
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     nncf = pytest.importorskip("nncf")
     pictures, asked = noise(6), []
 
@@ -199,7 +200,7 @@ def test_accuracy_control_measures_the_detector_itself(
     def search(model: Any, calibration: Any, validation: Any, validate: Any, *, max_drop: float, **_: Any) -> Any:
         assert max_drop == pytest.approx(0.02)
         assert len(list(calibration.get_inference_data())) == 20
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         for numbers in ([0, 1, 2, 3, 4, 5], [4, 1]):
             metric, each = validate(compiled, validation.get_data(numbers))
             assert 0.999 < metric <= 1
@@ -233,7 +234,7 @@ def test_accuracy_control_gives_layers_back(
     small_spec: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """NNCF's own search, with a limit that int8 does not meet: fewer layers end in int8, and the file still works."""
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     pytest.importorskip("nncf")
     # The search compiles the network for each layer, and again after each that it gives back: few layers, a low limit.
     small_spec["backbone"]["repeats"], small_spec["neck"] = [1, 1, 1], {"name": "none"}
@@ -254,7 +255,7 @@ def test_accuracy_control_gives_layers_back(
     for accuracy in (None, AccuracyControl(measure, 3, 60.0)):
         images, path = noise(10, seed=1), tmp_path / "a.xml"
         export_int8(small_detector, path, images, source=plain, canvas=(64, 96), accuracy=accuracy)
-        model = openvino.Core().read_model(tmp_path / "a.xml")
+        model = openvino_core().read_model(tmp_path / "a.xml")
         quantized.append(sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()))
         agree.append(measure(ExportedDetector.load(path, threads=1), [0, 1, 2])[0])
     assert quantized[1] < quantized[0]

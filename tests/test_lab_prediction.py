@@ -21,6 +21,7 @@ from detector.data.shapes import ensure_shapes
 from detector.errors import InputError
 from detector.export.formats import Inputs, export_onnx, export_openvino
 from detector.inference.detector import Detector
+from detector.inference.openvino_core import openvino_core
 from detector.lab import gpu, prediction
 from detector.lab.benchmark import BenchmarkOptions, benchmark
 from detector.lab.latency import take_turns_apart
@@ -184,9 +185,7 @@ def test_predictions_are_measured_beside_peers_that_are_exported_as_we_export(
 
 def shape_and_int8(path: Path) -> tuple[list[int], float]:
     """The size of the input of an OpenVINO model, and what share of its convolutions has activations in int8."""
-    import openvino
-
-    model = openvino.Core().read_model(path)
+    model = openvino_core().read_model(path)
     layers = [node for node in model.get_ops() if "Convolution" in node.get_type_name()]
     before = [node.input(0).get_source_output().get_node().get_type_name() for node in layers]
     return list(model.input(0).shape), before.count("FakeQuantize") / len(layers)

@@ -34,6 +34,7 @@ from detector.export.formats import (
     with_precision,
 )
 from detector.inference.export_info import ExportInfo
+from detector.inference.openvino_core import signal_stack_kept
 from detector.inference.runtime import INPUTS, ExportedDetector, openvino_run
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def export_int8(
         quantize = nncf.quantize_with_accuracy_control
         given += [nncf.Dataset(range(accuracy.images)), validate]
         options |= {"max_drop": accuracy.max_drop / 100, "advanced_quantization_parameters": half_range}
-    with quiet():  # its progress bars stay
+    with quiet(), signal_stack_kept():  # its progress bars stay
         quantized = quantize(*given, **options)
     info = with_precision(info, "int8", calibration_pictures=len(samples), nncf=nncf.__version__)
     save_openvino(quantized, info, path)

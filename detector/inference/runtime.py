@@ -27,6 +27,7 @@ from detector.errors import InputError, require
 from detector.files import check_sums
 from detector.inference.detections import Found
 from detector.inference.export_info import KEYS, SECTION, ExportInfo
+from detector.inference.openvino_core import openvino_core
 from detector.inference.predictor import Predictor
 
 # images (N, H, W, 3), image_sizes -> boxes, scores, labels, counts: see DetectionGraph.forward.
@@ -133,11 +134,11 @@ def _open_onnx(path: Path, device: str, threads: int | None) -> tuple[ExportInfo
 
 
 def _open_openvino(path: Path, device: str, threads: int | None) -> tuple[ExportInfo, Run, tuple[int, int]]:
-    openvino = require("openvino", package="[openvino]", what=f"'{path}'")
+    require("openvino", package="[openvino]", what=f"'{path}'")
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise InputError(f"'{path}' has no '{weights.name}' beside it: an OpenVINO export is two files, copy both.")
-    core = openvino.Core()
+    core = openvino_core()
     with _reading(path, "an OpenVINO model"):
         model = core.read_model(path)
         properties = {

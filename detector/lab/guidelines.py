@@ -31,6 +31,7 @@ from detector.data.progress import progress
 from detector.errors import InputError, require
 from detector.export.formats import OPSET, quiet
 from detector.files import check_writable, replacing, write_json
+from detector.inference.openvino_core import openvino_core
 from detector.inference.runtime import openvino_options
 from detector.lab.controlled import BATCH, COLUMNS, ROWS, SIDE, Cell, Device, Guideline, cells
 from detector.lab.guidelines_report import plot, report
@@ -245,7 +246,7 @@ def runner(cell: Cell, options: GuidelinesOptions, file: Path) -> Call:
         return lambda: session.run(None, {"x": noise})
     import openvino
 
-    compiled = openvino.Core().compile_model(file, "CPU", openvino_options(options.threads))
+    compiled = openvino_core().compile_model(file, "CPU", openvino_options(options.threads))
     request = compiled.create_infer_request()
     request.set_input_tensor(openvino.Tensor(noise, shared_memory=True))
     return lambda: request.infer()

@@ -23,6 +23,7 @@ from detector.evaluation.clock import Clock
 from detector.export.formats import convert_for_openvino, import_packages, quiet
 from detector.inference.detector import Detector
 from detector.inference.loading import load
+from detector.inference.openvino_core import openvino_core, signal_stack_kept
 from detector.inference.runtime import OFTEN, openvino_options
 from detector.lab.cost import detection_multiply_adds, multiply_adds
 from detector.lab.latency import WARM_UP, Call, Maker, median_ratio, milliseconds, take_turns_apart
@@ -217,8 +218,8 @@ def write_peers(image: np.ndarray, folder: Path) -> dict[str, Path]:
         whole, quantized = folder / f"{name}.xml", folder / f"{name}.int8.xml"
         openvino.save_model(model, whole, compress_to_fp16=False)
         # Read again: in the file there are no nodes that nobody uses, on which NNCF fails.
-        model = openvino.Core().read_model(whole)
-        with quiet():
+        model = openvino_core().read_model(whole)
+        with quiet(), signal_stack_kept():
             model = nncf.quantize(model, nncf.Dataset([pixels.numpy()]), subset_size=1)
         openvino.save_model(model, quantized, compress_to_fp16=False)
         files |= dict(zip(exported_peer_names(name), (whole, quantized), strict=True))
@@ -236,9 +237,7 @@ class _OneImage(nn.Module):
 
 
 def _exported_peer_call(path: Path, image: np.ndarray, *, threads: int) -> Call:
-    import openvino
-
-    compiled = openvino.Core().compile_model(path, "CPU", openvino_options(threads))
+    compiled = openvino_core().compile_model(path, "CPU", openvino_options(threads))
     values = _tensor(image).numpy()
     return lambda: compiled(values, share_inputs=True)
 
