@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from report_case import write_case
 from scored_data import write_scored_data
 from scored_rows import evaluate
@@ -71,6 +72,13 @@ def test_a_checkpoint_and_a_run_that_has_been_scored(tmp_path: Path, small_detec
     assert row["a"] == pytest.approx(expected, abs=1e-9)
     assert expected > 0.05
     assert row["b"] == 0
+    # Of other images with the same names.
+    shutil.copytree(root / "images", root / "black")
+    for path in (root / "black").iterdir():
+        Image.new("RGB", Image.open(path).size).save(path)
+    run_tool("eval", f"ckpt={run / 'best.ckpt'}", *scoring, "data.val.images=black", cwd=tmp_path).ok()
+    assert json.loads((run / "eval/metrics.json").read_text())["AP"] != pytest.approx(expected, abs=1e-3)
+    assert compared()["b"] == pytest.approx(expected, abs=1e-9)
     # Of a part of the images; of another checkpoint; of nobody knows what.
     run_tool("eval", f"ckpt={run / 'best.ckpt'}", *scoring, "data.val.limit=2", cwd=tmp_path).ok()
     assert compared()["b"] == pytest.approx(expected, abs=1e-9)

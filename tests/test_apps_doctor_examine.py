@@ -134,6 +134,16 @@ IN_THE_FILE: dict[str, tuple[Callable[[Content], Any], str, str, int]] = {
 }  # fmt: skip
 
 
+def test_all_entries_at_fault_are_named_and_five_of_them_in_the_terminal(clean: Path) -> None:
+    edit(clean, lambda content: [one.update(category_id=9) for one in content["annotations"][:30]])
+    diagnosis = diagnose(clean)
+    (finding,) = [one for one in diagnosis.to_dict()["findings"] if one["check"] == "unknown_categories"]
+    assert len({*finding["examples"]}) == finding["count"] == 30
+    text = format_diagnosis(diagnosis)
+    assert text.count("is not in `categories`") == 5
+    assert "... and 25 more: doctor.json" in text
+
+
 @pytest.mark.parametrize("name", IN_THE_FILE)
 def test_a_fault_in_the_annotation_file(clean: Path, name: str) -> None:
     change, check, severity, count = IN_THE_FILE[name]

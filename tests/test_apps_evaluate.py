@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from scored_data import renumber_classes, write_scored_data
 
+from detector.apps import evaluate as evaluate_module
 from detector.apps.compare import CompareOptions, compare
 from detector.apps.evaluate import EvalOptions, evaluate
+from detector.apps.scoring import GivenDataOptions, evaluation_data
 from detector.cli import explain
 from detector.data import annotations
+from detector.data.splits import DataOptions
 from detector.errors import InputError
 from detector.inference.detector import Detector
 
@@ -147,3 +152,47 @@ def test_a_data_set_with_the_classes_in_another_order(small_detector: Detector, 
     compare(CompareOptions.parse(sides | {"data": base["data"], "out": str(tmp_path / "c"), "workers": 0}))
     row = json.loads((tmp_path / "c/compare.json").read_text())["figures"]["AP"]
     assert row["a"] == row["b"] == pytest.approx(before["AP"], abs=1e-12)
+
+
+def trained_on(**data: Any) -> Any:
+    return SimpleNamespace(provenance={"config": {"data": DataOptions.parse({"root": "a"} | data).to_dict()}})
+
+
+def test_what_belongs_to_the_data_of_the_training_does_not_go_with_other_data() -> None:
+    detector = trained_on(exif_boxes="stored", val={"limit": 3, "annotations": "x.json"})
+    data = evaluation_data(GivenDataOptions.parse({}), detector)
+    assert (data.exif_boxes, data.val.limit, data.val.annotations) == ("stored", 3, "x.json")
+    data = evaluation_data(GivenDataOptions.parse({"root": "b"}), detector)
+    assert (data.root, data.exif_boxes, data.val.limit, data.val.annotations) == ("b", None, None, "x.json")
+    data = evaluation_data(GivenDataOptions.parse({"root": "b", "exif_boxes": "turned", "val": {"limit": 5}}), detector)
+    assert (data.exif_boxes, data.val.limit) == ("turned", 5)
+
+
+def test_detections_are_recorded_as_those_of_the_checkpoint_that_made_them(
+    small_detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that still trains replaces best.ckpt; and what lies there of another evaluation does not stay."""
+    root = write_scored_data(tmp_path / "data", small_detector)
+    small_detector.save(tmp_path / "best.ckpt")
+    digest = hashlib.sha256((tmp_path / "best.ckpt").read_bytes()).hexdigest()
+    (tmp_path / "eval").mkdir()
+    for name in ("scored.json", "report.html", "diagnosis.json"):
+        (tmp_path / "eval" / name).write_text("{}")
+    validate = evaluate_module._validate
+
+    def replaced_meanwhile(*given: Any) -> Any:
+        (tmp_path / "best.ckpt").write_bytes(b"of the next epoch")
+        return validate(*given)
+
+    monkeypatch.setattr(evaluate_module, "_validate", replaced_meanwhile)
+    given = {"ckpt": str(tmp_path / "best.ckpt"), "data": {"root": str(root)}, "out": str(tmp_path / "eval")}
+    given |= {"workers": 0, "trainer": {"accelerator": "cpu"}, "report": False}
+    evaluate(EvalOptions.parse(given))
+    assert json.loads((tmp_path / "eval/scored.json").read_text())["ckpt"] == digest
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"metrics.json", "detections.json", "scored.json"}
+
+
+def test_an_export_is_not_said_to_run_on_a_device() -> None:
+    options = EvalOptions.parse({"ckpt": "a.onnx", "trainer": {"accelerator": "gpu"}})
+    with pytest.raises(InputError, match=r"trainer\.\* is for a checkpoint; a\.onnx is predicted .* on the CPU"):
+        evaluate(options)

@@ -23,6 +23,9 @@ from detector.apps.report.sections import class_section, confusion_section, curv
 from detector.data.annotations import read_annotations
 from detector.data.results import read_results
 from detector.errors import InputError
+from detector.evaluation.outcomes import judge
+from detector.evaluation.records import sort_records
+from detector.evaluation.worst import worst
 
 ODD = CLASSES[8]
 
@@ -290,3 +293,23 @@ def test_proposals() -> None:
 
 def test_times_for_the_log() -> None:
     assert format_times({"network": 2.04, "report": 0.5}) == "2.5 s: network 2.0 s, report 0.5 s"
+
+
+def test_what_is_found_below_the_threshold_is_on_the_page(tmp_path: Path) -> None:
+    """The reader moves the threshold; here the only mistake goes with it."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 20, 20], "area": 400, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    (tmp_path / "dt.json").write_text(
+        json.dumps([{"image_id": 1, "category_id": 1, "bbox": [8, 8, 20, 20], "score": 0.3}])
+    )
+    index = read_annotations(tmp_path / "gt.json", tmp_path)
+    found = read_results(tmp_path / "dt.json", index)
+    shown = worst(judge(sort_records(found, index)), 0.5)
+    assert [row["badness"] for row in shown] == [1]
+    (entry,) = worst_images(shown, found, index, 100_000)
+    assert [(one["s"], one["o"]) for one in entry["detections"]] == [(0.3, 0)]

@@ -245,6 +245,8 @@ def test_a_path_is_the_text_as_typed(text: str) -> None:
         (str | list[str | list[str]], "[a[1].jpg,[b, 'c,d']]", ["a[1].jpg", ["b", "c,d"]]),
         (str | list[Any], "[car,2]", ["car", 2]),
         (list[str | int] | None, "[car,2,03x]", ["car", 2, "03x"]),
+        (list[str | int] | None, "[01,10,0]", ["01", 10, 0]),
+        (list[str | int] | None, "\u0661", "\u0661"),
         (list[str | int] | None, "null", None),
         (tuple[str, ...], "[a]", ["a"]),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,3 +237,38 @@ def test_lvis_lists_stay(tiny_coco: Path, tmp_path: Path) -> None:
     before, after = (load_split(DataOptions(root=str(root)), "val") for root in (tiny_coco, tmp_path / "new"))
     assert after.lvis == before.lvis
     assert after.frequencies == before.frequencies == ("f", "c", "r")
+
+
+def test_a_place_that_cannot_be_replaced_is_refused_at_once(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume of a container, for example, is an empty folder."""
+    out = tmp_path / "volume"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    with pytest.raises(InputError, match=r"volume is where a disk or a volume begins; give a folder inside it"):
+        prepare_data(PrepareDataOptions(source=str(tiny_coco), to="coco", out=str(out)))
+
+
+@pytest.mark.parametrize("options", [{"what": "split"}, {"to": "voc"}, {"to": "yolo"}, {"to": "coco"}])
+def test_file_names_that_no_list_can_hold(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Of an archive from another system: named before anything is written, where there are lists."""
+    source = tmp_path / "source"
+    for folder in ("images", "labels"):
+        (source / folder).mkdir(parents=True)
+    for i in range(8):
+        name = "caf\udce9" if i == 3 else f"{i}"
+        noise = np.random.default_rng(i).integers(0, 256, (30, 40, 3), np.uint8)
+        Image.fromarray(noise).save(source / "images" / f"{name}.png")
+        (source / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.2 0.2")
+    (source / "data.yaml").write_text("names: [cat]\n")
+    given = {"source": str(source)} | options | ({} if "what" in options else {"out": str(tmp_path / "out")})
+    if options.get("to") in ("yolo", "coco"):
+        prepare_data(PrepareDataOptions.parse(given))
+        read = read_splits(DataOptions(root=str(tmp_path / "out")))
+        assert sum(len(index) for index in read.values()) == 8
+        return
+    with pytest.raises(InputError, match=r"'caf\\udce9.png': no UTF-8, as lists are; rename the file, or convert"):
+        prepare_data(PrepareDataOptions.parse(given))
+    assert not (tmp_path / "out").exists()
+    assert not list(source.glob("*.txt"))

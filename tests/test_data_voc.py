@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -249,3 +250,32 @@ def test_a_folder_without_a_split_that_cannot_be_read_is_named(devkit: Path) -> 
     (devkit / "Annotations/a.xml").write_text("<annotation>")
     with pytest.raises(InputError, match=r"Annotations/a\.xml: not an annotation in XML"):
         load_splits(DataOptions(root=str(devkit)))
+
+
+@pytest.mark.parametrize("listed", ["zebra dog cat", ""])
+def test_ids_do_not_follow_the_order_of_a_detector(devkit: Path, listed: str) -> None:
+    """Detections are written with them, and of two detectors they are compared."""
+    if listed:
+        (devkit / "classes.txt").write_text("\n".join(listed.split()))
+    ids = []
+    for names in (None, ("cat", "dog", "zebra"), ("zebra", "cat", "dog")):
+        index = load_split(DataOptions(root=str(devkit)), "val", class_names=names)
+        assert names is None or index.class_names == names
+        assert [index.class_names[label] for label in index.objects(1)[1]] == ["dog"]
+        ids.append(dict(zip(index.class_names, index.category_ids, strict=True)))
+    assert ids[0] == ids[1] == ids[2]
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_of_two_files_the_one_that_is_named_is_the_image(
+    devkit: Path, monkeypatch: pytest.MonkeyPatch, turn: int
+) -> None:
+    """A mask, or a preview, of the same name; in whichever order the folder gives them."""
+    Image.new("RGB", (40, 30)).save(devkit / "JPEGImages/a.png")
+    for name in ("b.gif", "b.png"):  # neither is named
+        Image.new("RGB", (40, 30)).save(devkit / "JPEGImages" / name)
+    (devkit / "JPEGImages/b.jpg").unlink()
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path))[::turn])
+    assert read(devkit).file_names == ["a.jpg"]
+    assert read(devkit, "val").file_names == ["b.gif", "c.jpg"]

@@ -198,6 +198,21 @@ def test_boxes_of_a_rotated_photograph_need_no_option(folder: Path, orientation:
     np.testing.assert_allclose(index.objects(0)[0], [[x1, y1, x2, y2]], atol=1e-4)
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_shares_of_the_sides_before_a_rotation(folder: Path, orientation: int) -> None:
+    """data.exif_boxes=stored: the white corner of what is stored is in the box of its shares."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[:6, :20] = 255
+    Image.fromarray(pixels).save(folder / "images/train/a.png", exif=exif)
+    (folder / "labels/train/a.txt").write_text("0 0.25 0.1 0.5 0.2")
+    index = load_split(DataOptions(root=str(folder), exif_boxes="stored"), "train")
+    np.testing.assert_array_equal(index.read(0), pixels)
+    np.testing.assert_allclose(index.objects(0)[0], [[0, 0, 20, 6]], atol=1e-4)
+    assert not [one for one in index.faults if one.check.startswith("exif")]
+
+
 def test_a_folder_for_one_split_leaves_the_others_to_the_other(folder: Path) -> None:
     (folder / "data.yaml").write_text("names: {0: cat, 7: dog}\n")
     (folder / "images/val").rename(folder / "images/test")

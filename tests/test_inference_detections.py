@@ -163,6 +163,9 @@ def test_crops_are_what_lies_in_the_boxes(found: Detections, tmp_path: Path) -> 
     again = replace(found, path=str(tmp_path / "a.png")).crop()
     np.testing.assert_array_equal(again[0], crops[0])
     assert nothing().crop(image) == []
+    np.testing.assert_array_equal(found.crop(image[..., ::-1], bgr=True)[1], image)
+    drawn = [np.asarray(one) for one in (found.draw(image), found.draw(image[..., ::-1], bgr=True))]
+    np.testing.assert_array_equal(*drawn)
 
 
 def test_a_crop_has_a_pixel_at_least() -> None:

@@ -193,6 +193,29 @@ def test_errors_of_the_users_generator_pass() -> None:
         Painted().predict(pictures(), on_error="report")
 
 
+def test_an_error_of_the_users_generator_comes_after_the_results_before_it() -> None:
+    def images() -> Iterator[np.ndarray]:
+        yield from [paint((64, 96), (10, 5, 30, 25, 0, 250))] * 5
+        raise KeyError("the camera was unplugged")
+
+    for size in (1, 2, 5, 8):
+        stream = Painted().stream(images(), batch_size=size)
+        assert len([next(stream) for _ in range(5)]) == 5
+        with pytest.raises(KeyError, match="unplugged"):
+            next(stream)
+
+
+def test_a_generator_may_fill_one_array_again_and_again() -> None:
+    def frames() -> Iterator[np.ndarray]:
+        buffer = np.empty((64, 96, 3), np.uint8)
+        for x in (5, 25, 45):
+            buffer[:] = paint((64, 96), (x, 5, x + 20, 25, 0, 250))
+            yield buffer
+
+    found = Painted().predict(frames())
+    assert [one.boxes.tolist() for one in found] == [[[x, 5, x + 20, 25]] for x in (5, 25, 45)]
+
+
 def test_search_gives_the_image_too(folder: Path) -> None:
     for index, (picture, found) in enumerate(Painted().search(folder, PredictOptions())):
         assert picture.path == found.path == str(folder / f"{index}.png")

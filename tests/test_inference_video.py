@@ -69,6 +69,17 @@ def test_every_frame_in_order(tmp_path: Path, suffix: str) -> None:
     assert [frame.index for frame in read_video(io.BytesIO(path.read_bytes()))] == list(range(COUNT))
 
 
+def test_a_name_that_looks_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorder calls its files after the time; in their own folder they are read, and written, by their names."""
+    monkeypatch.chdir(tmp_path)
+    make_video(tmp_path / "a.mp4").rename("10:30.mp4")
+    assert [frame.index for frame in read_video("10:30.mp4")] == list(range(COUNT))
+    assert count_frames("10:30.mp4") == COUNT
+    with write_video("10:31.mp4", rate=RATE) as add:
+        add(np.zeros((48, 64, 3), np.uint8))
+    assert count_frames("10:31.mp4") == 1
+
+
 @pytest.mark.parametrize(("every", "expected"), [(5, [0, 5, 10]), (12, [0]), (11, [0, 11])])
 def test_each_nth_frame(tmp_path: Path, every: int, expected: list[int]) -> None:
     path = make_video(tmp_path / "a.mp4")

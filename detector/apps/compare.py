@@ -4,7 +4,7 @@ python tools/compare.py a=RUN_DIR b=RUN_DIR
 python tools/compare.py a=OLD/best.ckpt b=results.json annotations=FILE out=DIR draws=1000
 
 Each side is a run directory, a checkpoint, or a file in COCO's results format. Checkpoints are scored as tools/eval.py
-does; a run that has been scored already (eval/detections.json) is not scored again. Writes compare.json.
+does; what eval/scored.json says is of best.ckpt on these images is not scored again. Writes compare.json.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _common_index(sides: Mapping[str, Side], given: str | None) -> AnnotationInd
         if set(index.image_ids) != set(other.image_ids):
             raise InputError(
                 f"a and b were scored on different images of {index.annotation_file} (data.val.limit differs); "
-                "give data.root=DIR, and data.val.limit=N if only some are wanted."
+                "give one number for both, as large as the split for all of it."
             )
     return index
 

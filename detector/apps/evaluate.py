@@ -4,8 +4,8 @@ python tools/eval.py ckpt=RUN_DIR/best.ckpt                     on the validatio
 python tools/eval.py ckpt=PATH data.root=DIR data.val.annotations=annotations/test.json out=DIR
 python tools/eval.py results=detections.json annotations=instances.json images=DIR   COCO's formats, no model
 
-An export (.onnx, .xml, .pt2) is scored as a checkpoint is. Writes metrics.json, detections.json, scored.json (of which
-file and images they are), diagnosis.json and report.html.
+An export (.onnx, .xml, .pt2) is scored as a checkpoint is. Writes metrics.json, diagnosis.json, report.html and, but of
+`results=`, detections.json and scored.json (of which file and images they are).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from detector.evaluation.metrics import compute_metrics, format_table, save_metr
 from detector.files import check_writable, write_json
 from detector.inference.runtime import ExportedDetector, is_export
 from detector.inference.shipped import folder_for
+from detector.training.device_options import DeviceOptions
 
 if TYPE_CHECKING:
     from detector.inference.detector import Detector
@@ -84,6 +85,8 @@ def _load(options: EvalOptions) -> Detector | ExportedDetector | None:
             f"{name}={given} is for results=; of ckpt={ckpt} give data.root=DIR data.val.{name}=... instead."
         )
     if is_export(ckpt):
+        if options.trainer != DeviceOptions():
+            raise InputError(f"trainer.* is for a checkpoint; {ckpt} is predicted by its own runtime, on the CPU.")
         if limit:
             raise InputError(f"max_proposals={limit}: an export's number of proposals is fixed; score the checkpoint.")
         return ExportedDetector.load(ckpt)
@@ -116,6 +119,8 @@ def score(
         compute_metrics(Results.of([], []), index, options.metrics)
     coco: dict[str, Any] | None = None
     seconds_per_image: Sequence[float] = ()
+    # Before the prediction: a run that still trains may have another best.ckpt after it.
+    scored = what_was_scored(str(options.ckpt), index, options.max_proposals) if detector is not None else None
     if detector is None:
         results = read_results(str(options.results), index)
         check_writable(out)
@@ -135,11 +140,11 @@ def score(
     else:
         metrics = compute_metrics(results, index, options.metrics)
         clock.book("metrics")
-    _write(options, index, results, metrics, out)
+    _write(options, index, results, metrics, scored, out)
     clock.book("files")
     if options.report:
         write_evaluation_report(out, Scored(options, clock, index, results, metrics, detector, seconds_per_image))
-    return coco if coco is not None else metrics
+    return metrics
 
 
 def _folder(options: EvalOptions) -> Path:
@@ -181,18 +186,28 @@ def _validate(
 
 
 def _write(
-    options: EvalOptions, index: AnnotationIndex, results: Results, metrics: Mapping[str, Any], out: Path
+    options: EvalOptions,
+    index: AnnotationIndex,
+    results: Results,
+    metrics: Mapping[str, Any],
+    scored: Mapping[str, Any] | None,
+    out: Path,
 ) -> None:
-    """Write and log the metrics; then write detections that were made here, which need more room."""
+    """Write and log the metrics; then write detections that were made here, which need more room.
+
+    What lies there of an evaluation before is no longer of these metrics.
+    """
+    for name in ("diagnosis.json", "report.html", *(["scored.json"] if scored is not None else [])):
+        (out / name).unlink(missing_ok=True)
     save_metrics(metrics, out / "metrics.json")
     title = f"{options.results} against {index.annotation_file}" if options.results else str(index.annotation_file)
     log.info("\n%s\n", format_table(metrics, title))
     if note := never_found(index):
         log.info("%s", note)
     log.info("metrics.json in %s", out)
-    if not options.results:
+    if scored is not None:
         write_results(out / "detections.json", results, index)
-        write_json(out / "scored.json", what_was_scored(str(options.ckpt), index, options.max_proposals))
+        write_json(out / "scored.json", scored)
         log.info("detections.json in %s", out)
 
 

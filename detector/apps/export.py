@@ -245,7 +245,8 @@ def validation_images(options: ExportOptions, detector: Detector) -> AnnotationI
         return None
     with way_out("Or give check=null: nothing is compared then."):
         data = evaluation_data(options.data, detector)
-        val = data.val.model_copy(update={"limit": options.check.images})
+        limit = min(options.check.images, data.val.limit or options.check.images)
+        val = data.val.model_copy(update={"limit": limit})
         return load_split(data.model_copy(update={"val": val}), "val", class_names=detector.class_names)
 
 

@@ -47,7 +47,7 @@ class PredictCommandOptions(SearchOptions):
     save: Annotated[Kind | list[Kind] | None, "some of images, crops, json, jsonl, csv, coco"] = None
     """Images (for a video: a video), crops, json, jsonl, csv, coco; null: [images,json], streams [images,jsonl]."""
     device: str | None = None
-    """Null: the GPU if there is one."""
+    """Null: of a checkpoint the GPU if there is one, of an export the CPU."""
     threads: Threads | None = None
     """Threads of the processor that one prediction may use; null: as many as the runtime likes."""
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from detector.data.convert import convert
+from detector.data.convert import check_names, convert
 from detector.data.image_files import ExifBoxes, match_files
 from detector.data.partition import lists_of, parts
 from detector.data.split_checks import check_categories
@@ -67,8 +67,13 @@ def prepare_data(options: PrepareDataOptions) -> None:
     out = Path(options.out).resolve()  # what a link points to
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={options.out} is not empty; give a new folder.")
+    if os.path.ismount(out):  # it cannot be replaced by the folder that is written beside it
+        raise InputError(f"out={options.out} is where a disk or a volume begins; give a folder inside it.")
     splits = {name: match_files(index, options.exif_boxes).check() for name, index in read_splits(data).items()}
     check_categories(splits)
+    if options.to == "voc":
+        for index in splits.values():
+            check_names(index.file_names, "convert to=coco or to=yolo")
     check_writable(out.parent)
     with replacing(out) as partial:
         convert(splits, partial, options.to)
@@ -85,6 +90,7 @@ def _split(data: DataOptions) -> None:
     if whole is None:
         raise InputError(f"{root} has a split for training and validation already; nothing was written.")
     chosen = parts(whole, root, data.val_share, data.split_seed)
+    check_names(whole.file_names, "convert to=coco")
     with ExitStack() as both:  # one list alone would be taken for no split
         for name, path in lists.items():
             images = (Path(os.path.relpath(whole.path(i), root)).as_posix() for i in chosen[name])

@@ -136,18 +136,20 @@ def evaluation_data(given: GivenDataOptions, detector: Detector | ExportedDetect
         raise InputError("This checkpoint does not say which data it was trained on; give data.root=DIR.")
     if data is None or (given.root and given.root != data.root):
         data = (data or DataOptions()).model_copy(
-            update={"root": given.root, "format": None, "generate": None, "missing": None}
+            update={"root": given.root, "format": None, "generate": None, "missing": None, "exif_boxes": None}
         )
+        data = data.model_copy(update={"val": data.val.model_copy(update={"limit": None})})
     data = data.model_copy(update=given.model_dump(include={"exif_boxes", "format"}, exclude_none=True))
     return data.model_copy(update={"val": data.val.model_copy(update=given.val.model_dump(exclude_none=True))})
 
 
 def what_was_scored(ckpt: str, index: AnnotationIndex, max_proposals: int | None = None) -> dict[str, Any]:
-    """What detections belong to: digests of the file of the detector and of the images, and the budget of proposals."""
-    images = repr([index.image_ids, index.file_names, index.class_names, index.category_ids]).encode()
+    """What detections belong to: digests of the file of the detector and of the images, their folder, names and
+    classes, and the budget of proposals."""
+    about = [str(index.image_dir.resolve()), index.image_ids, index.file_names, index.class_names, index.category_ids]
     with find(ckpt).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"ckpt": digest, "images": hashlib.sha256(images).hexdigest(), "max_proposals": max_proposals}
+    return {"ckpt": digest, "images": hashlib.sha256(repr(about).encode()).hexdigest(), "max_proposals": max_proposals}
 
 
 def never_found(index: AnnotationIndex) -> str:

@@ -76,7 +76,7 @@ def light_head() -> None:
 
 
 def train(recipe: str = "finetune", *, data_root: str | Path | None = None, **overrides: Any) -> Path:
-    """Train a detector, as `light-head train` does, with the same recipes and defaults.
+    """Train a detector, as `light-head train` does, with the same recipes and, for a recipe, defaults.
 
     Args:
         recipe: a file of conf/recipe/: finetune, voc, demo or paper.
@@ -102,7 +102,7 @@ def evaluate(ckpt: str | Path, *, data_root: str | Path | None = None, **overrid
         **overrides: options, as for `train`.
 
     Returns:
-        The metrics by name, as in metrics.json.
+        The metrics by name, as in metrics.json (on several devices: of the first process).
 
     Raises:
         InputError: as for `train`.

@@ -24,6 +24,8 @@ UNWRITABLE = {
     errno.EIO,
     errno.EFBIG,
     errno.ELOOP,
+    errno.EBUSY,
+    errno.EXDEV,
 }
 # Seconds that rank 0 has to report an error that all ranks share.
 GRACE = 5.0

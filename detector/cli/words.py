@@ -37,7 +37,7 @@ def as_typed(kind: Any, text: str) -> Any:
         return None
     if items and text.startswith("[") and text.endswith("]"):
         return [as_typed(items[0], match[1]) for match in LIST_ITEM.finditer(text[1:-1]) if match[1]]
-    if text.isdecimal() and (int in members or Any in members):
+    if text.isdecimal() and (int in members or Any in members) and str(int(text)) == text:  # 01 is a name
         return int(text)
     if quoted := QUOTED.fullmatch(text):
         text = re.sub(r"\\([\"'])", r"\1", quoted["text"])

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from detector.data.boxes import clip_boxes, corners
-from detector.data.finding import EXAMPLES, Finding
+from detector.data.finding import KEPT, Finding
 from detector.data.image_files import ExifBoxes, match_files
 from detector.data.index import AnnotationIndex, id_order, look_up
 from detector.data.json_file import read_json
@@ -297,7 +297,7 @@ class _Reader:
             ("repaired_values", other_type, f"is of another type in `{section}`"),
         ):
             at = np.flatnonzero(mask).tolist()
-            names = {i: _entry("annotations", annotations["entry"][i], i) for i in at[:EXAMPLES]}
+            names = {i: _entry("annotations", annotations["entry"][i], i) for i in at[:KEPT]}
             texts = [f"{key} {brief(annotations[key][i])} of {name} {words}" for i, name in names.items()]
             self.report(rule, texts, len(at))
         return places

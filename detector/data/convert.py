@@ -32,6 +32,15 @@ _SUFFIXES = {
 }
 
 
+def check_names(names: Iterable[str], instead: str) -> None:
+    """Raises InputError for a file name that a list, which is UTF-8, cannot hold; says what can be done instead."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name!a}: no UTF-8, as lists are; rename the file, or {instead}.") from error
+
+
 def convert(splits: Splits, out: Path, layout: str) -> None:
     """Write splits into an empty folder.
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ERROR, WARNING, INFO = "error", "warning", "info"
-EXAMPLES = 5  # of the entries that a finding is about
+KEPT = 1000  # entries that a finding names: all that somebody would repair by hand
+SHOWN = 5  # of them, where there is a line for each
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Finding:
         severity: error (training refuses it, or its metrics would be wrong), warning (look at it), info.
         count: how many entries are concerned.
         message: what it is.
-        examples: the first few, with split and id or file.
+        examples: the first KEPT of them, with split and id or file.
         remedy: what to do; empty for info that needs nothing.
         figures: numbers behind it, plain values.
     """
@@ -32,9 +33,13 @@ class Finding:
     remedy: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def first(self) -> tuple[str, ...]:
+        return self.examples[:SHOWN]
+
     def __str__(self) -> str:
         """One sentence for the log: how many, what, examples, the remedy."""
-        return f"{self.count} {self.message} ({'; '.join(self.examples)}): {self.remedy}."
+        return f"{self.count} {self.message} ({'; '.join(self.first)}): {self.remedy}."
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self)) | {"examples": list(self.examples)}
@@ -46,4 +51,4 @@ def found(
     """A finding about these culprits, or `count` of which they are the first; none where there are none."""
     if not culprits:
         return []
-    return [Finding(check, severity, count or len(culprits), message, tuple(culprits[:EXAMPLES]), remedy)]
+    return [Finding(check, severity, count or len(culprits), message, tuple(culprits[:KEPT]), remedy)]

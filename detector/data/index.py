@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from detector.data.boxes import corners
-from detector.data.finding import ERROR, EXAMPLES, Finding
+from detector.data.finding import ERROR, KEPT, Finding
 from detector.data.images import exif_orientation, read_image
 from detector.data.rules import RULES, fault
 from detector.errors import InputError
@@ -231,7 +231,7 @@ class AnnotationIndex:
     def degenerate_boxes(self) -> list[Finding]:
         """The fault that some boxes have no area inside their images; none where all have."""
         bad = np.flatnonzero(self.degenerate).tolist()
-        texts = [f"`bbox` of {self.describe(row)} is {self.xywh[row].tolist()}" for row in bad[:EXAMPLES]]
+        texts = [f"`bbox` of {self.describe(row)} is {self.xywh[row].tolist()}" for row in bad[:KEPT]]
         return fault("degenerate_boxes", texts, len(bad))
 
     def summary(self) -> str:

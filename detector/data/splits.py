@@ -33,7 +33,7 @@ class SplitOptions(Options):
     annotations: str
     """COCO's JSON; or VOC's or YOLO's list of images, or a folder of them; relative to data.root"""
     images: str = _IMAGES
-    """COCO: folder of the images, relative to data.root; where none of them is there, it is found by itself"""
+    """COCO: folder of the images, relative to data.root; the one called images is looked for elsewhere, too"""
     limit: Count | None = None
     """only the first N images; null: all"""
 
@@ -175,7 +175,7 @@ def _read_layout(
     root, given = options.prepared(), _given(options)
     if layout == "voc":
         return read_voc(root, given, names, class_names)
-    return read_yolo(root, given, names) if layout == "yolo" else _coco(options, names)
+    return read_yolo(root, given, names, options.exif_boxes or "turned") if layout == "yolo" else _coco(options, names)
 
 
 def find_format(options: DataOptions) -> Format:

@@ -3,7 +3,7 @@
 Crop, flips and colours in pixels of the image that is given (`dataset.py` has shrunk a large one), then one resize to a
 drawn size and place: `windows.place`, the only one here.
 
-Draws are made from generators that each loader worker seeds for itself (`dataset.seed_worker`).
+Draws are made from a generator that `dataset.py` seeds for each image, by seed, rank, epoch and image.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class TrainTransform:
         Args:
             preprocessing: the size at factor 1.
             options: what is drawn.
-            seed: sets the draws, together with the rank and, in loader workers, with the worker's own seed; >= 0.
+            seed: sets the draws of an image by itself; in training they follow rank, epoch and image, too; >= 0.
         """
         self.preprocessing = preprocessing
         self.options = options

@@ -64,7 +64,10 @@ def read_voc(
     if not parsed:
         raise InputError(f"{splits[''].annotations}: no XML file here; data.format=voc needs one for each image.")
     used = {item["name"] for one in parsed.values() if isinstance(one, dict) for item in one["objects"]}
-    declared = (class_names, listed_classes(root), sorted(used))
+    listed = listed_classes(root)
+    if class_names is not None:  # in an order that is not the detector's: detections are written with these ids
+        class_names = listed if listed and set(listed) == set(class_names) else sorted(class_names)
+    declared = (class_names, listed, sorted(used))
     classes = next(known for known in declared if known is not None and used.issubset(known))
     wanted = names if splits.keys() >= set(names) else ("",)
     return {name: _index(root, splits[name], parsed, classes) for name in wanted}
@@ -118,7 +121,8 @@ def _index(root: Path, split: _Split, parsed: Mapping[Path, Any], classes: Seque
         shown = os.path.relpath(split.names, root)
         listed = [(f"{shown}:{number}: ", name) for number, name in read_list(split.names)]
     files = os.listdir(split.images) if split.images.is_dir() else []
-    on_disk = {Path(name).stem: name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES}
+    images = {name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES}
+    on_disk = {Path(name).stem: name for name in sorted(images, reverse=True)}
     label = {name: number for number, name in enumerate(classes, 1)}
     content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     broken: list[str] = []
@@ -129,7 +133,9 @@ def _index(root: Path, split: _Split, parsed: Mapping[Path, Any], classes: Seque
         if isinstance(one, str):
             broken.append(one)
             continue
-        name = on_disk.get(stem, one["file_name"] or f"{stem}.jpg")
+        name = one["file_name"]
+        if name not in images or Path(name).stem != stem:
+            name = on_disk.get(stem, name or f"{stem}.jpg")
         content["images"].append({"id": stem, "file_name": name, "width": one["width"], "height": one["height"]})
         own = {"image_id": stem}
         content["annotations"] += [item | own | {"category_id": label[item["name"]]} for item in one["objects"]]

@@ -6,7 +6,8 @@
     FOLDER/labels/train/a.txt       the last `images` of the path is `labels`; without one, beside the image
 
 A line of a label file is a box, "class x y width height" with the centre, or a polygon, "class x1 y1 x2 y2 x3 y3 ...",
-in shares of the image's sides, as people see it. An image without a file of labels has no objects.
+in shares of the image's sides, as people see it (data.exif_boxes=stored: before an EXIF rotation). An image without a
+file of labels has no objects.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from detector.data.annotations import index_of
 from detector.data.coco import WORDS
-from detector.data.image_files import THREADS, name_on_disk
+from detector.data.image_files import THREADS, ExifBoxes, name_on_disk
 from detector.data.images import exif_orientation, list_images
 from detector.data.index import AnnotationIndex
 from detector.data.rules import brief, fault
@@ -40,13 +41,16 @@ def yaml_of(root: Path) -> Path | None:
     return known[0] if known else others[0] if len(others) == 1 else None
 
 
-def read_yolo(root: Path, given: Mapping[str, Path], names: Sequence[str]) -> dict[str, AnnotationIndex]:
+def read_yolo(
+    root: Path, given: Mapping[str, Path], names: Sequence[str], frame: ExifBoxes = "turned"
+) -> dict[str, AnnotationIndex]:
     """Splits of a folder.
 
     Args:
         root: the folder.
         given: a list or folder of the images of a split, instead of its own.
         names: of the splits that are wanted; where the folder has not all of them, all its images come as "".
+        frame: of an image with an EXIF rotation, whose sides boxes are shares of.
 
     Raises:
         InputError: no file declares the classes, or it cannot be read; a list or a folder of images cannot be read, or
@@ -73,16 +77,18 @@ def read_yolo(root: Path, given: Mapping[str, Path], names: Sequence[str]) -> di
     sources |= {name: [path] for name, path in given.items()}
     wanted = names if sources.keys() >= set(names) else ("",)
     categories = [{"id": number, "name": name} for number, name in classes.items()]
-    return {name: _index(root, file, categories, sources[name]) for name in wanted}
+    return {name: _index(root, file, categories, sources[name], frame) for name in wanted}
 
 
-def _index(root: Path, file: Path, categories: list[dict[str, Any]], places: Sequence[Path]) -> AnnotationIndex:
+def _index(
+    root: Path, file: Path, categories: list[dict[str, Any]], places: Sequence[Path], frame: ExifBoxes
+) -> AnnotationIndex:
     paths = [path for place in places for path in _images(place)]
     if not paths:
         raise InputError(f"{places[0]}: this list of images is empty.")
     base = Path(os.path.commonpath([path.parent for path in paths]))
     with ThreadPoolExecutor(THREADS) as pool:
-        sizes = list(pool.map(_size, paths))
+        sizes = list(pool.map(lambda path: _size(path, frame), paths))
     content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
     broken: list[str] = []
     wrong: list[str] = []
@@ -107,7 +113,7 @@ def _index(root: Path, file: Path, categories: list[dict[str, Any]], places: Seq
             row = {"id": f"{shown}:{number}", "image_id": name, "category_id": label}
             content["annotations"].append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
     index = index_of(file, base, content, [*fault("broken_files", broken), *fault("entries", wrong)])
-    return replace(index, frame="turned")
+    return replace(index, frame=frame)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -143,10 +149,10 @@ def _images(place: Path) -> list[Path]:
     return [Path(os.path.abspath(place.parent / name)) for name in names]
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Height and width as people see the image; 0 where it cannot be read."""
+def _size(path: Path, frame: ExifBoxes) -> tuple[int, int]:
+    """Height and width in a frame; 0 where the image cannot be read."""
     orientation, (height, width) = exif_orientation(path)
-    return (width, height) if orientation >= 5 else (height, width)
+    return (width, height) if orientation >= 5 and frame == "turned" else (height, width)
 
 
 def _label_file(image: Path) -> Path:

@@ -1,7 +1,7 @@
 """Two packages that match detections with objects as COCO does: hotcoco, which is fast, and pycocotools, the original.
 
 Why hotcoco. 5,000 images, 36,000 objects and 500,000 detections of 80 classes, two CPU cores, arrays in memory to
-metrics (the slow test of tests/test_evaluation_backends.py prints the first and the last column again):
+metrics (the slow test of tests/test_evaluation_backends.py prints the first and the last column for a fifth of it):
 
                                 pycocotools 2.0.11    faster-coco-eval 1.8.0    hotcoco 1.3.0
     seconds                     48                    7.4                       0.42

@@ -41,7 +41,7 @@ def diagnose(
          "slices": what score_subsets returns}.
 
     Raises:
-        InputError: hotcoco is not installed, or an image cannot be read.
+        InputError: hotcoco is not installed.
     """
     records = sort_records(results, index)
     outcomes = judge(records)

@@ -9,7 +9,7 @@ import numpy as np
 from detector.evaluation.outcomes import CROWD, FOUND, KINDS, STATES, Outcomes
 
 
-def worst(outcomes: Outcomes, score_threshold: float, count: int = 12) -> list[dict[str, Any]]:
+def worst(outcomes: Outcomes, score_threshold: float, count: int = 12, flawless: bool = False) -> list[dict[str, Any]]:
     """Rank the images by badness: 1 for each object that was not found, and the score of each wrong detection.
 
     Only detections of at least the threshold count and are listed. The badness is chosen by this project: a
@@ -18,6 +18,7 @@ def worst(outcomes: Outcomes, score_threshold: float, count: int = 12) -> list[d
 
     Args:
         count: how many images at most.
+        flawless: images without a mistake are not left out.
 
     Returns:
         The worst first, [{"image_id", "file_name", "badness": float,
@@ -65,5 +66,5 @@ def worst(outcomes: Outcomes, score_threshold: float, count: int = 12) -> list[d
             **entry(*rows[i]),
         }
         for i in np.argsort(-badness, kind="stable")[:count].tolist()
-        if badness[i] > 0
+        if flawless or badness[i] > 0
     ]

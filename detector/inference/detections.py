@@ -154,27 +154,29 @@ class Detections(Found):
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def crop(self, image: Any = None) -> list[np.ndarray]:
+    def crop(self, image: Any = None, *, bgr: bool = False) -> list[np.ndarray]:
         """The part of the image inside each box, rounded outwards to whole pixels: uint8 RGB (h, w, 3) copies.
 
         Args:
             image: anything that shows the image; None reads `path` again.
+            bgr: an array is OpenCV's BGR, as of `predict`.
 
         Raises:
             InputError: there is no image to cut from, or it has another size than the one that was searched.
         """
-        searched = self._read(image)
+        searched = self._read(image, bgr)
         height, width = self.image_size
         corners = np.floor(self.boxes[:, :2]).astype(int).clip(0, (width - 1, height - 1))
         ends = np.maximum(np.ceil(self.boxes[:, 2:]).astype(int), corners + 1)
         return [searched[y1:y2, x1:x2].copy() for (x1, y1), (x2, y2) in zip(corners, ends, strict=True)]
 
-    def draw(self, image: Any = None, threshold: float = 0.0) -> Image:
+    def draw(self, image: Any = None, threshold: float = 0.0, *, bgr: bool = False) -> Image:
         """A copy of the image with boxes, names and scores drawn on it.
 
         Args:
             image: anything that `predict` takes; None reads `path` again.
             threshold: detections below this score are not drawn; 0 draws all that there are.
+            bgr: an array is OpenCV's BGR, as of `predict`.
 
         Raises:
             InputError: no image was given and the detections do not come from a file.
@@ -183,9 +185,11 @@ class Detections(Found):
 
         shown = self.above(threshold).where(slice(None, None, -1))  # the best is drawn last, on top
         texts = [f"{name}  {score:.2f}" for name, score in zip(shown.names, shown.scores, strict=True)]
-        return draw_boxes(self._read(image), shown.boxes, texts, [class_colour(int(label)) for label in shown.labels])
+        return draw_boxes(
+            self._read(image, bgr), shown.boxes, texts, [class_colour(int(label)) for label in shown.labels]
+        )
 
-    def _read(self, image: Any) -> np.ndarray:
+    def _read(self, image: Any, bgr: bool) -> np.ndarray:
         """The image that was searched, uint8 RGB (h, w, 3): the given one, or `path` once more for None."""
         from PIL import Image
 
@@ -200,7 +204,7 @@ class Detections(Found):
             image = self.path
         # It was searched, perhaps with a larger limit than Pillow's.
         height, width = self.image_size
-        pixels = read_image(image, max_pixels=max(height * width, Image.MAX_IMAGE_PIXELS or 0))
+        pixels = read_image(image, bgr=bgr, max_pixels=max(height * width, Image.MAX_IMAGE_PIXELS or 0))
         if pixels.shape[:2] != tuple(self.image_size):
             raise InputError(
                 f"the image is {pixels.shape[1]}x{pixels.shape[0]}, the detections belong to one of "

@@ -183,9 +183,9 @@ class Predictor(ABC):
         """Find objects in images. Always a list, one `Detections` per image or video frame, in the order given.
 
         Args:
-            source: a path, a pattern such as "*.jpg", a folder (its images, sorted, with subfolders), an address, the
-                bytes of a file, a PIL image, a numpy array (h, w, 3) in RGB, a torch tensor (3, h, w), a video, a
-                stream, a camera, or a list or generator of any of them: see detector.inference.sources.
+            source: a path, a pattern such as "*.jpg", a folder (its images and videos, sorted, with subfolders), an
+                address, the bytes of a file, a PIL image, a numpy array (h, w, 3) in RGB, a torch tensor (3, h, w), a
+                video, a stream, a camera, or a list or generator of any of them: see detector.inference.sources.
             options: those of PredictOptions: score_threshold="auto", classes=None, max_proposals=None, tile=None ...
 
         Raises:
@@ -264,15 +264,25 @@ def _size(image: np.ndarray) -> tuple[int, int]:
 
 
 def _chunks(items: Iterable[SourceImage], size: int) -> Iterator[list[SourceImage]]:
-    """Batches of a size; one that cannot be read, or that is live, ends its batch: it must not wait for others."""
+    """Batches of a size; one that cannot be read, or that is live, ends its batch: it must not wait for others.
+
+    Nor is what came before an error of the caller's generator lost.
+    """
     chunk: list[SourceImage] = []
-    for item in items:
+    source = iter(items)
+    while True:
+        try:
+            item = next(source)
+        except Exception as error:
+            if chunk:
+                yield chunk
+            if isinstance(error, StopIteration):
+                return
+            raise
         chunk.append(item)
         if len(chunk) == size or item.live or item.error is not None:
             yield chunk
             chunk = []
-    if chunk:
-        yield chunk
 
 
 def _label(option: str, given: Any, class_names: Sequence[str], hint: str = "") -> int:

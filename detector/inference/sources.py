@@ -196,7 +196,9 @@ def _read_item(item: Any, reading: ReadingOptions, bgr: bool) -> Iterator[Source
                 yield SourceImage(frame.image, name, frame.index, frame.time, frame.rate, live=is_live(item))
         else:
             content = _fetched(item, reading)
-            yield SourceImage(read_image(content, bgr=bgr, max_pixels=reading.max_pixels, name=name), name)
+            image = read_image(content, bgr=bgr, max_pixels=reading.max_pixels, name=name)
+            # Whoever gives arrays one by one may fill the same one again before its batch is looked at.
+            yield SourceImage(image.copy() if isinstance(item, np.ndarray) else image, name)
     except InputError as error:
         yield _broken(item, error)
 

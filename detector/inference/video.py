@@ -178,7 +178,7 @@ def read_comment(path: str | os.PathLike[str]) -> str:
 def _encoder(path: Path, rate: float, comment: str, width: int, height: int) -> Iterator[Callable[[Any], None]]:
     av = _import_av()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+    with replacing(path) as partial, av.open(os.path.abspath(partial), "w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -203,6 +203,8 @@ def _import_av() -> Any:
 
 def _opened_video(source: str | io.BytesIO, name: str) -> AbstractContextManager[av.container.InputContainer]:
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file" if isinstance(source, str) else "none"}
+    if isinstance(source, str):
+        source = os.path.abspath(source)  # of 10:30.mp4 FFmpeg would look for the protocol "10"
     return _opened(source, name, "not a video that can be read", options=options)
 
 

@@ -73,6 +73,7 @@ class Results(ExitStack):
     def __init__(self, places: Places, class_names: tuple[str, ...], live: bool = False) -> None:
         super().__init__()
         self.places, self.lost = places, dict[str, str]()
+        self._without = set[Path]()  # copies that could not be written
         kinds = LIVE_WRITERS if live else WRITERS
         check_writable(places.out)
         try:
@@ -86,12 +87,15 @@ class Results(ExitStack):
         """Write what was found in an image."""
         place = self.places(found)
         copy = annotated(place, found) if "images" in self._writers and found.error is None else None
+        copy = None if copy in self._without else copy
         for name, write in self._writers.items():
             try:
                 write(item, found, place, copy)
             except OSError as error:
                 self._lose(str(found.path), error)
-                copy = None if name == "images" else copy
+                if name == "images" and copy is not None:
+                    self._without.add(copy)
+                    copy = None
 
     def _enter(self, name: str, opened: AbstractContextManager[Writer]) -> Writer:
         writer = opened.__enter__()

@@ -64,13 +64,13 @@ class AblationsOptions(Options):
     epochs: Count = 2
     """Of each training."""
     scenes: Count = 1200
-    """Drawn for training, five crops each; a sixth as many more for validation."""
+    """Drawn for training, five or six crops each; a sixth as many more for validation."""
     data: str = Field(default="data/crops", min_length=1)
     """The folder of the crops; they are made where it is empty."""
     ckpt: str | None = None
     """For reuse: a checkpoint, or a .pth file, of ShuffleNet V2; null: v2_0.5x, trained as the others."""
     out: str = "ablations"
-    """A folder for ablations.{json,md,png}, reuse.{json,png}, and the runs."""
+    """A folder for ablations.{json,md,png}, tables.json, reuse.{json,png}, and the runs."""
 
 
 def ablations(options: AblationsOptions) -> None:

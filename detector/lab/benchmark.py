@@ -103,7 +103,7 @@ class BenchmarkOptions(NetworkOptions):
     out: str | None = None
     """Peers, predict, gpu: a JSON file; backbones: a folder; cost, speed: a folder, null: cost, speed."""
     only: tuple[str, ...] | None = None
-    """Backbones, cost, speed: their names, [v2_1x,v2star_1x]; null: every file of conf/backbone/."""
+    """Backbones, cost, speed: their names, [v2_1x,v2star_1x]; null: all of conf/backbone/ but timm, torchvision."""
     tables: Annotated[tuple[SpeedTable, ...], BeforeValidator(_listed)] = get_args(SpeedTable)
     """Speed: which of the paper's tables."""
     receptive_field: Flag = True

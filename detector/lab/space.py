@@ -4,7 +4,7 @@ A point is a dict, the name of a choice -> its value; the values published for S
 
 The guidelines of Ma et al. 2018 (section 2) are the prior. By the unit itself: convolutions of equal width on both
 sides (G1), none in groups but depthwise ones (G2), one branch that computes (G3), no sum (G4). By the choices: widths
-whose halves are multiples of 8 or 16, and few units, each of which costs calls whatever it computes (G3).
+whose halves are multiples of 8 or 16 (or V2 1x's), and few units, each of which costs calls whatever it computes (G3).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from detector.models.backbones.classifier import ImageClassifier, build_classifi
 from detector.models.backbones.contract import ClassifierOptions
 from detector.models.backbones.pretrained import load_weights
 from detector.models.backbones.shufflenet_v2 import ShuffleNetV2Options
-from detector.options import BelowOne, Natural, Options, typed
+from detector.options import BelowOne, Flag, Natural, Options, typed
 from detector.training.checkpoints import CheckpointFiles
 from detector.training.classification import ClassificationTask
 from detector.training.data_module import ClassificationData
@@ -73,10 +73,16 @@ class PretrainOptions(RunOptions):
     code, github.com/megvii-model/ShuffleNet-Series. Never run on ImageNet by this project.
     """
 
+    run_dir: str | None = None
+    """null: runs/pretrain/<file of conf/pretrain/>/<backbone>/<time>"""
+    ckpt: str | None = None
+    """with resume=true: RUN_DIR/last.ckpt"""
+    resume: Flag = False
+    """go on with that run, as configured then"""
     backbone: AnyBackboneOptions = ShuffleNetV2Options()
     """what is trained; `name` chooses the family"""
     weights: str | None = None
-    """weights of the backbone to start from: a path, or imagenet; null: random"""
+    """weights of the backbone to start from: a path, or imagenet; null: backbone.weights"""
     workers: Natural = 8
     """loader processes per device; 0 loads in the training process"""
     label_smoothing: BelowOne = 0.1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detector.data.finding import EXAMPLES, INFO, WARNING, Finding, found
+from detector.data.finding import INFO, KEPT, WARNING, Finding, found
 from detector.data.index import AnnotationIndex, Splits
 from detector.data.preprocess import STRIDE, Preprocessing
 from detector.data.rules import RULES
@@ -41,7 +41,7 @@ def check_faults(splits: Splits) -> list[Finding]:
             count = sum(fault.count for _, fault in faults)
             files = {split: splits[split].annotation_file.name for split, _ in faults}
             examples = [f"{split}: {files[split]}: {text}" for split, fault in faults for text in fault.examples]
-            findings.append(replace(faults[0][1], count=count, examples=tuple(examples[:EXAMPLES])))
+            findings.append(replace(faults[0][1], count=count, examples=tuple(examples[:KEPT])))
     return findings
 
 

@@ -85,7 +85,7 @@ def examine(
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:
-    """A table of the findings, then each with its examples and remedy; for a terminal or a Markdown page."""
+    """A table of the findings, then each with its first examples and remedy; for a terminal or a Markdown page."""
     lines = [
         f"{name}: {about['pictures']} images, {about['boxes']} boxes, {about['annotations']}"
         for name, about in diagnosis.splits.items()
@@ -94,10 +94,10 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     lines += ["", markdown_table(("severity", "check", "count", "what"), rows, align="llll"), ""]
     for finding in diagnosis.findings:
         lines.append(f"{finding.severity} {finding.check}: {finding.count} {finding.message}")
-        lines += [f"    {example}" for example in finding.examples]
-        hidden = finding.count - len(finding.examples)
+        lines += [f"    {example}" for example in finding.first]
+        hidden = finding.count - len(finding.first)
         if finding.severity != INFO and finding.check != "anchor_coverage" and hidden > 0:
-            lines.append(f"    ... and {hidden} more")
+            lines.append(f"    ... and {hidden} more: doctor.json")
         if finding.remedy:
             lines.append(f"    -> {finding.remedy}")
     counts = diagnosis.counts

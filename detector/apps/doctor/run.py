@@ -1,10 +1,11 @@
-"""Examine a data set before training on it: annotations, images, splits, anchors. Lists every fault with a remedy.
+"""Examine a data set before training on it: annotations, images, splits, anchors. Lists the faults, with a remedy each.
 
 python tools/doctor.py data.root=DIR                  at the input size and with the anchors of recipe=finetune
 python tools/doctor.py recipe=demo                    any command line of train.py is understood
 python tools/doctor.py data.root=DIR workers=4 out=DIR
 
-Writes doctor.json. Exit code 1 when there are errors, 0 when there are warnings only.
+Writes doctor.json, which names up to 1,000 entries of each kind; the terminal has the first five of them. Exit code 1
+when there are errors, 0 when there are warnings only.
 """
 
 from __future__ import annotations

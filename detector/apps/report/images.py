@@ -42,12 +42,12 @@ def worst_images(
     An image that cannot be read is a grey area that says so.
     """
     places = [index.place[row["image_id"]] for row in shown]
-    complete = worst(judge(sort_records(results.select(places), index.select(places))), 0.0, len(places))
+    complete = worst(judge(sort_records(results.select(places), index.select(places))), 0.0, len(places), flawless=True)
     by_id = {row["image_id"]: row for row in complete}
     label = {name: number for number, name in enumerate(index.class_names)}
     entries = []
     for old, i in zip(shown, places, strict=True):
-        row = by_id.get(old["image_id"], old)  # an image without a mistake at threshold 0 is not among the worst there
+        row = by_id[old["image_id"]]
         words = f"{len(row['truths'])} objects, error sum {old['badness']:.3g}"
         try:
             image = index.read(i)

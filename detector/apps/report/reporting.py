@@ -165,7 +165,7 @@ def _examined(detector: Detector, index: AnnotationIndex, limit: int, workers: i
         f"{finding.severity}: {finding.check}": {
             "count": finding.count,
             "what": finding.message,
-            "examples": list(finding.examples),
+            "examples": list(finding.first),
             **({"remedy": finding.remedy} if finding.remedy else {}),
         }
         for finding in diagnosis.findings

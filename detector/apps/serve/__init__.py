@@ -91,7 +91,7 @@ class ServeOptions(ServerOptions):
     ckpt: str = DEFAULT
     """best.ckpt or last.ckpt of a run, an export, or the name of a detector of this package."""
     device: str | None = None
-    """Null: the GPU if there is one."""
+    """Null: of a checkpoint the GPU if there is one, of an export the CPU."""
     threads: Threads | None = None
     """Threads of the processor that one prediction may use; null: as many as the runtime likes."""
 
