@@ -7,9 +7,11 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from detector.data.splits import DataOptions, find_format, load_splits, read_splits, read_unsplit
+from detector.data.splits import DataOptions, find_format, load_split, load_splits, read_splits, read_unsplit
 from detector.errors import InputError
 
 # The layouts: where the JSON of each split lies, the images of each split, and what names begin with in the JSON.
@@ -116,3 +118,32 @@ def test_two_files_that_may_be_the_split_are_not_guessed_between(tiny_coco: Path
     options = DataOptions(root=str(tiny_coco), missing="Give data.train.annotations=FILE.")
     with pytest.raises(InputError, match=r"No .*annotations/train\.json here .* Give data\.train\.annotations=FILE\."):
         load_splits(options)
+
+
+@pytest.mark.parametrize("file", ["annotations/train.json", "train/_annotations.coco.json"])
+def test_one_split_of_a_folder_without_is_the_one_that_is_drawn(tmp_path: Path, file: str) -> None:
+    """An int8 export asks for the training split alone, and must not see what it is judged on."""
+    rng = np.random.default_rng(0)
+    images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(20)]
+    folder = tmp_path / ("images" if file.startswith("annotations") else "train")
+    folder.mkdir()
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / f"{i}.png")
+    box = {"category_id": 1, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+    boxes = [box | {"id": i + 1, "image_id": i} for i in range(20)]
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(
+        json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]})
+    )
+    options = DataOptions(root=str(tmp_path))
+    both = load_splits(options)
+    assert 0 < len(both["val"]) < len(both["train"]) < 20
+    for name, index in both.items():
+        assert load_split(options, name).image_ids == index.image_ids
+
+
+def test_a_yaml_file_of_something_else_makes_no_yolo(tiny_coco: Path, tmp_path: Path) -> None:
+    for word in ("train", "val"):
+        lay_out(tiny_coco, tmp_path / "export", *(part.format(word) for part in SPLIT["coco"]))
+    (tmp_path / "export/dvc.yaml").write_text("stages: {}\n")
+    assert find_format(DataOptions(root=str(tmp_path / "export"))) == "coco"

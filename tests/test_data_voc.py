@@ -279,3 +279,15 @@ def test_of_two_files_the_one_that_is_named_is_the_image(
     monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path))[::turn])
     assert read(devkit).file_names == ["a.jpg"]
     assert read(devkit, "val").file_names == ["b.gif", "c.jpg"]
+
+
+def test_a_folder_for_one_split(tmp_path: Path) -> None:
+    """Images and XML files side by side, in a folder each, of which one has no usual name."""
+    for folder, names in (("train", "ab"), ("test", "c")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.new("RGB", (40, 30)).save(tmp_path / folder / f"{name}.jpg")
+            (tmp_path / folder / f"{name}.xml").write_text(xml(f"{name}.jpg", ("dog", 0, 5, 6, 7, 8)))
+    splits = load_splits(DataOptions.parse({"root": str(tmp_path), "val": {"annotations": "test"}}))
+    assert {name: index.file_names for name, index in splits.items()} == {"train": ["a.jpg", "b.jpg"], "val": ["c.jpg"]}
+    np.testing.assert_allclose(splits["val"].objects(0)[0], [[4, 5, 7, 8]])

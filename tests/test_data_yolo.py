@@ -234,3 +234,13 @@ def test_labels_beside_the_images_as_labelimg_writes_them(folder: Path, tmp_path
     assert whole is not None
     assert whole.file_names == ["a.png", "b.png", "c.png", "d.png"]
     assert [whole.class_names[label] for label in whole.labels] == ["cat", "dog", "dog"]
+
+
+@pytest.mark.parametrize("keypoints", ["0.45 0.45 0.55 0.55", "0.45 0.45 2 0.55 0.55 1"])
+def test_a_box_with_keypoints_is_no_polygon(folder: Path, keypoints: str) -> None:
+    """As Ultralytics lays out poses: x and y of each point, and perhaps whether it is seen."""
+    with (folder / "data.yaml").open("a") as file:
+        file.write("kpt_shape: [2, 3]\n")
+    (folder / "labels/train/a.txt").write_text(f"0 0.5 0.5 0.25 0.2 {keypoints}\n")
+    index = read(folder)
+    np.testing.assert_allclose(index.objects(0)[0], [[15, 12, 25, 18]], atol=1e-4)

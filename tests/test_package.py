@@ -33,6 +33,7 @@ EXTRAS = {
     "detector/export/": {"int8", "onnx", "openvino"},
     "detector/inference/detections.py": {"dev"},  # to_pandas, to_supervision: their users have the package
     "detector/inference/drawing.py": {"train"},
+    "detector/inference/openvino_core.py": {"openvino"},
     "detector/inference/runtime.py": {"onnx", "openvino"},
     "detector/inference/video.py": {"video"},
     "detector/lab/": {"onnx", "openvino", "search", "train"},

@@ -245,6 +245,38 @@ def test_the_best_is_not_forgotten_where_a_run_moves(
     assert [row["step"] for row in rows(resumed) if row["AP"]] == ["2", "4", "6", "8"]
 
 
+def test_a_run_is_not_resumed_into_that_of_another(run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (Path("whole") / "last.ckpt").read_bytes()
+    with pytest.raises(InputError, match=r"'whole' holds a run"):
+        run(ckpt=str(stopped / "last.ckpt"), resume=True, run_dir="whole")
+    assert (Path("whole") / "last.ckpt").read_bytes() == before
+    score_in_turn(monkeypatch, 0.25, 0.1)
+    (Path("whole") / "best.ckpt").write_bytes(b"of another run")
+    resumed = run(ckpt=str(stopped / "last.ckpt"), resume=True, run_dir="whole", overwrite=True)
+    assert load(resumed / "best.ckpt")["global_step"] == 2
+    assert (stopped / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_epochs_that_are_not_scored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """best.ckpt is written in the middle of its epoch then; last.ckpt has no metrics of weights from before."""
+    score_in_turn(monkeypatch, 0.3, 0.2)
+
+    def keep(task: DetectionTask, begin: Any = DetectionTask.on_train_epoch_start) -> None:
+        begin(task)
+        if task.current_epoch == 3:
+            shutil.copytree("run", "after three")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DetectionTask, "on_train_epoch_start", keep)
+        run(run_dir="run", schedule=epochs(4), val={"batch_size": 8, "every": 2})
+    about = [load(Path(name))["detector"]["provenance"] for name in ("after three/last.ckpt", "run/last.ckpt")]
+    assert about[0]["metrics"] == {}
+    assert about[1]["metrics"]["AP"] == 0.2
+    with pytest.raises(InputError, match=r"best\.ckpt' was written before its epoch was over; resume from last\.ckpt"):
+        run(ckpt="run/best.ckpt", resume=True, schedule=epochs(6))
+
+
 def test_a_run_that_has_lost_its_best_finds_another(
     run: Run, stopped: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -87,6 +87,21 @@ def test_evaluation_in_between_does_not_thaw(small_detector: Detector, batch: Ba
 
 
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`", *(f"ignore:{message}" for message in NOISE))
+def test_lightning_trains_the_identities_of_v2star_as_such(small_spec: dict[str, Any], batch: Batch) -> None:
+    """With statistics of the batch a pretrained V2 would be another network from the first step on."""
+    small_spec["backbone"]["extra_depthwise"] = True
+    task = DetectionTask(other(small_spec), optimizer=SGD, schedule=ScheduleOptions())
+    task.configure_optimizers = lambda: build_optimizer(task.network, SGD, 1)  # type: ignore[method-assign]
+    extra = {name: value.clone() for name, value in task.network.named_buffers() if ".extra." in name}
+    assert extra
+    fit(task, batch)
+    buffers = dict(task.network.named_buffers())
+    assert all(torch.equal(buffers[name], value) for name, value in extra.items())
+    moved = [name for name in buffers if name.endswith("running_mean") and buffers[name].any()]
+    assert moved, "the others did learn"
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`", *(f"ignore:{message}" for message in NOISE))
 @pytest.mark.parametrize("stages", [0, 4])
 def test_lightning_does_not_thaw(stages: int, small_spec: dict[str, Any], batch: Batch) -> None:
     """With a backbone whose normalisation is not computed with its convolutions: in training mode it would count."""
@@ -100,13 +115,18 @@ def test_lightning_does_not_thaw(stages: int, small_spec: dict[str, Any], batch:
     task.configure_optimizers = lambda: build_optimizer(task.network, SGD, 1)  # type: ignore[method-assign]
     buffers = {name: value.clone() for name, value in task.network.backbone.named_buffers()}
     assert len(buffers) == 60
+    fit(task, batch)
+    assert all(torch.equal(value, buffers[name]) for name, value in task.network.backbone.named_buffers())
+
+
+def fit(task: DetectionTask, batch: Batch) -> None:
+    """Two steps under Lightning."""
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_steps=2, enable_model_summary=False,
         enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(task, DataLoader([batch, batch], batch_size=None))
     assert trainer.global_step == 2
-    assert all(torch.equal(value, buffers[name]) for name, value in task.network.backbone.named_buffers())
 
 
 def test_a_loss_that_is_not_finite_names_images_and_remedy(small_detector: Detector, batch: Batch) -> None:

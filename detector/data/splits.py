@@ -187,10 +187,11 @@ def find_format(options: DataOptions) -> Format:
             return "coco"
     if any(map(has_xml, (root / "Annotations", root, root / "train"))):
         return "voc"
-    if yaml_of(root) or (root / "labels").is_dir():
+    own = yaml_of(root)
+    if (own and own.stem == "data") or (root / "labels").is_dir():
         return "yolo"
-    # Labels beside the images and a file of classes, as LabelImg writes them.
-    return "yolo" if listed_classes(root) and not any(find_file(root, name) for name in _JSON) else "coco"
+    # A YAML file of another name may be anything's. Labels beside the images and a file of classes are LabelImg's.
+    return "yolo" if (own or listed_classes(root)) and not any(find_file(root, name) for name in _JSON) else "coco"
 
 
 def _coco(options: DataOptions, names: Sequence[str]) -> dict[str, AnnotationIndex]:
@@ -205,15 +206,15 @@ def _coco(options: DataOptions, names: Sequence[str]) -> dict[str, AnnotationInd
 def _coco_files(options: DataOptions, names: Sequence[str]) -> dict[str, Path]:
     """The annotation file of each split; of a folder without a split its only one, or that of its train, as ""."""
     root, given = options.prepared(), _given(options)
-    files = {name: options.files(name)[0] for name in names}
+    # Of both, whichever is asked for: of a folder without a split each has its part.
+    files = {name: options.files(name)[0] for name in (names if given else _JSON)}
     absent = [name for name, file in files.items() if name not in given and not file.is_file()]
-    if not absent:
-        return files
-    found = {name: path for name in _JSON if (path := find_file(root, name))}
-    if found.keys() >= set(absent):
-        return files | {name: found[name] for name in absent}
-    whole = found.get("train") or (None if found else find_only_file(root))
-    return {"": whole} if whole and not given else files
+    found = {name: path for name in _JSON if (path := find_file(root, name))} if absent else {}
+    if not found.keys() >= set(absent):
+        whole = found.get("train") or (None if found else find_only_file(root))
+        if whole and not given:
+            return {"": whole}
+    return {name: found.get(name, files[name]) if name in absent else files[name] for name in names}
 
 
 def _read_coco(options: DataOptions, split: str, file: Path) -> AnnotationIndex:

@@ -56,7 +56,8 @@ def read_voc(
         InputError: a list cannot be read, or there is no XML file.
     """
     splits = _find_splits(root, given)
-    splits |= {name: splits[""]._replace(names=path) for name, path in given.items()}
+    for name, path in given.items():
+        splits[name] = _Split(path, path, path) if has_xml(path) else splits[""]._replace(names=path)
     parsed: dict[Path, Any] = {}
     for folder in dict.fromkeys(split.annotations for split in splits.values()):
         files = sorted(folder / name for name in os.listdir(folder) if _is_xml(name)) if folder.is_dir() else []

@@ -77,11 +77,16 @@ def read_yolo(
     sources |= {name: [path] for name, path in given.items()}
     wanted = names if sources.keys() >= set(names) else ("",)
     categories = [{"id": number, "name": name} for number, name in classes.items()]
-    return {name: _index(root, file, categories, sources[name], frame) for name in wanted}
+    return {name: _index(root, file, categories, sources[name], frame, "kpt_shape" in described) for name in wanted}
 
 
 def _index(
-    root: Path, file: Path, categories: list[dict[str, Any]], places: Sequence[Path], frame: ExifBoxes
+    root: Path,
+    file: Path,
+    categories: list[dict[str, Any]],
+    places: Sequence[Path],
+    frame: ExifBoxes,
+    keypoints: bool,
 ) -> AnnotationIndex:
     paths = [path for place in places for path in _images(place)]
     if not paths:
@@ -105,7 +110,8 @@ def _index(
             broken.append(f"{name}: this image cannot be read, so {shown} has no pixels to be shares of")
             continue
         for number, words in enumerate(map(str.split, lines), 1):
-            read = _read_line(words) if words else ""
+            # Behind a box with keypoints come they.
+            read = _read_line(words[:5] if keypoints else words) if words else ""
             if isinstance(read, str):
                 wrong += [f"{shown}:{number}: {read}"] if read else []
                 continue

@@ -64,7 +64,7 @@ def resumed_options(options: T, recorded: Mapping[str, Any], group: str) -> T:
     """
     given = options.to_dict()
     # The folder of the checkpoint is where the run lies now; it may have been moved.
-    merged = copy.deepcopy(dict(recorded)) | {key: given[key] for key in ("ckpt", "resume", "run_dir")}
+    merged = copy.deepcopy(dict(recorded)) | {key: given[key] for key in ("ckpt", "resume", "run_dir", "overwrite")}
     for override in options.overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key == group and options.recipe_name == recorded["recipe_name"]:
@@ -133,7 +133,7 @@ def check_state(
         InputError: a part of it is not what this run writes.
     """
     attempts: dict[str, Callable[[], None]] = {
-        "loops": lambda: _try_loops(checkpoint, trainer.fit_loop.state_dict()),
+        "loops": lambda: _try_loops(checkpoint, trainer.fit_loop.state_dict(), path),
         "weights": lambda: _try_weights(checkpoint, task.state_dict()),
         "callbacks": lambda: _try_callbacks(checkpoint["callbacks"], trainer.callbacks),  # type: ignore[attr-defined]
         "optimiser": lambda: _try_optimiser(checkpoint, task),
@@ -141,6 +141,8 @@ def check_state(
     for part, attempt in attempts.items():
         try:
             attempt()
+        except InputError:
+            raise
         except Exception as error:  # what odd values end in
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             recorded = checkpoint[task.entry]["provenance"]["config"]
@@ -164,10 +166,12 @@ def _changed(options: Mapping[str, Any], recorded: Mapping[str, Any], groups: Se
     ]
 
 
-def _try_loops(checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _try_loops(checkpoint: Mapping[str, Any], own: Mapping[str, Any], path: str) -> None:
     _check_alike(own, loop := checkpoint["loops"]["fit_loop"])
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     at = loop["epoch_progress"]["current"]["processed"] - 1, steps
+    if at == (checkpoint["epoch"] - 1, checkpoint["global_step"]):  # best.ckpt, where not each epoch is scored
+        raise InputError(f"'{path}' was written before its epoch was over; resume from last.ckpt beside it.")
     if at != (checkpoint["epoch"], checkpoint["global_step"]):
         raise ValueError(f"epoch {at[0]} and step {at[1]}, not {checkpoint['epoch']} and {checkpoint['global_step']}")
 

@@ -53,13 +53,19 @@ def check_free(options: RunOptions) -> None:
     Raises:
         InputError: the run directory that is given holds a run already.
     """
-    if options.run_dir and not options.resume and not options.overwrite and is_first_process():
+    if options.run_dir and not _goes_on(options) and not options.overwrite and is_first_process():
         run_dir = Path(options.run_dir)
         if any((run_dir / name).exists() for name in WRITTEN):
             raise InputError(
                 f"'{run_dir}' holds a run. Choose another run_dir; or overwrite=true, which removes that run; or "
                 f"{typed('ckpt', str(run_dir / 'last.ckpt'))} resume=true, which goes on with it."
             )
+
+
+def _goes_on(options: RunOptions) -> bool:
+    """Whether the run stays in its directory; it may be resumed in another one."""
+    here = Path(str(options.ckpt)).parent
+    return bool(options.resume) and (not options.run_dir or Path(options.run_dir).resolve() == here.resolve())
 
 
 @contextmanager
@@ -93,14 +99,14 @@ def settle(options: RunOptions, run_dir: Path) -> None:
         return
     for partial in run_dir.glob(".*.partial*"):  # what a run that was killed left half written
         partial.unlink()
+    if not _goes_on(options):
+        _clear(run_dir)
     if options.resume:
         old = Path(str(options.ckpt)).parent
         for name in CONTINUED:
             if (old / name).is_file() and not (run_dir / name).exists():
                 with replacing(run_dir / name) as partial:
                     shutil.copy2(old / name, partial)
-    else:
-        _clear(run_dir)
     with replacing(run_dir / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(options.to_dict(), sort_keys=False))
     log.info("run directory: %s", run_dir)

@@ -79,6 +79,9 @@ class Task(lightning.LightningModule):
     def on_train_start(self) -> None:
         self._restore()
 
+    def on_train_epoch_start(self) -> None:
+        self.metrics = {}  # of the weights from before
+
     def on_validation_epoch_start(self) -> None:
         share_buffers(self.network)
 
@@ -171,7 +174,8 @@ class DetectionTask(Task):
             norm.eval()
 
     def on_train_epoch_start(self) -> None:
-        self.operating_point = self.detector.operating_point  # what was found belongs to the weights from before
+        super().on_train_epoch_start()
+        self.operating_point = self.detector.operating_point  # likewise
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         with big_enough():

@@ -65,6 +65,7 @@ class ExtraDepthwise(nn.Sequential):
         nn.init.dirac_(convolution.weight, groups=channels)
         # Normalisation divides by sqrt(running_var + eps): exactly one.
         norm.running_var.fill_(1 - norm.eps)
+        self.train(self.training)  # Lightning trains in the modes that it finds, and does not call `train`
 
     def train(self, mode: bool = True) -> ExtraDepthwise:
         super().train(mode)
