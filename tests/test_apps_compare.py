@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from report_case import write_case
@@ -15,6 +16,7 @@ from scored_rows import evaluate
 from tool_runner import run_tool
 
 from detector.apps.compare import CompareOptions, _find_side, compare
+from detector.data.images import read_image
 from detector.data.splits import load_split
 from detector.inference.detector import Detector
 
@@ -75,7 +77,7 @@ def test_a_checkpoint_and_a_run_that_has_been_scored(tmp_path: Path, small_detec
     # Of other images with the same names.
     shutil.copytree(root / "images", root / "black")
     for path in (root / "black").iterdir():
-        Image.new("RGB", Image.open(path).size).save(path)
+        Image.fromarray(np.zeros_like(read_image(path))).save(path)
     run_tool("eval", f"ckpt={run / 'best.ckpt'}", *scoring, "data.val.images=black", cwd=tmp_path).ok()
     assert json.loads((run / "eval/metrics.json").read_text())["AP"] != pytest.approx(expected, abs=1e-3)
     assert compared()["b"] == pytest.approx(expected, abs=1e-9)

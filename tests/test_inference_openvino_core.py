@@ -22,6 +22,7 @@ def indent(code: str) -> str:
 INTERRUPT = """
 import gc, signal
 gc.collect()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
 try:
     signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:

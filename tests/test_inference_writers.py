@@ -464,7 +464,9 @@ def test_a_video_that_cannot_be_written_costs_nothing_else(small_disk: Path, tmp
     assert files(small_disk) == ["detections.json", "two.mp4"]
     with av.open(str(small_disk / "two.mp4")) as container:
         assert len(list(container.decode(video=0))) == 4
-    assert len(json.loads((small_disk / "detections.json").read_text())) == frames + 4
+    records = json.loads((small_disk / "detections.json").read_text())
+    assert len(records) == frames + 4
+    assert [record["annotated"] for record in records[-4:]] == [str(small_disk / "two.mp4")] * 4
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -92,8 +92,9 @@ class Results(ExitStack):
             try:
                 write(item, found, place, copy)
             except OSError as error:
-                self._lose(str(found.path), error)
-                if name == "images" and copy is not None:
+                lost = self._lose(str(found.path), error)
+                # It may be the video before, which is complete only now.
+                if name == "images" and copy is not None and lost == str(found.path):
                     self._without.add(copy)
                     copy = None
 
@@ -110,9 +111,10 @@ class Results(ExitStack):
         self.push(close)
         return writer
 
-    def _lose(self, what: str, error: OSError) -> None:
+    def _lose(self, what: str, error: OSError) -> str:
         [what, *_] = getattr(error, "__notes__", [what])
         self.lost.setdefault(what, error.strerror or str(error))
+        return what
 
 
 class Places:
