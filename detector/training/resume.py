@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -141,9 +142,9 @@ def check_state(
     for part, attempt in attempts.items():
         try:
             attempt()
-        except InputError:
-            raise
         except Exception as error:  # what odd values end in
+            if part == "loops" and isinstance(error, InputError):
+                raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             recorded = checkpoint[task.entry]["provenance"]["config"]
             if part == "optimiser" and (changed := _changed(options.to_dict(), recorded, ("optimizer", "freeze"))):
@@ -170,7 +171,8 @@ def _try_loops(checkpoint: Mapping[str, Any], own: Mapping[str, Any], path: str)
     _check_alike(own, loop := checkpoint["loops"]["fit_loop"])
     steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     at = loop["epoch_progress"]["current"]["processed"] - 1, steps
-    if at == (checkpoint["epoch"] - 1, checkpoint["global_step"]):  # best.ckpt, where not each epoch is scored
+    # best.ckpt, where not each epoch is scored.
+    if at == (checkpoint["epoch"] - 1, checkpoint["global_step"]) and Path(path).name != "last.ckpt":
         raise InputError(f"'{path}' was written before its epoch was over; resume from last.ckpt beside it.")
     if at != (checkpoint["epoch"], checkpoint["global_step"]):
         raise ValueError(f"epoch {at[0]} and step {at[1]}, not {checkpoint['epoch']} and {checkpoint['global_step']}")
